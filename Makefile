@@ -1,0 +1,60 @@
+# `make` alone lists the targets. PYTHON= is what the environment is made with, VENV= where it is or goes.
+PYTHON  ?= python3
+VENV    ?= .venv
+EXTRAS  ?= all,test
+WORKERS ?= 2
+ARGS    ?=
+RESULTS ?= bench/results/gpu
+PART    ?= all
+
+PY     = $(VENV)/bin/python
+CLANG  = $(shell PATH="$(VENV)/bin:$$PATH" command -v clang-format)
+CSRC   = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test train lint format bench kernels readme gpu verify info clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) WORKERS=$(WORKERS) ARGS="..." RESULTS=folder PART=build|test|...'
+
+setup:  ## make the environment (torch: about 5 GB) and build the package and its extension into it
+	@command -v "$(PYTHON)" >/dev/null || { echo 'setup: no $(PYTHON) here; give one: make PYTHON=...' >&2; exit 1; }
+	@"$(PYTHON)" build_tools/environment.py --venv "$(VENV)" --extras "$(EXTRAS)"
+
+test: setup lint  ## lint, then every test that this machine can run; ARGS go to pytest
+	$(PY) -m pytest -n $(WORKERS) $(ARGS)
+
+train: setup  ## train the first MLP on Fashion-MNIST, or on digits without a network; ARGS go to fusedmlp train
+	$(VENV)/bin/fusedmlp train --dataset auto $(ARGS)
+
+lint: setup  ## ruff, and the formats of Python and C++
+	$(PY) -m ruff check -q .
+	@$(PY) -m ruff format -q --check . || { echo 'lint: the files above are not formatted; run make format' >&2; exit 1; }
+	@$(if $(and $(CLANG),$(CSRC)),$(CLANG) --dry-run -Werror $(CSRC),true)
+
+format: setup  ## put Python and C++ into the project's format
+	$(PY) -m ruff check -q --fix . ; $(PY) -m ruff format .
+	@$(if $(and $(CLANG),$(CSRC)),$(CLANG) -i $(CSRC),true)
+
+bench: setup  ## time the ops against eager and compiled PyTorch; ARGS go to bench.run
+	$(PY) -m bench.run $(ARGS)
+
+kernels: setup  ## compile each GPU kernel and list registers, spills and tensor-core instructions
+	$(PY) -m bench.kernels $(ARGS)
+
+readme: setup  ## write the README's tables from the results files
+	$(PY) -m bench.report $(ARGS)
+
+gpu:  ## on a machine with an NVIDIA GPU: build, test, sanitize, bench with PYTHON as it is, into RESULTS
+	@PYTHON="$(PYTHON)" RESULTS="$(RESULTS)" bash bench/gpu.sh $(PART)
+
+verify: setup  ## check every backend of this machine against fp64, now
+	$(VENV)/bin/fusedmlp verify $(ARGS)
+
+info: setup  ## versions, devices, and what each op would run on
+	$(VENV)/bin/fusedmlp info $(ARGS)
+
+clean:  ## remove what was built; the environment and runs/ stay
+	rm -rf build dist *.egg-info fusedmlp/_native_*.so fusedmlp/_build_info.json .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,137 @@
+#!/usr/bin/env bash
+# Everything that needs an NVIDIA GPU: bash bench/gpu.sh [all|build|test|sanitize|bench] (make gpu).
+# Runs with $PYTHON as it is: installs nothing and needs no network; a missing package skips what
+# needs it. Leaves at most 8 files in $RESULTS: machine.json, build.txt, test.txt, sanitize.txt,
+# bench.txt, bench.csv and summary.tsv, which the closing table is made from. Each part ends within
+# 8 minutes and can be called alone; 1 is returned when one of those called failed.
+set -u
+cd "$(dirname "$0")/.." || exit 1
+
+PYTHON=${PYTHON:-python3}
+RESULTS=${RESULTS:-bench/results/gpu}
+PARTS=(build test sanitize bench)
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+
+stop() { echo "gpu: $*" >&2; exit 1; }
+has() { "$PYTHON" -c "import $1" 2>/dev/null; }
+
+machine() {  # machine.json: what ran here, and the clocks around each part
+    "$PYTHON" - "$RESULTS/machine.json" "$1" <<'EOF'
+import datetime, json, pathlib, platform, subprocess, sys
+import torch
+
+def said(*command):
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+def version(name):
+    try:
+        return __import__(name).__version__
+    except ImportError:
+        return None
+
+def smi(*fields):
+    asked = said("nvidia-smi", "--query-gpu=" + ",".join(fields), "--format=csv,noheader", "-i", "0")
+    return dict(zip(fields, [value.strip() for value in asked.split(",")]))
+
+path, moment = pathlib.Path(sys.argv[1]), sys.argv[2]
+record = json.loads(path.read_text()) if path.exists() else {"clocks": {}}
+gpu = torch.cuda.get_device_properties(0)
+record.update(
+    gpu=gpu.name, capability=f"{gpu.major}.{gpu.minor}", multiprocessors=gpu.multi_processor_count,
+    memory_bytes=gpu.total_memory, driver=smi("driver_version").get("driver_version"),
+    python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda,
+    triton=version("triton"), nvcc=" ".join(said("nvcc", "--version").splitlines()[-2:-1]) or None,
+    commit=said("git", "rev-parse", "HEAD") or None,
+    changed_files=len(said("git", "status", "--porcelain", "-uno").splitlines()),
+    date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+)
+record["clocks"][moment] = smi("clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw",
+                               "power.limit", "temperature.gpu", "clocks_throttle_reasons.active")
+path.write_text(json.dumps(record, indent=2) + "\n")
+EOF
+}
+
+limited() {  # limited SECONDS COMMAND...: a command that is cut off says so
+    local seconds=$1; shift
+    timeout --kill-after=10 "$seconds" "$@"
+    local status=$?
+    [ $status -lt 124 ] || echo "gpu: cut off after $seconds s: $*"
+    return $status
+}
+
+part_build() {  # for the present architecture only, in place
+    local arch
+    arch=$("$PYTHON" -c "import torch; print('%d.%d' % torch.cuda.get_device_capability(0))") || return 1
+    has setuptools || { echo "gpu: $PYTHON has no setuptools: nothing is built"; return 1; }
+    TORCH_CUDA_ARCH_LIST=$arch FUSEDMLP_BUILD=cuda \
+        limited 400 "$PYTHON" setup.py -q build_native --editable-mode && return 0
+    echo "gpu: without CUDA:"
+    FUSEDMLP_BUILD=auto limited 60 "$PYTHON" setup.py -q build_native --editable-mode
+    return 1
+}
+
+part_test() {  # first what needs the GPU, then the rest, several at a time
+    has pytest || { echo "gpu: $PYTHON has no pytest: no test was run"; return 1; }
+    local status=0 workers=()
+    has xdist && workers=(-n 4)
+    limited 280 "$PYTHON" -m pytest -m gpu -rs -q || status=1
+    limited 180 "$PYTHON" -m pytest -m "not gpu and not slow" -rs -q "${workers[@]}" || status=1
+    return $status
+}
+
+part_sanitize() {  # the tests marked sanitize: one small case a kernel
+    local tool status=0
+    has pytest || { echo "gpu: $PYTHON has no pytest: nothing was sanitized"; return 1; }
+    PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
+    command -v compute-sanitizer >/dev/null || { echo "gpu: no compute-sanitizer"; return 3; }
+    for tool in memcheck racecheck initcheck synccheck; do
+        echo "== $tool"
+        # without torch's caching, so that each tensor has bounds of its own
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited 110 compute-sanitizer --tool "$tool" \
+            --target-processes all --error-exitcode 9 "$PYTHON" -m pytest -m sanitize -q -x \
+            -p no:cacheprovider || status=1
+    done
+    return $status
+}
+
+part_bench() {
+    limited 460 "$PYTHON" -m bench.run --device cuda --out "$RESULTS/bench.csv"
+}
+
+run_part() {
+    local part=$1 log=$RESULTS/$1.txt start=$SECONDS status word note
+    echo "== gpu: $part"
+    machine "$part before"
+    "part_$part" 2>&1 | tee "$log"
+    status=${PIPESTATUS[0]}
+    machine "$part after"
+    case $status in 0) word=ok ;; 3) word=skipped ;; *) word=FAILED ;; esac
+    note=$(grep -aE '^gpu: |^fusedmlp: | (passed|failed|error).* in [0-9.]+s' "$log" | tail -n 1)
+    [ -n "$note" ] || note=$(tail -n 1 "$log")
+    touch "$RESULTS/summary.tsv"
+    grep -v "^$part	" "$RESULTS/summary.tsv" >"$RESULTS/summary.new"
+    printf '%s\t%s\t%d\t%s\n' "$part" "$word" $((SECONDS - start)) "${note//	/ }" >>"$RESULTS/summary.new"
+    mv "$RESULTS/summary.new" "$RESULTS/summary.tsv"
+    [ $word != FAILED ]
+}
+
+case ${1:-all} in
+    all) wanted=("${PARTS[@]}") ;;
+    build | test | sanitize | bench) wanted=("$1") ;;
+    *) stop "unknown part '$1'; known: all ${PARTS[*]}" ;;
+esac
+command -v "$PYTHON" >/dev/null || stop "no $PYTHON here; give one: PYTHON=..."
+has torch || stop "$PYTHON has no torch"
+"$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available() or bool(torch.version.hip))" ||
+    stop "no NVIDIA GPU that torch can use"
+mkdir -p "$RESULTS" || stop "cannot write to $RESULTS"
+
+failed=0
+for part in "${wanted[@]}"; do run_part "$part" || failed=1; done
+echo
+awk -F '\t' 'BEGIN { printf "%-9s %-8s %8s  %s\n", "part", "result", "seconds", "" }
+             { printf "%-9s %-8s %8d  %s\n", $1, $2, $3, substr($4, 1, 100) }' "$RESULTS/summary.tsv"
+exit $failed

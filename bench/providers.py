@@ -1,0 +1,396 @@
+"""The ways to run a case, and the check that each computes what the case says. Times nothing.
+
+Providers: `eager` PyTorch; `compile` and `max-autotune` (CUDA, with CUDA graphs) of it; `graph`, a
+hand-made CUDA graph of it; `addmm` = torch._addmm_activation; `auto`, this package with its own
+choice of backend, and each of its backends by name; `auto graph`, a CUDA graph of `auto`; `floor`,
+what no implementation can do without: copies of the tensors, or the bare GEMMs through torch.
+
+Check: outputs and gradients against an fp64 oracle with the same mask, in relative Frobenius norm, at
+most 2 x plain PyTorch's own error + eps / 2 (for PyTorch's other providers 4 times that: it is a
+guard against another function, the test suite holds the error budget). Our mask is known. PyTorch's
+is read off its output, and its rate must be p within 5 sigma; behind several dropouts, where it
+cannot be read, loss and gradient norms must be near those of plain PyTorch with our mask.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fusedmlp
+from fusedmlp import activations, dispatch, rng
+from fusedmlp import functional as FF
+
+from .cases import Case
+
+SEED = 0x5EED
+_EPS_TF32 = 2.0**-10
+_MODULES = {
+    "none": nn.Identity, "relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "elu": nn.ELU,
+    "sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "softplus": nn.Softplus, "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"), "silu": nn.SiLU,
+}  # fmt: skip
+
+
+class Unavailable(RuntimeError):
+    """A provider that cannot run a case here; the message is the reason."""
+
+
+@dataclass
+class Provider:
+    """One way to run a case.
+
+    run      what is timed
+    results  {} for a floor, else one result by name, fresh; with `ours`, of the mask of SEED
+    ours     True where the mask is this package's
+    """
+
+    name: str
+    run: Callable[[], object]
+    results: Callable[[], dict[str, Tensor]]
+    ours: bool = False
+
+
+def default_names(case: Case) -> list[str]:
+    """The providers of a case, the baseline first."""
+    ours = ["auto", *dispatch.backends()]
+    if case.group == "grid":
+        return ["eager", "auto", "native" if case.device == "cpu" else "triton"]
+    names = ["eager", "compile"]
+    if case.device == "cuda":
+        # Tuned kernels take half a minute a shape: left out where the whole product is run.
+        names += [] if case.group == "shapes" else ["max-autotune"]
+        names += ["graph", "auto graph"] if case.op == "net" else []
+    if case.mode == "infer" and case.op == "linear_act":
+        names.append("addmm")
+    if case.op in ("net", "layer"):
+        ours.remove("reference")
+    return names + ours + ["floor"]
+
+
+class Problem:
+    """A case with its inputs: random normal leaves, the incoming gradient, and its providers."""
+
+    def __init__(self, case: Case, seed: int = 1):
+        self.case = case
+        g = torch.Generator().manual_seed(seed)
+
+        def randn(*shape: int, scale: float = 1.0) -> Tensor:
+            t = torch.randn(*shape, generator=g)
+            return (t * scale).to(case.device, case.torch_dtype)
+
+        first = case.layers[0]
+        self.leaves = {"x": randn(case.m, first[0] or first[1])}
+        for i, (k, n, _, _) in enumerate(case.layers):
+            if k:
+                self.leaves[f"w{i}"] = randn(n, k, scale=k**-0.5)
+            if case.op != "dropout":
+                self.leaves[f"b{i}"] = randn(n, scale=1.0 if case.elementwise else 0.1)
+        for name, t in self.leaves.items():
+            t.requires_grad_(name != "x" or case.mode != "step")
+        self.wanted = [name for name, t in self.leaves.items() if t.requires_grad]
+        classes = case.layers[-1][1]
+        self.targets = torch.randint(classes, (case.m,), generator=g).to(case.device)
+        self.dy = randn(case.m, classes)
+        self._zero_near_kink()
+        self._expected: tuple[dict, dict] | None = None
+
+    def _zero_near_kink(self) -> None:
+        """Where rounding decides the side of 0 that z is on, either derivative of relu is right."""
+        if len(self.case.layers) > 1 or self.case.layers[0][2] not in ("relu", "leaky_relu"):
+            return
+        x, w, b = (self.leaves.get(n) for n in ("x", "w0", "b0"))
+        with torch.no_grad():
+            z, size = (x, x.abs()) if w is None else (x @ w.T, x.abs() @ w.abs().T)
+            eps = self._eps()
+            self.dy[(z.float() + b.float()).abs() < 2 * eps * (size.float() + b.abs())] = 0
+
+    def _eps(self) -> float:
+        return _EPS_TF32 if self.case.dtype == "tf32" else torch.finfo(self.dy.dtype).eps
+
+    # --- providers -------------------------------------------------------------------------------
+
+    def provider(self, name: str) -> Provider:
+        """The provider of that name, not warmed up; raises Unavailable."""
+        case = self.case
+        if name == "floor":
+            return Provider(name, self._floor(), dict)
+        if name.endswith("graph"):
+            inner = self.provider("auto" if name.startswith("auto") else "eager")
+            return Provider(name, _captured(inner.run), inner.results, inner.ours)
+        backend, ours = None, name not in ("eager", "compile", "max-autotune", "addmm")
+        if ours and name != "auto":
+            backend = name
+            reasons = dispatch._BY_NAME[name].refuses(case.device, case.torch_dtype)
+            if reasons:
+                raise Unavailable("; ".join(reasons))
+        if case.op in ("layer", "net"):
+            forward, parameters = self._module(name, ours)
+        else:
+            forward, parameters = self._functional(name, backend, ours), None
+        scope = contextlib.nullcontext
+        if backend and case.op in ("layer", "net"):
+            scope = lambda: fusedmlp.use_backend(backend)  # noqa: E731
+        run, results = self._timed(forward, parameters, scope)
+        return Provider(name, run, results, ours)
+
+    def _functional(self, name: str, backend: str | None, ours: bool) -> Callable[[], Tensor]:
+        x, w, b = (self.leaves.get(n) for n in ("x", "w0", "b0"))
+        _, _, act, p = self.case.layers[0]
+        if name == "addmm":
+            if act not in ("relu", "gelu", "gelu_tanh"):
+                raise Unavailable(f"torch._addmm_activation has no {act}")
+            gelu = act != "relu"
+            return lambda: F.dropout(torch._addmm_activation(b, x, w.t(), use_gelu=gelu), p)
+        if ours:
+            if self.case.op == "dropout":
+                return lambda: FF.dropout(x, p, backend=backend)
+            if w is None:
+                return lambda: FF.bias_act_dropout(x, b, act, p=p, backend=backend)
+            return lambda: FF.linear_act(x, w, b, act, p=p, backend=backend)
+
+        def eager(x, w, b):
+            z = F.linear(x, w, b) if w is not None else x if b is None else x + b
+            y = activations.TABLE[activations.IDS[act]].forward(z, 0.01)
+            return F.dropout(y, p) if p else y
+
+        function = _compiled(name, eager)
+        return lambda: function(x, w, b)
+
+    def _module(self, name: str, ours: bool):
+        """(forward, parameters); in a step, forward is the loss."""
+        modules: list[nn.Module] = []
+        for i, (k, n, act, p) in enumerate(self.case.layers):
+            linear = nn.Linear(k, n, device=self.case.device, dtype=self.case.torch_dtype)
+            linear.weight = nn.Parameter(self.leaves[f"w{i}"].detach().clone())
+            linear.bias = nn.Parameter(self.leaves[f"b{i}"].detach().clone())
+            modules += [linear] + [_MODULES[act]()] * (act != "none") + [nn.Dropout(p)] * (p > 0)
+        net: nn.Module = nn.Sequential(*modules)
+        if ours:
+            if not hasattr(fusedmlp, "fuse"):
+                raise Unavailable("this version has no fuse()")
+            net = fusedmlp.fuse(copy.deepcopy(net))
+        x, targets = self.leaves["x"], self.targets
+        if self.case.mode != "step":
+            net = _compiled(name, net)
+            return (lambda: net(x)), list(net.parameters())
+        loss = _compiled(name, lambda x, t: F.cross_entropy(net(x).float(), t))
+        return (lambda: loss(x, targets)), list(net.parameters())
+
+    def _timed(self, forward, parameters, scope):
+        """(run, results) of a mode. wanted: x if it needs a gradient, then weights and biases."""
+        mode, dy = self.case.mode, self.dy
+        leaves = [self.leaves[n] for n in self.wanted]
+        if parameters is not None:
+            leaves = [t for t in leaves if t is self.leaves["x"]] + parameters
+
+        def with_grads():
+            with scope():
+                y = forward()
+                return y, torch.autograd.grad(y, leaves, dy)
+
+        if mode == "step":
+            # A step so small that thousands of them leave the values as they are.
+            optimizer = torch.optim.SGD(parameters, lr=1e-6)
+
+            def step():
+                with scope():
+                    optimizer.zero_grad()
+                    loss = forward()
+                    loss.backward()
+                    optimizer.step()
+                return loss
+
+            def step_results():
+                loss = step().detach()
+                return self._named(loss, [p.grad for p in parameters])
+
+            return step, step_results
+        if mode == "infer":
+
+            def infer():
+                with torch.no_grad(), scope():
+                    return forward()
+
+            return infer, lambda: {"y": infer().clone()}
+        results = lambda: self._named(*with_grads())  # noqa: E731
+        if mode == "fwd":
+
+            def fwd():
+                with scope():
+                    return forward()
+
+            return fwd, results
+        if mode == "bwd":
+            made = []
+
+            def bwd():
+                if not made:
+                    made.append(forward())
+                with scope():
+                    return torch.autograd.grad(made[0], leaves, dy, retain_graph=True)
+
+            return bwd, results
+        return with_grads, results
+
+    def _named(self, y: Tensor, grads) -> dict[str, Tensor]:
+        names = [f"d{n}" for n in self.wanted]
+        grads = [g.detach().clone() for g in grads]
+        return {"y": y.detach().clone()} | dict(zip(names, grads, strict=True))
+
+    def _floor(self) -> Callable[[], object]:
+        case, mode = self.case, self.case.mode
+        forward, backward = mode != "bwd", mode not in ("infer", "fwd")
+        calls: list[Callable[[], object]] = []
+        with torch.no_grad():
+            x = self.leaves["x"].detach()
+            if case.elementwise:
+                saved = x.clone()
+                calls += [lambda: torch.clone(x)] * forward
+                calls += [lambda: torch.mul(self.dy, saved)] * backward
+            for i, (k, n, _, _) in enumerate(case.layers):
+                if k:
+                    calls += self._gemms(i, k, n, forward, backward)
+
+        def run():
+            with torch.no_grad():
+                for call in calls:
+                    call()
+
+        return run
+
+    def _gemms(self, i: int, k: int, n: int, forward: bool, backward: bool):
+        """The bare products of layer i: z = x w^T, dx = dz w, dw = dz^T x, into given memory."""
+        like = self.dy
+        x = self.leaves["x"].detach() if i == 0 else torch.randn_like(like.new_empty(self.case.m, k))
+        w = self.leaves[f"w{i}"].detach()
+        dz = torch.randn_like(like.new_empty(self.case.m, n))
+        z, dx, dw = torch.empty_like(dz), torch.empty_like(x), torch.empty_like(w)
+        calls = [lambda: torch.mm(x, w.t(), out=z)] * forward
+        if backward:
+            if i > 0 or self.case.mode != "step":
+                calls.append(lambda: torch.mm(dz, w, out=dx))
+            calls.append(lambda: torch.mm(dz.t(), x, out=dw))
+        return calls
+
+    # --- check -----------------------------------------------------------------------------------
+
+    def wrong(self, provider: Provider) -> str | None:
+        """Why a provider's result is not what the case says; None when it is right."""
+        if provider.name == "floor":
+            return None
+        with fusedmlp.dropout_state(SEED) if provider.ours else contextlib.nullcontext():
+            got = provider.results()
+        dropouts = sum(p > 0 for *_, p in self.case.layers)
+        if provider.ours or dropouts == 0:
+            masks = self._our_masks()
+        elif len(self.case.layers) == 1:
+            masks, reason = self._seen_mask(got["y"])
+            if reason:
+                return reason
+        else:
+            return self._far_from_plain(got)
+        oracle = self._plain(masks, torch.float64)
+        plain = self._plain(masks, self.case.torch_dtype)
+        slack = 1 if provider.ours else 4
+        for name, t in got.items():
+            limit = slack * (2 * _error(plain[name], oracle[name]) + self._eps() / 2)
+            if len(self.case.layers) > 1:
+                limit = max(limit, 1e-3)  # one hidden unit on the other side of relu's kink
+            error = _error(t, oracle[name])
+            if not error <= limit:
+                return f"{name} is wrong: relative error {error:.1e}, at most {limit:.1e} allowed"
+        return None
+
+    def _our_masks(self) -> list[Tensor | None]:
+        state = torch.tensor([SEED, 0], dtype=torch.int64, device=self.case.device)
+        return [
+            rng.keep_mask(state, i, self.case.m, n, rng.threshold_and_scale(p)[0]) if p else None
+            for i, (_, n, _, p) in enumerate(self.case.layers)
+        ]
+
+    def _seen_mask(self, y: Tensor) -> tuple[list[Tensor | None], str | None]:
+        p = self.case.layers[0][3]
+        live = self._plain([None], torch.float64, p_override=0.0, grads=False)["y"] != 0
+        kept = (y != 0) | ~live
+        seen, n = 1 - kept[live].double().mean().item(), max(1, int(live.sum()))
+        if abs(seen - p) > 5 * (p * (1 - p) / n) ** 0.5 + 1 / n:
+            return [kept], f"drops a share of {seen:.4f}, not {p:g}"
+        return [kept], None
+
+    def _far_from_plain(self, got: dict[str, Tensor]) -> str | None:
+        plain = self._plain(self._our_masks(), self.case.torch_dtype)
+        for name, t in got.items():
+            is_loss = name == "y" and t.dim() == 0
+            size, want = t.double().norm().item(), plain[name].double().norm().item()
+            if not abs(size - want) <= (0.1 if is_loss else 0.3) * want:
+                return f"{name} has norm {size:.3g}, plain PyTorch {want:.3g}"
+        return None
+
+    def _plain(self, masks, dtype, p_override=None, grads=True) -> dict[str, Tensor]:
+        """Value and gradients from PyTorch's own functions with the given masks (M, N)."""
+        leaves = {n: t.detach().to(dtype).requires_grad_(grads) for n, t in self.leaves.items()}
+        h = leaves["x"]
+        for i, (k, _, act, p) in enumerate(self.case.layers):
+            p = p if p_override is None else p_override
+            b = leaves.get(f"b{i}")
+            h = F.linear(h, leaves[f"w{i}"], b) if k else h if b is None else h + b
+            h = activations.TABLE[activations.IDS[act]].forward(h, 0.01)
+            if p and masks[i] is not None:
+                scale = 1 / (1 - p) if dtype == torch.float64 else rng.threshold_and_scale(p)[1]
+                h = torch.where(masks[i], h * scale, 0.0)
+        if self.case.mode == "step":
+            # As in the providers: the loss of 16-bit logits is taken in fp32.
+            h = F.cross_entropy(h if dtype == torch.float64 else h.float(), self.targets)
+        if not grads:
+            return {"y": h.detach()}
+        dy = None if self.case.mode == "step" else self.dy.to(dtype)
+        return self._named(h, torch.autograd.grad(h, [leaves[n] for n in self.wanted], dy))
+
+
+def _error(got: Tensor, oracle: Tensor) -> float:
+    """Relative Frobenius error; of an oracle that is all zeros, the norm."""
+    size = oracle.norm().item()
+    return (got.double() - oracle).norm().item() / (size or 1.0)
+
+
+def _compiled(name: str, function):
+    """`function` itself unless the provider's name asks for a compiled one."""
+    if name == "compile":
+        return torch.compile(function, dynamic=False)
+    if name != "max-autotune":
+        return function
+    compiled = torch.compile(function, dynamic=False, mode="max-autotune")
+
+    def run(*args):
+        torch.compiler.cudagraph_mark_step_begin()
+        return compiled(*args)
+
+    if isinstance(function, nn.Module):
+        run.parameters = function.parameters
+    return run
+
+
+def _captured(run: Callable[[], object]) -> Callable[[], object]:
+    """A replay of `run` as one CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = run()
+
+    def replay():
+        graph.replay()
+        return kept
+
+    return replay

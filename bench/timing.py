@@ -1,0 +1,203 @@
+"""Timers for CPU and CUDA, and the protocol that every figure of this project follows.
+
+1. Correct first. A function whose result is wrong gets no number, only the reason (providers.py).
+2. Inputs and incoming gradients exist before the clock starts, are random normal and never zeros:
+   a GPU draws less power, and clocks higher, on zeros.
+3. No gradient accumulates: torch.autograd.grad in ops; in a step, zero_grad belongs to the step.
+4. All functions that are compared run in one process, in rounds: each round times every function
+   once, in random order. A slow phase of the machine falls on neighbours.
+5. Figures are the median, p20 and p80 over rounds. A ratio is taken within each round, and its
+   median, p20 and p80 over rounds are given: on a shared machine read the ratios, not the times.
+6. Rounds go on until a time budget is spent, at least `min_rounds`. One sample calls a function as
+   often as fills `sample_ms`, so that reading the clock costs nothing.
+7. Warm: the same tensors each call, in whichever cache they fit. Cold: a buffer larger than the last
+   cache is written before each call, outside the clock. Which one it was is in the row.
+8. CUDA: device events around the calls, with the queue kept full: the device is first put to sleep
+   until the host has enqueued everything (checked, and repeated with a longer sleep), so that host
+   gaps are not measured. Host time per call is a figure of its own. A training step is also timed
+   by the wall clock, as that is what its user waits for.
+9. Threads are set by torch.set_num_threads and stated; the garbage collector is off meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    """The q-th percentile, 0 <= q <= 100, linear between neighbours."""
+    if not values:
+        raise ValueError("percentile: values must not be empty")
+    ordered = sorted(values)
+    at = (len(ordered) - 1) * q / 100
+    low = int(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+
+
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """(median, p20, p80)."""
+    return percentile(values, 50), percentile(values, 20), percentile(values, 80)
+
+
+@dataclass
+class Timing:
+    """Milliseconds per call, one entry a round; host_ms is the time until the call returned."""
+
+    ms: list[float] = field(default_factory=list)
+    host_ms: list[float] = field(default_factory=list)
+
+
+def ratio(above: Timing, below: Timing) -> tuple[float, float, float]:
+    """(median, p20, p80) of time of `above` over time of `below`, taken round by round."""
+    return spread([a / b for a, b in zip(above.ms, below.ms, strict=True)])
+
+
+class CpuTimer:
+    """Wall time of `calls` calls.
+
+    cold  evict the caches before each call
+    sync  what makes asynchronous work finish; for the wall clock on a GPU
+    """
+
+    max_calls = 2000
+
+    def __init__(self, cold: bool = False, sync: Callable[[], None] | None = None):
+        self._sync = sync
+        self._evict = torch.ones(32 << 20) if cold else None  # 128 MiB
+
+    def sample(self, function: Callable[[], object], calls: int) -> tuple[float, float]:
+        """(ms, host ms) per call."""
+        if self._evict is not None:
+            self._evict.add_(1)
+            calls = 1
+        if self._sync:
+            self._sync()
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        host = time.perf_counter() - start
+        if self._sync:
+            self._sync()
+        taken = time.perf_counter() - start
+        return taken / calls * 1e3, host / calls * 1e3
+
+
+class CudaTimer:
+    """Device time of `calls` calls by events, the queue kept full."""
+
+    max_calls = 20  # about a thousand launches fit in the queue; then the host would wait
+
+    def __init__(self, cold: bool = False):
+        self._flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda") if cold else None
+        self._sleep = 1_000_000  # clock cycles
+
+    def sample(self, function: Callable[[], object], calls: int) -> tuple[float, float]:
+        """(ms, host ms) per call."""
+        for _ in range(6):
+            pairs = self._events(calls)
+            torch.cuda.synchronize()
+            torch.cuda._sleep(self._sleep)
+            host = time.perf_counter()
+            if self._flush is None:
+                self._between(*pairs[0], function, calls)
+            else:
+                for pair in pairs:
+                    self._flush.zero_()
+                    self._between(*pair, function, 1)
+            host = time.perf_counter() - host
+            host_was_ahead = not pairs[0][0].query()
+            torch.cuda.synchronize()
+            if host_was_ahead:
+                break
+            # Half a second at most: a function that itself waits for the device is never ahead.
+            self._sleep = min(self._sleep * 2, 1_000_000_000)
+        taken = sum(start.elapsed_time(end) for start, end in pairs)
+        return taken / calls, host / calls * 1e3
+
+    def _events(self, calls: int):
+        n = 1 if self._flush is None else calls
+        return [
+            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            for _ in range(n)
+        ]
+
+    @staticmethod
+    def _between(start, end, function, calls):
+        start.record()
+        for _ in range(calls):
+            function()
+        end.record()
+
+
+def timer(device: str, cold: bool = False, wall: bool = False) -> CpuTimer | CudaTimer:
+    """The timer for a device; `wall` times CUDA work as its user waits for it."""
+    if device == "cpu":
+        return CpuTimer(cold)
+    return CpuTimer(cold, torch.cuda.synchronize) if wall else CudaTimer(cold)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection():
+    was = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def measure(
+    functions: dict[str, Callable[[], object]],
+    timer: CpuTimer | CudaTimer,
+    *,
+    budget_s: float = 1.0,
+    min_rounds: int = 10,
+    max_rounds: int = 500,
+    sample_ms: float = 1.0,
+    seed: int = 0,
+) -> dict[str, Timing]:
+    """Times functions in interleaved rounds; entry i of every Timing is of the same round.
+
+    functions  name -> what to time, warmed up here
+    budget_s   seconds to spend on all of them, warm-up apart
+    """
+    order, shuffle = list(functions), random.Random(seed).shuffle
+    timings = {name: Timing() for name in functions}
+    with _no_garbage_collection():
+        calls = {name: _calls(function, timer, sample_ms) for name, function in functions.items()}
+        end = time.perf_counter() + budget_s
+        for done in range(max_rounds):
+            if done >= min_rounds and time.perf_counter() >= end:
+                break
+            shuffle(order)
+            for name in order:
+                ms, host_ms = timer.sample(functions[name], calls[name])
+                timings[name].ms.append(ms)
+                timings[name].host_ms.append(host_ms)
+    return timings
+
+
+def _calls(function: Callable[[], object], timer: CpuTimer | CudaTimer, sample_ms: float) -> int:
+    """How many calls fill a sample; runs the function until it is warm."""
+    for _ in range(3):
+        function()
+    fastest = min(timer.sample(function, 1)[0] for _ in range(3))
+    return max(1, min(timer.max_calls, round(sample_ms / max(fastest, 1e-6))))
+
+
+def pooled(first: dict[str, Timing], second: dict[str, Timing]) -> dict[str, Timing]:
+    """The rounds of two measurements of the same functions, one after the other."""
+    return {
+        name: Timing(t.ms + second[name].ms, t.host_ms + second[name].host_ms)
+        for name, t in first.items()
+    }

@@ -1,0 +1,153 @@
+// The launchers: cut a call into tiles, run them on threads, add up the partial sums.
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/plan.h"
+
+namespace fusedmlp::cpu {
+namespace {
+
+// Elements for which another thread is worth its start.
+constexpr int64_t kGrain = 16384;
+// Outputs at least this large go past the caches: nothing of them would be left there.
+constexpr int64_t kStreamBytes = int64_t(1) << 40;
+
+template <class Body>
+int run(ParallelFor parallel, int64_t n, int64_t grain, const Body& body) {
+    if (n <= grain) {
+        body(0, n);
+        return 0;
+    }
+    const auto call = [](int64_t begin, int64_t end, void* context) {
+        (*static_cast<const Body*>(context))(begin, end);
+    };
+    return parallel(0, n, grain, call, const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+// Calls body(tile) for every tile; body may fill in more of it before running the kernel.
+template <class Body>
+int for_each_tile(
+    const Tile& common, const Plan& plan, const Inputs& inputs, ParallelFor parallel, const Body& body
+) {
+    const int64_t elements = plan.tile_rows * plan.width;
+    return run(
+        parallel, plan.tiles(), std::max<int64_t>(1, kGrain / elements),
+        [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) {
+                Tile t = common;
+                const int64_t row_tile = i / plan.col_tiles;
+                t.row0 = row_tile * plan.tile_rows;
+                t.row1 = std::min(plan.rows, t.row0 + plan.tile_rows);
+                t.col0 = i % plan.col_tiles * plan.width;
+                t.width = std::min(plan.width, plan.cols - t.col0);
+                inputs.apply(t);
+                body(t, row_tile);
+            }
+        }
+    );
+}
+
+Tile common_tile(const EpilogueParams& e, const Plan& plan, void* out, const void* in) {
+    Tile t{};
+    t.out = out;
+    t.in = in;
+    t.scale = e.drop.threshold ? e.drop.scale : 1.0f;
+    t.stream = e.dtype == Dtype::kFloat32 && plan.size * 4 >= kStreamBytes && plan.cols % 16 == 0 &&
+               reinterpret_cast<uintptr_t>(out) % 64 == 0;
+    t.size = plan.size;
+    t.cols = plan.cols;
+    return t;
+}
+
+bool all_dropped(const EpilogueParams& e) { return e.drop.threshold >> 32; }
+
+// The sum over tiles and folded rows of each of `cols` columns.
+void add_up(float* out, const double* sums, int64_t stride, const Plan& plan, int64_t cols) {
+    for (int64_t c = 0; c < cols; ++c) {
+        double total = 0;
+        for (int64_t f = 0; f < plan.fold; ++f) {
+            const double* at = sums + f * cols + c;
+            for (int64_t tile = 0; tile < plan.row_tiles; ++tile) total += at[tile * stride];
+        }
+        out[c] = float(total);
+    }
+}
+
+}  // namespace
+
+int launch_bias_act_dropout_fwd(const BiasActDropoutFwdParams& p, ParallelFor parallel) {
+    const EpilogueParams& e = p.e;
+    if (e.rows == 0 || e.cols == 0) return 0;
+    if (all_dropped(e)) {
+        std::memset(p.y, 0, size_t(e.rows * e.cols) * size_of(e.dtype));
+        return 0;
+    }
+    const Plan plan = make_plan(e, false);
+    const Inputs inputs(e, plan);
+    const Kernel kernel = kernels().fwd(e.act, e.dtype, e.drop.threshold != 0);
+    return for_each_tile(
+        common_tile(e, plan, p.y, p.x), plan, inputs, parallel,
+        [kernel](Tile& t, int64_t) { kernel(t); }
+    );
+}
+
+int launch_bias_act_dropout_bwd(const BiasActDropoutBwdParams& p, ParallelFor parallel) {
+    const EpilogueParams& e = p.e;
+    const size_t bias_bytes = size_t(e.cols) * size_of(e.bias_dtype);
+    const size_t slope_bytes = size_t(e.slope_size) * size_of(e.slope_dtype);
+    if (e.rows == 0 || e.cols == 0 || all_dropped(e)) {
+        std::memset(p.dz, 0, size_t(e.rows * e.cols) * size_of(e.dtype));
+        if (p.db) std::memset(p.db, 0, bias_bytes);
+        if (p.dslope) std::memset(p.dslope, 0, slope_bytes);
+        return 0;
+    }
+    const Plan plan = make_plan(e, p.db || p.dslope);
+    const Inputs inputs(e, plan);
+    const Kernel kernel = kernels().bwd(e.act, p.saves, e.dtype, e.drop.threshold != 0);
+    Tile common = common_tile(e, plan, p.dz, p.dy);
+    common.saved = p.saved;
+
+    // One row of sums for each row of tiles, for db and for dslope.
+    const int64_t stride = round_up(plan.cols, kPad) + kPad, plane = stride * plan.row_tiles;
+    double* db = nullptr;
+    double* dslope = nullptr;
+    if (p.db || p.dslope) {
+        const int64_t planes = (p.db != nullptr) + (p.dslope != nullptr);
+        auto* sums = static_cast<double*>(scratch(kSumSlot, size_t(planes * plane) * sizeof(double)));
+        if (p.db) db = sums;
+        if (p.dslope) dslope = sums + (planes - 1) * plane;
+    }
+    int failed = for_each_tile(
+        common, plan, inputs, parallel,
+        [=](Tile& t, int64_t row_tile) {
+            alignas(64) float rows[2 * (kMaxWidth + kPad)];
+            t.scratch = rows;
+            if (db) {
+                t.db = db + row_tile * stride + t.col0;
+                std::fill_n(t.db, round_up(t.width, kPad), 0.0);
+            }
+            if (dslope) {
+                t.dslope = dslope + row_tile * stride + t.col0;
+                std::fill_n(t.dslope, round_up(t.width, kPad), 0.0);
+            }
+            kernel(t);
+        }
+    );
+    auto* sums = static_cast<float*>(scratch(kBiasSlot, size_t(e.cols) * sizeof(float)));
+    if (db) {
+        add_up(sums, db, stride, plan, e.cols);
+        from_float(p.db, sums, e.bias_dtype, e.cols);
+    }
+    if (dslope) {
+        add_up(sums, dslope, stride, plan, e.cols);
+        if (e.slope_size == 1) {
+            double total = 0;
+            for (int64_t c = 0; c < e.cols; ++c) total += double(sums[c]);
+            sums[0] = float(total);
+        }
+        from_float(p.dslope, sums, e.slope_dtype, e.slope_size);
+    }
+    return failed;
+}
+
+}  // namespace fusedmlp::cpu

@@ -1,0 +1,5 @@
+#include "cpu/tile.h"
+#include "cpu/vec_avx2.h"
+
+#define FUSEDMLP_ISA avx2
+#include "cpu/fwd_impl.h"

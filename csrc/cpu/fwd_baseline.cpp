@@ -1,0 +1,5 @@
+#include "cpu/tile.h"
+#include "cpu/vec_baseline.h"
+
+#define FUSEDMLP_ISA baseline
+#include "cpu/fwd_impl.h"

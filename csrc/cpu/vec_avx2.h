@@ -1,0 +1,110 @@
+// Eight floats a vector: AVX2, FMA and F16C. Same functions as vec_baseline.h, which says what
+// each does; for files compiled with -mavx2 -mfma -mf16c only.
+#pragma once
+
+#include <immintrin.h>
+
+namespace fusedmlp::avx2 {
+
+constexpr int VL = 8;
+using VF = __m256;
+using VI = __m256i;
+using VM = __m256;   // all bits of a lane
+using VQ = __m256i;  // four 64-bit lanes
+
+#define FN static inline __attribute__((always_inline))
+
+FN VF set1(float v) { return _mm256_set1_ps(v); }
+FN VF load(const float* p) { return _mm256_loadu_ps(p); }
+FN void store(float* p, VF v) { _mm256_storeu_ps(p, v); }
+FN void stream(float* p, VF v) { _mm256_stream_ps(p, v); }
+FN void fence() { _mm_sfence(); }
+FN VF fma(VF a, VF b, VF c) { return _mm256_fmadd_ps(a, b, c); }
+FN VF fnma(VF a, VF b, VF c) { return _mm256_fnmadd_ps(a, b, c); }
+FN VF max(VF a, VF b) { return _mm256_max_ps(a, b); }
+FN VF min(VF a, VF b) { return _mm256_min_ps(a, b); }
+FN VF sqrt(VF a) { return _mm256_sqrt_ps(a); }
+FN VF sign(VF a) { return _mm256_and_ps(a, set1(-0.0f)); }
+FN VF abs(VF a) { return _mm256_andnot_ps(set1(-0.0f), a); }
+FN VF flip(VF a, VF sign_bit) { return _mm256_xor_ps(a, sign_bit); }
+
+FN VM gt(VF a, VF b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
+FN VM le(VF a, VF b) { return _mm256_cmp_ps(a, b, _CMP_LE_OQ); }
+FN VF select(VM m, VF a, VF b) { return _mm256_blendv_ps(b, a, m); }
+FN VF keep_if(VM m, VF a) { return _mm256_and_ps(m, a); }
+FN VF drop_if(VM m, VF a) { return _mm256_andnot_ps(m, a); }
+
+FN VF round(VF a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+FN VF pow2(VF n) {
+    const VI bits = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 23));
+}
+FN VF scale_by_pow2(VF p, VF n) {
+    const VI i = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(i, 1);
+    const VI bias = _mm256_set1_epi32(127);
+    const VI a = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
+    const VI b = _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(i, half), bias), 23);
+    return p * _mm256_castsi256_ps(a) * _mm256_castsi256_ps(b);
+}
+
+FN void add_to_double(double* p, VF v) {
+    _mm256_storeu_pd(p, _mm256_loadu_pd(p) + _mm256_cvtps_pd(_mm256_castps256_ps128(v)));
+    _mm256_storeu_pd(p + 4, _mm256_loadu_pd(p + 4) + _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)));
+}
+
+FN VF load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+FN void store(Half* p, VF v) {
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+FN VF load(const BFloat* p) {
+    const VI v = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
+}
+FN void store(BFloat* p, VF v) {
+    const VI bits = _mm256_castps_si256(v);
+    const VI lsb = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const VI up = _mm256_add_epi32(bits, _mm256_add_epi32(lsb, _mm256_set1_epi32(0x7fff)));
+    const VI nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const VI quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x00400000));
+    const VI r = _mm256_srli_epi32(_mm256_blendv_epi8(up, quiet, nan), 16);
+    const __m128i lo = _mm256_castsi256_si128(r), hi = _mm256_extracti128_si256(r, 1);
+    _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(lo, hi));
+}
+
+FN VI load_bits(const uint32_t* p) { return _mm256_loadu_si256((const VI*)p); }
+FN void store_bits(uint32_t* p, VI v) { _mm256_storeu_si256((VI*)p, v); }
+FN VI set1_bits(uint32_t v) { return _mm256_set1_epi32(int(v)); }
+FN VM not_below(VI w, VI threshold) {
+    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(w, threshold), w));
+}
+
+FN VQ set1_q(uint64_t v) { return _mm256_set1_epi64x((long long)v); }
+FN VQ lanes_q() { return _mm256_setr_epi64x(0, 1, 2, 3); }
+FN VQ load_q(const uint32_t* p) { return _mm256_cvtepu32_epi64(_mm_loadu_si128((const __m128i*)p)); }
+FN VQ add_q(VQ a, VQ b) { return _mm256_add_epi64(a, b); }
+FN VQ mul_q(VQ a, VQ b) { return _mm256_mul_epu32(a, b); }
+FN VQ high_q(VQ a) { return _mm256_srli_epi64(a, 32); }
+FN VQ xor_q(VQ a, VQ b, VQ c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
+
+FN VQ pair_q(VQ w, VQ next) {
+    const VI twice = _mm256_setr_epi8(
+        0, 1, 2, 3, 2, 3, -1, -1, 8, 9, 10, 11, 10, 11, -1, -1,
+        0, 1, 2, 3, 2, 3, -1, -1, 8, 9, 10, 11, 10, 11, -1, -1
+    );
+    return _mm256_or_si256(_mm256_shuffle_epi8(w, twice), _mm256_slli_epi64(next, 48));
+}
+FN void in_order(const VQ pair[4], VI out[4]) {
+    const VI a = _mm256_unpacklo_epi64(pair[0], pair[1]), b = _mm256_unpacklo_epi64(pair[2], pair[3]);
+    const VI c = _mm256_unpackhi_epi64(pair[0], pair[1]), d = _mm256_unpackhi_epi64(pair[2], pair[3]);
+    out[0] = _mm256_permute2x128_si256(a, b, 0x20);
+    out[1] = _mm256_permute2x128_si256(c, d, 0x20);
+    out[2] = _mm256_permute2x128_si256(a, b, 0x31);
+    out[3] = _mm256_permute2x128_si256(c, d, 0x31);
+}
+FN void store_groups(uint32_t* out, const uint32_t* offset, const VI v[4]) {
+    for (int i = 0; i < 4; ++i) store_bits(out + offset[i], v[i]);
+}
+
+#undef FN
+
+}  // namespace fusedmlp::avx2

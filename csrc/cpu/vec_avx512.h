@@ -1,0 +1,107 @@
+// Sixteen floats a vector: AVX-512 F, BW, DQ and VL. Same functions as vec_baseline.h, which says
+// what each does; for files compiled with those flags only.
+#pragma once
+
+#include <immintrin.h>
+
+namespace fusedmlp::avx512 {
+
+constexpr int VL = 16;
+using VF = __m512;
+using VI = __m512i;
+using VM = __mmask16;
+using VQ = __m512i;  // eight 64-bit lanes
+
+#define FN static inline __attribute__((always_inline))
+
+FN VF set1(float v) { return _mm512_set1_ps(v); }
+FN VF load(const float* p) { return _mm512_loadu_ps(p); }
+FN void store(float* p, VF v) { _mm512_storeu_ps(p, v); }
+FN void stream(float* p, VF v) { _mm512_stream_ps(p, v); }
+FN void fence() { _mm_sfence(); }
+FN VF fma(VF a, VF b, VF c) { return _mm512_fmadd_ps(a, b, c); }
+FN VF fnma(VF a, VF b, VF c) { return _mm512_fnmadd_ps(a, b, c); }
+FN VF max(VF a, VF b) { return _mm512_max_ps(a, b); }
+FN VF min(VF a, VF b) { return _mm512_min_ps(a, b); }
+FN VF sqrt(VF a) { return _mm512_sqrt_ps(a); }
+FN VF sign(VF a) { return _mm512_and_ps(a, set1(-0.0f)); }
+FN VF abs(VF a) { return _mm512_andnot_ps(set1(-0.0f), a); }
+FN VF flip(VF a, VF sign_bit) { return _mm512_xor_ps(a, sign_bit); }
+
+FN VM gt(VF a, VF b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+FN VM le(VF a, VF b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
+FN VF select(VM m, VF a, VF b) { return _mm512_mask_blend_ps(m, b, a); }
+FN VF keep_if(VM m, VF a) { return _mm512_maskz_mov_ps(m, a); }
+FN VF drop_if(VM m, VF a) { return _mm512_maskz_mov_ps(_knot_mask16(m), a); }
+
+FN VF round(VF a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+FN VF pow2(VF n) { return _mm512_scalef_ps(set1(1.0f), n); }
+FN VF scale_by_pow2(VF p, VF n) { return _mm512_scalef_ps(p, n); }
+
+FN void add_to_double(double* p, VF v) {
+    const __m256 hi = _mm512_extractf32x8_ps(v, 1);
+    _mm512_storeu_pd(p, _mm512_loadu_pd(p) + _mm512_cvtps_pd(_mm512_castps512_ps256(v)));
+    _mm512_storeu_pd(p + 8, _mm512_loadu_pd(p + 8) + _mm512_cvtps_pd(hi));
+}
+
+FN VF load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+FN void store(Half* p, VF v) {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+FN VF load(const BFloat* p) {
+    const VI v = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
+}
+FN void store(BFloat* p, VF v) {
+    const VI bits = _mm512_castps_si512(v);
+    const VI lsb = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const VI up = _mm512_add_epi32(bits, _mm512_add_epi32(lsb, _mm512_set1_epi32(0x7fff)));
+    const VM nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const VI r = _mm512_mask_or_epi32(up, nan, bits, _mm512_set1_epi32(0x00400000));
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16)));
+}
+
+FN VI load_bits(const uint32_t* p) { return _mm512_loadu_si512(p); }
+FN void store_bits(uint32_t* p, VI v) { _mm512_storeu_si512(p, v); }
+FN VI set1_bits(uint32_t v) { return _mm512_set1_epi32(int(v)); }
+FN VM not_below(VI w, VI threshold) { return _mm512_cmpge_epu32_mask(w, threshold); }
+
+// The lane order that makes in_order() cheap: lanes 0, 2, 4, 6 hold groups 0 to 3.
+FN VQ set1_q(uint64_t v) { return _mm512_set1_epi64((long long)v); }
+FN VQ lanes_q() { return _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7); }
+FN VQ load_q(const uint32_t* p) {
+    return _mm512_permutexvar_epi64(
+        lanes_q(), _mm512_cvtepu32_epi64(_mm256_loadu_si256((const __m256i*)p))
+    );
+}
+FN VQ add_q(VQ a, VQ b) { return _mm512_add_epi64(a, b); }
+FN VQ mul_q(VQ a, VQ b) { return _mm512_mul_epu32(a, b); }
+FN VQ high_q(VQ a) { return _mm512_srli_epi64(a, 32); }
+FN VQ xor_q(VQ a, VQ b, VQ c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
+
+FN VQ pair_q(VQ w, VQ next) {
+    const VI twice = _mm512_broadcast_i32x4(
+        _mm_setr_epi8(0, 1, 2, 3, 2, 3, -1, -1, 8, 9, 10, 11, 10, 11, -1, -1)
+    );
+    return _mm512_or_si512(_mm512_shuffle_epi8(w, twice), _mm512_slli_epi64(next, 48));
+}
+FN void in_order(const VQ pair[4], VI out[4]) {
+    const VI a = _mm512_unpacklo_epi64(pair[0], pair[1]), b = _mm512_unpacklo_epi64(pair[2], pair[3]);
+    const VI c = _mm512_unpackhi_epi64(pair[0], pair[1]), d = _mm512_unpackhi_epi64(pair[2], pair[3]);
+    const VI first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    const VI second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    out[0] = _mm512_permutex2var_epi64(a, first, b);
+    out[1] = _mm512_permutex2var_epi64(a, second, b);
+    out[2] = _mm512_permutex2var_epi64(c, first, d);
+    out[3] = _mm512_permutex2var_epi64(c, second, d);
+}
+FN void store_groups(uint32_t* out, const uint32_t* offset, const VI v[4]) {
+    for (int i = 0; i < 4; ++i) {
+        _mm256_storeu_si256((__m256i*)(out + offset[2 * i]), _mm512_castsi512_si256(v[i]));
+        _mm256_storeu_si256((__m256i*)(out + offset[2 * i + 1]), _mm512_extracti64x4_epi64(v[i], 1));
+    }
+}
+
+#undef FN
+
+}  // namespace fusedmlp::avx512

@@ -1,0 +1,161 @@
+// Four floats a vector in the compilers' own vector types: any processor that gcc or clang know.
+// vec_avx2.h and vec_avx512.h have the same functions with their own VL; what they mean is said
+// here. Everything lives in the namespace of its instruction set, so that the linker can never
+// merge code of two of them.
+#pragma once
+
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
+namespace fusedmlp::baseline {
+
+constexpr int VL = 4;
+typedef float VF __attribute__((vector_size(16)));
+typedef int32_t VI __attribute__((vector_size(16)));
+typedef uint32_t VU __attribute__((vector_size(16)));
+typedef uint64_t VQ __attribute__((vector_size(16)));
+typedef uint16_t VH __attribute__((vector_size(8)));
+typedef VI VM;  // all bits of a lane
+
+#define FN static inline __attribute__((always_inline))
+
+template <class V>
+FN V load_any(const void* p) {
+    V v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+template <class V>
+FN void store_any(void* p, V v) {
+    __builtin_memcpy(p, &v, sizeof v);
+}
+
+// Arithmetic is written with operators.
+FN VF set1(float v) { return VF{v, v, v, v}; }
+FN VI set1_int(int32_t v) { return VI{v, v, v, v}; }
+FN VF load(const float* p) { return load_any<VF>(p); }
+FN void store(float* p, VF v) { store_any(p, v); }
+// Stores past the caches; p is a multiple of 64 bytes plus whole vectors. fence() ends a run.
+#ifdef __SSE2__
+FN void stream(float* p, VF v) { _mm_stream_ps(p, __m128(v)); }
+FN void fence() { _mm_sfence(); }
+#else
+FN void stream(float* p, VF v) { store_any(p, v); }
+FN void fence() {}
+#endif
+FN VF fma(VF a, VF b, VF c) { return a * b + c; }
+FN VF fnma(VF a, VF b, VF c) { return c - a * b; }
+// Of a NaN or two zeros the second argument.
+FN VF max(VF a, VF b) { return a > b ? a : b; }
+FN VF min(VF a, VF b) { return a < b ? a : b; }
+FN VF sqrt(VF a) {
+    VF r;
+    for (int i = 0; i < VL; ++i) r[i] = __builtin_sqrtf(a[i]);
+    return r;
+}
+FN VF sign(VF a) { return VF(VI(a) & set1_int(INT32_MIN)); }
+FN VF abs(VF a) { return VF(VI(a) & set1_int(INT32_MAX)); }
+FN VF flip(VF a, VF sign_bit) { return VF(VI(a) ^ VI(sign_bit)); }
+
+FN VM gt(VF a, VF b) { return a > b; }
+FN VM le(VF a, VF b) { return a <= b; }
+FN VF select(VM m, VF a, VF b) { return VF((m & VI(a)) | (~m & VI(b))); }
+FN VF keep_if(VM m, VF a) { return VF(m & VI(a)); }   // else +0
+FN VF drop_if(VM m, VF a) { return VF(~m & VI(a)); }  // then +0
+
+// To the nearest integer, for |a| < 2^22.
+FN VF round(VF a) {
+    const VF magic = set1(12582912.0f);
+    return (a + magic) - magic;
+}
+// Of an integral a; a NaN gives some number.
+FN VI to_int(VF a) {
+#ifdef __SSE2__
+    return VI(_mm_cvtps_epi32(__m128(a)));
+#else
+    return VI(a + set1(12582912.0f)) - set1_int(0x4B400000);
+#endif
+}
+// 2^n for an integral n in [-126, 127].
+FN VF pow2(VF n) { return VF((to_int(n) + set1_int(127)) << 23); }
+// p * 2^n for an integral n in [-252, 254], with gradual under- and overflow.
+FN VF scale_by_pow2(VF p, VF n) {
+    const VI i = to_int(n), half = i >> 1;
+    return p * VF((half + set1_int(127)) << 23) * VF((i - half + set1_int(127)) << 23);
+}
+
+// p[i] += v[i]
+FN void add_to_double(double* p, VF v) {
+    for (int i = 0; i < VL; ++i) p[i] += double(v[i]);
+}
+
+// IEEE half and bfloat16; stores round to nearest even and keep NaN.
+FN VF load(const Half* p) {
+    const VU h = __builtin_convertvector(load_any<VH>(p), VU);
+    const VU magnitude = (h & 0x7fffu) << 13;
+    // Exponent moved by a multiplication, which also normalises the subnormal ones.
+    const VF value = VF(magnitude) * set1(0x1p112f);
+    const VU special = VU(VI(magnitude >= 0x0f800000u)) & 0x7f800000u;
+    return VF(VU(value) | special | ((h & 0x8000u) << 16));
+}
+FN void store(Half* p, VF v) {
+    const VU sign_bit = VU(sign(v)), a = VU(abs(v));
+    // Normal result: round the lower 13 bits away. Subnormal: let an addition do the rounding.
+    const VU normal = (a + 0xfffu + ((a >> 13) & 1u) - 0x38000000u) >> 13;
+    const VU tiny = VU(VF(a) + set1(0.5f)) - 0x3f000000u;
+    VU r = VU(select(VI(a < 0x38800000u), VF(tiny), VF(normal)));
+    r = VU(select(VI(a >= 0x477ff000u), VF(VU(set1_int(0x7c00))), VF(r)));
+    r = VU(select(VI(a > 0x7f800000u), VF(0x7e00u | ((a >> 13) & 0x3ffu)), VF(r)));
+    store_any(p, __builtin_convertvector(r | (sign_bit >> 16), VH));
+}
+FN VF load(const BFloat* p) { return VF(__builtin_convertvector(load_any<VH>(p), VU) << 16); }
+FN void store(BFloat* p, VF v) {
+    const VU bits = VU(v), up = bits + 0x7fffu + ((bits >> 16) & 1u);
+    const VU r = VU(select(VI(v != v), VF(bits | 0x00400000u), VF(up)));
+    store_any(p, __builtin_convertvector(r >> 16, VH));
+}
+
+FN VI load_bits(const uint32_t* p) { return load_any<VI>(p); }
+FN void store_bits(uint32_t* p, VI v) { store_any(p, v); }
+FN VI set1_bits(uint32_t v) { return set1_int(int32_t(v)); }
+FN VM not_below(VI w, VI threshold) { return VM(VU(w) >= VU(threshold)); }  // unsigned
+
+// 64-bit lanes that hold 32-bit words; what is above the low 32 bits is not looked at unless said.
+FN VQ set1_q(uint64_t v) { return VQ{v, v}; }
+// The group that each lane works on, of VL / 2 groups of 8 elements.
+FN VQ lanes_q() { return VQ{0, 1}; }
+// VL / 2 numbers, number i to the lane of group i.
+FN VQ load_q(const uint32_t* p) { return VQ{p[0], p[1]}; }
+FN VQ add_q(VQ a, VQ b) { return a + b; }
+// Product of the low words, all 64 bits.
+FN VQ mul_q(VQ a, VQ b) {
+#ifdef __SSE2__
+    return VQ(_mm_mul_epu32(__m128i(a), __m128i(b)));
+#else
+    return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+FN VQ high_q(VQ a) { return a >> 32; }
+FN VQ xor_q(VQ a, VQ b, VQ c) { return a ^ b ^ c; }
+
+// Both windows of a word: w below, (w >> 16) | (next << 16) above. All 64 bits count.
+FN VQ pair_q(VQ w, VQ next) {
+    const VQ low = w & 0xffffffffu;
+    return low | ((low >> 16) << 32) | (next << 48);
+}
+// pair[k] holds columns 2k, 2k + 1 of each lane's group; out: 4 VL windows in column order.
+FN void in_order(const VQ pair[4], VI out[4]) {
+    for (int lane = 0; lane < 2; ++lane) {
+        out[2 * lane] = VI(VQ{pair[0][lane], pair[1][lane]});
+        out[2 * lane + 1] = VI(VQ{pair[2][lane], pair[3][lane]});
+    }
+}
+// Group i of v, 8 windows, to out + offset[i]; in ascending order, as they may overlap.
+FN void store_groups(uint32_t* out, const uint32_t* offset, const VI v[4]) {
+    for (int i = 0; i < 4; ++i) store_bits(out + offset[i / 2] + 4 * (i % 2), v[i]);
+}
+
+#undef FN
+
+}  // namespace fusedmlp::baseline

@@ -1,0 +1,19 @@
+"""fusedmlp: Linear, activation and dropout as one differentiable op, for PyTorch.
+
+Importing this package imports torch and nothing else; a backend is loaded when it is first chosen.
+"""
+
+from . import functional
+from ._version import __version__
+from .dispatch import BackendError, backends, explain, use_backend
+from .functional import dropout_state
+
+__all__ = [
+    "BackendError",
+    "__version__",
+    "backends",
+    "dropout_state",
+    "explain",
+    "functional",
+    "use_backend",
+]

@@ -1,0 +1,322 @@
+"""The public functions: arguments are checked, defaults resolved and the backend chosen here.
+
+Same values as the PyTorch functions that each docstring names, with this package's dropout mask.
+Everything below this file takes ids, numbers and a backend's name.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import activations, checks, differentiable, dispatch, dtypes, ops, rng
+from .autograd import BiasActDropout, LinearAct
+
+_NONE = activations.NONE
+
+
+class _Scope:
+    """State that masks are drawn from inside `dropout_state`."""
+
+    __slots__ = ("state", "row_offset", "layer")
+
+    def __init__(self, state: Tensor, row_offset: int):
+        self.state, self.row_offset, self.layer = state, row_offset, 0
+
+
+_scope: _Scope | None = None
+
+
+class dropout_state:
+    """A context in which all dropout masks are drawn from a given state.
+
+    seed        int64 number, or an int64 tensor (seed, stream) on the device of the data, which the
+                caller may advance in place between steps: no recompilation, no synchronisation
+    stream      int64 number, only with a number as seed
+    row_offset  index of the first row of this process's part of the batch (data parallel)
+    raises      TypeError, ValueError for what is out of range
+
+    Layer i of a module draws from stream + i. Two modules, or two calls of one module, inside one
+    context have equal masks; a backward pass that recomputes (activation checkpointing) belongs
+    inside it too. The setting belongs to the process, not to a thread.
+    """
+
+    def __init__(self, seed: int | Tensor, stream: int = 0, row_offset: int = 0):
+        op = "dropout_state"
+        if isinstance(seed, torch.Tensor):
+            if stream != 0:
+                raise ValueError(f"{op}: stream must be 0 beside a state tensor, got {stream}")
+            state = checks.state(op, seed)
+        else:
+            seed, stream = checks.int64(op, "seed", seed), checks.int64(op, "stream", stream)
+            state = torch.tensor([seed, stream], dtype=torch.int64)
+        self._scope = _Scope(state, checks.row_range(op, 0, 0, row_offset))
+        self._before: list[_Scope | None] = []
+
+    def __enter__(self) -> dropout_state:
+        global _scope
+        self._before.append(_scope)
+        _scope = self._scope
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        global _scope
+        _scope = self._before.pop()
+
+
+def draw_state(like: Tensor) -> tuple[Tensor, int]:
+    """(state, row_offset) for one forward of a module: of `dropout_state`, else a fresh seed."""
+    scope = _scope
+    if scope is None:
+        if _in_functorch():
+            # vmap has a rule for randint and obeys its `randomness` argument there.
+            high = torch.iinfo(torch.int64).max
+            return torch.randint(high, (2,), dtype=torch.int64, device=like.device), 0
+        return ops.draw_seed(like), 0
+    if scope.state.device != like.device:
+        if scope.state.device.type != "cpu":
+            checks.state("dropout_state", scope.state, like.device)
+        scope.state = scope.state.to(like.device)
+    return scope.state, scope.row_offset
+
+
+def _in_functorch() -> bool:
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+def _call_state(op: str, like: Tensor, seed, stream, row_offset) -> tuple[Tensor, int, int]:
+    """(state, layer, row_offset) for one functional call that drops."""
+    stream = checks.int64(op, "stream", stream)
+    if seed is None:
+        state, offset = draw_state(like)
+        return state, stream, row_offset + offset
+    seed = checks.int64(op, "seed", seed)
+    return torch.tensor([seed, stream], dtype=torch.int64, device=like.device), 0, row_offset
+
+
+def _rows(t: Tensor) -> int:
+    return 1 if t.dim() <= 1 else t.shape[:-1].numel()
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+def run_linear_act(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    slope: Tensor | None,
+    state: Tensor | None,
+    act: int,
+    alpha: float,
+    threshold: int,
+    scale: float,
+    layer: int,
+    row_offset: int,
+    backend: str | None,
+) -> Tensor:
+    """linear_act on checked arguments; `nn` and `surgery` come in here.
+
+    Casts under autocast, then picks the route. Shapes as in linear_act.
+    """
+    device_type = x.device.type
+    cast = dtypes.autocast_dtype(device_type)
+    if cast is not None:
+        x, w, b, slope = dtypes.autocast_to(cast, x, w, b, slope)
+    checks.linear("linear_act", x, w, b)
+    args = (x, w, b, slope, state, act, alpha, threshold, scale, layer, row_offset)
+    n, k = w.shape
+    rows = _rows(x)
+    if threshold:
+        checks.row_range("linear_act", rows, n, row_offset)
+    route = dispatch.select(
+        "linear_act", device_type, x.dtype, act, threshold != 0, rows, k, n, backend
+    )
+    if _in_functorch():
+        route = _functorch_route("linear_act", backend)
+    if cast is not None:
+        with torch.autocast(device_type, enabled=False):
+            return _linear_act_on(route, args)
+    return _linear_act_on(route, args)
+
+
+def _linear_act_on(route: str, args: tuple) -> Tensor:
+    x, w, b, slope, state, *numbers = args
+    if route == dispatch.EAGER:
+        return differentiable.linear_act(*args)
+    if _needs_grad(x, w, b, slope):
+        return LinearAct.apply(x, w, b, slope, state, route, *numbers)
+    return ops.BY_BACKEND[route].linear_act_infer(*args)
+
+
+def run_bias_act_dropout(
+    x: Tensor,
+    b: Tensor | None,
+    slope: Tensor | None,
+    state: Tensor | None,
+    act: int,
+    alpha: float,
+    threshold: int,
+    scale: float,
+    layer: int,
+    row_offset: int,
+    backend: str | None,
+) -> Tensor:
+    """bias_act_dropout on checked arguments. Under autocast it stays in x's dtype, as F.relu."""
+    op = "bias_act_dropout"
+    columns = x.shape[-1] if x.dim() else 1
+    rows = _rows(x)
+    if threshold:
+        checks.row_range(op, rows, columns, row_offset)
+    args = (x, b, slope, state, act, alpha, threshold, scale, layer, row_offset)
+    route = dispatch.select(
+        op, x.device.type, x.dtype, act, threshold != 0, rows, 0, columns, backend
+    )
+    if _in_functorch():
+        route = _functorch_route(op, backend)
+    if route == dispatch.EAGER:
+        return differentiable.bias_act_dropout(*args)
+    if _needs_grad(x, b, slope):
+        numbers = args[4:]
+        return BiasActDropout.apply(x, b, slope, state, route, *numbers)
+    return ops.BY_BACKEND[route].bias_act_dropout_fwd(*args)
+
+
+def _functorch_route(op: str, backend: str | None) -> str:
+    """Transforms need a composition of functions that PyTorch can transform."""
+    named = dispatch.explicit(backend)
+    if named in (None, "reference"):
+        return dispatch.EAGER
+    raise dispatch.BackendError(
+        f"{op}: backend {named!r} was asked for but cannot be used:\n"
+        "    inside torch.func transforms (vmap, grad, jvp, ...) only 'reference' runs"
+    )
+
+
+def linear_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    *,
+    slope: float | Tensor | None = None,
+    p: float = 0.0,
+    training: bool = True,
+    seed: int | None = None,
+    stream: int = 0,
+    row_offset: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """Dropout of an activation of a linear map, in one differentiable call.
+
+    Same values as F.dropout(activation(F.linear(input, weight, bias)), p, training) with this
+    package's mask (rng.py), where a dropped element is +0 whatever it was.
+
+    input       (..., K)  fp32, fp16 or bf16 (fp64 on the reference backend)
+    weight      (N, K)    dtype and device of input
+    bias        (N,)      dtype of input or fp32, or None
+    activation  a name of activations.NAMES
+    slope       a number for leaky_relu (0.01), a tensor of 1 or N elements for prelu
+    p           probability of dropping, in [0, 1]; nothing is dropped unless `training`
+    seed        int64; None draws one from torch's generator of the device, or takes the state of
+                `dropout_state`
+    stream      int64, added to the stream of the state
+    row_offset  added to the row index in the mask; row is the flattened leading index
+    backend     'native', 'triton', 'reference' or None for automatic choice
+    returns     (..., N)  dtype of input
+    raises      ValueError, TypeError for arguments; BackendError for a backend that cannot run it
+    """
+    op = "linear_act"
+    act = checks.activation(op, activation)
+    checks.tensor(op, "input", input)
+    checks.tensor(op, "weight", weight)
+    columns = weight.shape[0] if weight.dim() else 0
+    alpha, slope = checks.slope(op, act, slope, columns)
+    threshold, scale, state, layer = 0, 1.0, None, 0
+    p = checks.probability(op, p)
+    row_offset = checks.row_range(op, 0, 0, row_offset)
+    if training and p > 0:
+        threshold, scale = rng.threshold_and_scale(p)
+        state, layer, row_offset = _call_state(op, input, seed, stream, row_offset)
+    if slope is not None:
+        checks.same_device(op, "slope", slope, input)
+    return run_linear_act(
+        input, weight, bias, slope, state, act, alpha, threshold, scale, layer, row_offset, backend
+    )
+
+
+def bias_act_dropout(
+    input: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    *,
+    slope: float | Tensor | None = None,
+    p: float = 0.0,
+    training: bool = True,
+    seed: int | None = None,
+    stream: int = 0,
+    row_offset: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """Dropout of an activation of input + bias, in one differentiable call and one pass.
+
+    Same values as F.dropout(activation(input + bias), p, training) with this package's mask.
+
+    input    (..., N)  fp32, fp16 or bf16 (fp64 on the reference backend)
+    bias     (N,)      dtype of input or fp32, or None
+    returns  (..., N)  contiguous, dtype of input
+
+    The other arguments and the errors are those of `linear_act`.
+    """
+    op = "bias_act_dropout"
+    act = checks.activation(op, activation)
+    checks.elementwise(op, input, bias)
+    columns = input.shape[-1] if input.dim() else 1
+    alpha, slope = checks.slope(op, act, slope, columns)
+    if slope is not None:
+        checks.same_device(op, "slope", slope, input)
+        checks.vector_dtype(op, "slope", slope, input)
+    threshold, scale, state, layer = 0, 1.0, None, 0
+    p = checks.probability(op, p)
+    row_offset = checks.row_range(op, 0, 0, row_offset)
+    if training and p > 0:
+        threshold, scale = rng.threshold_and_scale(p)
+        state, layer, row_offset = _call_state(op, input, seed, stream, row_offset)
+    return run_bias_act_dropout(
+        input, bias, slope, state, act, alpha, threshold, scale, layer, row_offset, backend
+    )
+
+
+def dropout(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    *,
+    seed: int | None = None,
+    stream: int = 0,
+    row_offset: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """F.dropout with this package's mask; nothing but the seed is kept for backward.
+
+    input    (..., N)
+    returns  (..., N)  input itself when nothing can be dropped, as F.dropout's values
+
+    The other arguments and the errors are those of `linear_act`.
+    """
+    op = "dropout"
+    checks.tensor(op, "input", input)
+    p = checks.probability(op, p)
+    row_offset = checks.row_range(op, 0, 0, row_offset)
+    if not training or p == 0:
+        return input
+    threshold, scale = rng.threshold_and_scale(p)
+    state, layer, row_offset = _call_state(op, input, seed, stream, row_offset)
+    return run_bias_act_dropout(
+        input, None, None, state, _NONE, 0.0, threshold, scale, layer, row_offset, backend
+    )

@@ -1,0 +1,1 @@
+"""One package per backend; each is imported when it is first chosen."""

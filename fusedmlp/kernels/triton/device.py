@@ -1,0 +1,285 @@
+"""Device functions that all Triton kernels share: activations, derivatives, dropout, tile order.
+
+Implements activations.py and rng.py; ids come from there. Everything computes in fp32. Only
+arithmetic, exp and erf of Triton's own language are used (no libdevice), so that the interpreter
+runs the very code that a GPU runs. Holds no kernel and reads no tensor.
+"""
+
+import triton
+import triton.language as tl
+
+from ... import activations as table
+
+NONE = tl.constexpr(table.NONE)
+RELU = tl.constexpr(table.RELU)
+LEAKY_RELU = tl.constexpr(table.LEAKY_RELU)
+PRELU = tl.constexpr(table.PRELU)
+ELU = tl.constexpr(table.ELU)
+SIGMOID = tl.constexpr(table.SIGMOID)
+TANH = tl.constexpr(table.TANH)
+SOFTPLUS = tl.constexpr(table.SOFTPLUS)
+GELU = tl.constexpr(table.GELU)
+GELU_TANH = tl.constexpr(table.GELU_TANH)
+SILU = tl.constexpr(table.SILU)
+RELU_SQUARED = tl.constexpr(table.RELU_SQUARED)
+
+SAVE_Y = tl.constexpr(table.SAVE_Y)
+SAVE_Z = tl.constexpr(table.SAVE_Z)
+
+# What the compile-time constant DROPOUT of every kernel may be.
+KEEP_ALL = tl.constexpr(0)
+KEEP_SOME = tl.constexpr(1)
+KEEP_NONE = tl.constexpr(2)
+
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+TWICE_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
+KAPPA = tl.constexpr(0.044715)
+
+
+@triton.jit
+def _sigmoids(z):
+    """sigmoid(z) and sigmoid(-z). From exp(-|z|), so that neither overflows nor cancels."""
+    e = tl.exp(-tl.abs(z))
+    r = 1.0 / (1.0 + e)
+    s = e * r
+    return tl.where(z < 0, s, r), tl.where(z < 0, r, s)
+
+
+@triton.jit
+def _expm1_negative(z):
+    """exp(z) - 1 for z <= 0, also close to 0, where the difference has no digits left."""
+    # Relative error of the polynomial on [-0.5, 0]: 1.4e-9.
+    q = 0.0011282315562222464
+    q = q * z + 0.008196125113811216
+    q = q * z + 0.04163324599952992
+    q = q * z + 0.16666308786506095
+    q = q * z + 0.499999875160703
+    # The product form keeps the sign of -0.
+    return tl.where(z > -0.5, z * (q * z + 1.0), tl.exp(z) - 1.0)
+
+
+@triton.jit
+def _tanh(z):
+    a = tl.abs(z)
+    u = z * z
+    # tanh(z) / z on |z| <= 0.6; relative error 2.6e-9.
+    p = -0.005905860595249414
+    p = p * u + 0.020805377538668176
+    p = p * u - 0.05378668135546026
+    p = p * u + 0.133319582147148
+    p = p * u - 0.3333329927092365
+    e = tl.exp(-2.0 * a)
+    far = (1.0 - e) / (1.0 + e)
+    return tl.where(a < 0.6, z * (p * u + 1.0), tl.where(z < 0, -far, far))
+
+
+@triton.jit
+def _softplus(z):
+    # log(1 + exp(z)) = max(z, 0) + log1p(e) with e = exp(-|z|), log1p(e) = 2 atanh(e / (2 + e)).
+    # Beyond 20 the second term is below half a unit of z's last place, as PyTorch's threshold says.
+    e = tl.exp(-tl.abs(z))
+    s = e / (2.0 + e)
+    u = s * s
+    p = 0.14012232811835204
+    p = p * u + 0.13999569706119644
+    p = p * u + 0.2001084959417365
+    p = p * u + 0.33333206564808887
+    return tl.where(z > 0, z, 0.0) + 2.0 * (s * (p * u + 1.0))
+
+
+@triton.jit
+def _gelu_cdf(z):
+    return 0.5 * (1.0 + tl.erf(z * SQRT_HALF))
+
+
+@triton.jit
+def _clamp(v, top: tl.constexpr):
+    """v in [0, top]; NaN stays."""
+    return tl.where(v < 0, 0.0, tl.where(v > top, top, v))
+
+
+@triton.jit
+def act_fwd(z, slope, ACT: tl.constexpr):
+    """act(z), fp32. slope: of leaky_relu and prelu, broadcast against z, else ignored."""
+    if ACT == NONE:
+        y = z
+    elif ACT == RELU:
+        # This way round NaN stays.
+        y = tl.where(z < 0, 0.0, z)
+    elif ACT == LEAKY_RELU or ACT == PRELU:
+        y = tl.where(z > 0, z, z * slope)
+    elif ACT == ELU:
+        y = tl.where(z > 0, z, _expm1_negative(z))
+    elif ACT == SIGMOID:
+        y, _ = _sigmoids(z)
+    elif ACT == TANH:
+        y = _tanh(z)
+    elif ACT == SOFTPLUS:
+        y = _softplus(z)
+    elif ACT == GELU:
+        y = z * _gelu_cdf(z)
+    elif ACT == GELU_TANH:
+        # (1 + tanh(v)) / 2 = sigmoid(2 v)
+        s, _ = _sigmoids(TWICE_SQRT_2_OVER_PI * (z + KAPPA * z * z * z))
+        y = z * s
+    elif ACT == SILU:
+        s, _ = _sigmoids(z)
+        y = z * s
+    elif ACT == RELU_SQUARED:
+        y = tl.where(z < 0, 0.0, z * z)
+    else:
+        tl.static_assert(False, "unknown activation id")
+    return y
+
+
+@triton.jit
+def act_grad_z(z, slope, ACT: tl.constexpr):
+    """act'(z) from z, fp32, in the shape of z."""
+    if ACT == NONE:
+        d = tl.zeros_like(z) + 1.0
+    elif ACT == RELU:
+        d = tl.where(z <= 0, 0.0, tl.zeros_like(z) + 1.0)
+    elif ACT == LEAKY_RELU or ACT == PRELU:
+        d = tl.where(z > 0, 1.0, tl.zeros_like(z) + slope)
+    elif ACT == ELU:
+        d = tl.where(z > 0, 1.0, tl.exp(z))
+    elif ACT == SIGMOID:
+        s, t = _sigmoids(z)
+        d = s * t
+    elif ACT == TANH:
+        t = _tanh(z)
+        d = (1.0 - t) * (1.0 + t)
+    elif ACT == SOFTPLUS:
+        d, _ = _sigmoids(z)
+    elif ACT == GELU:
+        d = _gelu_cdf(z) + z * (INV_SQRT_2PI * tl.exp(-0.5 * z * z))
+    elif ACT == GELU_TANH:
+        s, t = _sigmoids(TWICE_SQRT_2_OVER_PI * (z + KAPPA * z * z * z))
+        d = s + z * (s * t) * (TWICE_SQRT_2_OVER_PI * (1.0 + 3.0 * KAPPA * z * z))
+    elif ACT == SILU:
+        s, t = _sigmoids(z)
+        d = s * (1.0 + z * t)
+    elif ACT == RELU_SQUARED:
+        d = tl.where(z < 0, 0.0, 2.0 * z)
+    else:
+        tl.static_assert(False, "unknown activation id")
+    return d
+
+
+@triton.jit
+def act_grad_y(y, slope, ACT: tl.constexpr):
+    """act'(z) from y = act(z), fp32; clamped to its range, which a rounded y may leave."""
+    if ACT == RELU:
+        d = tl.where(y <= 0, 0.0, tl.zeros_like(y) + 1.0)
+    elif ACT == LEAKY_RELU:
+        d = tl.where(y > 0, 1.0, tl.zeros_like(y) + slope)
+    elif ACT == ELU:
+        d = tl.where(y > 0, 1.0, _clamp(y + 1.0, 1.0))
+    elif ACT == SIGMOID:
+        d = _clamp(y * (1.0 - y), 0.25)
+    elif ACT == TANH:
+        d = _clamp((1.0 - y) * (1.0 + y), 1.0)
+    elif ACT == SOFTPLUS:
+        d = _clamp(-_expm1_negative(-y), 1.0)
+    elif ACT == RELU_SQUARED:
+        d = tl.where(y <= 0, 0.0, 2.0 * tl.sqrt(y))
+    else:
+        tl.static_assert(False, "this activation's derivative cannot be read off its output")
+    return d
+
+
+@triton.jit
+def _mul_wide(a, M: tl.constexpr):
+    """Low and high words of the 64-bit product of 32-bit words."""
+    product = a.to(tl.uint64) * tl.full((), M, tl.uint64)
+    return product.to(tl.uint32), (product >> 32).to(tl.uint32)
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, k0, k1):
+    """Philox 4x32-10 of rng.py on uint32 words that broadcast against each other.
+
+    Words are kept in the smallest shape they have: in the first rounds most of them depend on the
+    row or the column alone.
+    """
+    for _ in tl.static_range(10):
+        lo0, hi0 = _mul_wide(c0, 0xD2511F53)
+        lo1, hi1 = _mul_wide(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0 += tl.full((), 0x9E3779B9, tl.uint32)
+        k1 += tl.full((), 0xBB67AE85, tl.uint32)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def keep_tile(
+    seed,
+    stream,
+    first_row,
+    first_column,
+    threshold,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """(BLOCK_M, BLOCK_N) of rng.keep_mask, one Philox call for eight columns.
+
+    seed, stream, first_row, first_column  int64; row_offset is part of first_row
+    first_column, BLOCK_N                  multiples of 8
+    threshold                              int32 with the bits of T < 2^32
+    """
+    tl.static_assert(BLOCK_N % 8 == 0, "eight columns share one Philox call")
+    t = threshold.to(tl.uint32, bitcast=True)
+    row = (first_row + tl.arange(0, BLOCK_M)).to(tl.uint32)[:, None]
+    group = (first_column // 8 + tl.arange(0, BLOCK_N // 8)).to(tl.uint32)[None, :]
+    w0, w1, w2, w3 = philox(
+        group,
+        row,
+        stream.to(tl.uint32),
+        (stream >> 32).to(tl.uint32),
+        seed.to(tl.uint32),
+        (seed >> 32).to(tl.uint32),
+    )  # (BLOCK_M, BLOCK_N // 8) each
+    # Column 4 i + 2 j + k of a group: k picks the even or odd window, 2 i + j the word. Compared
+    # before they are joined: if layouts differ, a bit travels and not a word.
+    even = tl.join(tl.join(w0 >= t, w2 >= t), tl.join(w1 >= t, w3 >= t))
+    odd0 = tl.join(((w0 >> 16) | (w1 << 16)) >= t, ((w2 >> 16) | (w3 << 16)) >= t)
+    odd1 = tl.join(((w1 >> 16) | (w2 << 16)) >= t, ((w3 >> 16) | (w0 << 16)) >= t)
+    return tl.join(even, tl.join(odd0, odd1)).reshape(BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def drop(
+    y,
+    state_ptr,
+    first_row,
+    first_column,
+    threshold,
+    scale,
+    layer,
+    DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """y * scale where an element is kept, +0 elsewhere: selected, never multiplied."""
+    if DROPOUT == KEEP_SOME:
+        seed = tl.load(state_ptr)
+        stream = tl.load(state_ptr + 1) + layer
+        keep = keep_tile(seed, stream, first_row, first_column, threshold, BLOCK_M, BLOCK_N)
+        y = tl.where(keep, y * scale, 0.0)
+    elif DROPOUT == KEEP_NONE:
+        y = tl.zeros_like(y)
+    return y
+
+
+@triton.jit
+def tile_of(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """(row, column) of the pid-th tile, walking GROUP_M rows of tiles at a time.
+
+    Programs that run together then share rows of one operand and columns of the other in L2.
+    """
+    in_group = GROUP_M * tiles_n
+    first = (pid // in_group) * GROUP_M
+    height = min(tiles_m - first, GROUP_M)
+    inside = pid % in_group
+    return first + inside % height, inside // height

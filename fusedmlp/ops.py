@@ -1,0 +1,184 @@
+"""The registered operators: torch.ops.fusedmlp.<op>.<backend>, one overload for each backend.
+
+The overloads of one op share schema, fake kernel and meaning. `reference` and `triton` are
+implemented by the Python functions of kernels/<backend>; the compiled extension registers
+`native` itself, so that such a call goes through no Python. None has an autograd key: autograd.py
+stands outside. Ops take ids and numbers; functional.py is where names and defaults are resolved.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from . import checks, dispatch
+from .activations import SAVE_NOTHING, SAVE_Y, SAVE_Z
+
+_EPILOGUE = (
+    "Tensor? b, Tensor? slope, Tensor? state, int act, float alpha, "
+    "int threshold, float scale, int layer, int row_offset"
+)
+SCHEMAS = {
+    "linear_act_fwd": f"(Tensor x, Tensor w, {_EPILOGUE}) -> (Tensor y, Tensor h)",
+    "linear_act_infer": f"(Tensor x, Tensor w, {_EPILOGUE}) -> Tensor",
+    "bias_act_dropout_fwd": f"(Tensor x, {_EPILOGUE}) -> Tensor",
+    "bias_act_dropout_bwd": (
+        f"(Tensor dy, Tensor? saved, {_EPILOGUE}, int saves, bool need_db, bool need_dslope)"
+        " -> (Tensor dz, Tensor db, Tensor dslope)"
+    ),
+}
+
+_lib = torch.library.Library("fusedmlp", "DEF")
+
+
+def _rows(t: Tensor) -> int:
+    return 1 if t.dim() <= 1 else t.shape[:-1].numel()
+
+
+def _check_linear_act(x, w, b, slope, state, act, alpha, threshold, scale, layer, row_offset):
+    op = "linear_act"
+    checks.linear(op, x, w, b)
+    checks.epilogue(op, x, w.shape[0], act, slope, state, threshold, row_offset, _rows(x))
+
+
+def _check_fwd(x, b, slope, state, act, alpha, threshold, scale, layer, row_offset):
+    op = "bias_act_dropout"
+    checks.elementwise(op, x, b)
+    columns = x.shape[-1] if x.dim() else 1
+    checks.epilogue(op, x, columns, act, slope, state, threshold, row_offset, _rows(x))
+
+
+def _check_bwd(
+    dy,
+    saved,
+    b,
+    slope,
+    state,
+    act,
+    alpha,
+    threshold,
+    scale,
+    layer,
+    row_offset,
+    saves,
+    need_db,
+    need_dslope,
+):
+    _check_fwd(dy, b, slope, state, act, alpha, threshold, scale, layer, row_offset)
+    op = "bias_act_dropout"
+    if saves not in (SAVE_NOTHING, SAVE_Y, SAVE_Z):
+        raise ValueError(f"{op}: saves must be 0, 1 or 2, got {saves}")
+    if saves != SAVE_NOTHING and (saved is None or saved.shape != dy.shape):
+        got = "None" if saved is None else tuple(saved.shape)
+        raise ValueError(f"{op}: saved must be {tuple(dy.shape)} like dy, got {got}")
+    if need_db and b is None:
+        raise ValueError(f"{op}: bias must be given where its gradient is asked for, got None")
+
+
+def _fake_linear_act_fwd(x, w, *rest):
+    _check_linear_act(x, w, *rest)
+    shape = (*x.shape[:-1], w.shape[0])
+    return x.new_empty(shape), x.new_empty(shape)
+
+
+def _fake_linear_act_infer(x, w, *rest):
+    _check_linear_act(x, w, *rest)
+    return x.new_empty((*x.shape[:-1], w.shape[0]))
+
+
+def _fake_fwd(x, *rest):
+    _check_fwd(x, *rest)
+    return x.new_empty(x.shape)
+
+
+def _fake_bwd(dy, saved, b, slope, *rest):
+    _check_bwd(dy, saved, b, slope, *rest)
+    need_db, need_dslope = rest[-2:]
+    db = b.new_empty(b.shape) if need_db else dy.new_empty(0)
+    dslope = slope.new_empty(slope.shape) if need_dslope else dy.new_empty(0)
+    return dy.new_empty(dy.shape), db, dslope
+
+
+_CHECKS_AND_FAKES = {
+    "linear_act_fwd": (_check_linear_act, _fake_linear_act_fwd),
+    "linear_act_infer": (_check_linear_act, _fake_linear_act_infer),
+    "bias_act_dropout_fwd": (_check_fwd, _fake_fwd),
+    "bias_act_dropout_bwd": (_check_bwd, _fake_bwd),
+}
+
+
+def _python_kernel(op: str, backend: str):
+    """The implementation of an overload whose backend is written in Python, imported when called.
+
+    Checked here too, so that an op called directly is refused with the same words.
+    """
+    check, _ = _CHECKS_AND_FAKES[op]
+    loaded = []
+
+    def kernel(*args):
+        if not loaded:
+            loaded.append(getattr(importlib.import_module(f"fusedmlp.kernels.{backend}"), op))
+        check(*args)
+        return loaded[0](*args)
+
+    return kernel
+
+
+def _native_not_loaded(op: str):
+    """Runs `native` where the extension has not been opened yet: opens it, or says why it cannot.
+
+    Once the extension has registered its kernels for a device, these come first.
+    """
+    tried: set[str] = set()
+
+    def kernel(*args):
+        device_type = args[0].device.type
+        name = op.removesuffix("_fwd").removesuffix("_infer").removesuffix("_bwd")
+        dispatch.require("native", device_type, args[0].dtype, name)
+        if device_type in tried:
+            raise dispatch.BackendError(f"{name}: the extension has no {op} for {device_type!r}")
+        tried.add(device_type)
+        return getattr(getattr(torch.ops.fusedmlp, op), "native")(*args)
+
+    return kernel
+
+
+for _op, _schema in SCHEMAS.items():
+    for _backend in dispatch.BACKENDS:
+        _name = f"{_op}.{_backend.name}"
+        _lib.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _kernel = (
+            _native_not_loaded(_op)
+            if _backend.name == "native"
+            else _python_kernel(_op, _backend.name)
+        )
+        _lib.impl(_name, _kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fusedmlp::{_name}", _CHECKS_AND_FAKES[_op][1], lib=_lib)
+
+
+def _draw_seed(like: Tensor) -> Tensor:
+    # Both words are random: one kernel on a GPU, where filling the stream with 0 takes a second.
+    return torch.empty(2, dtype=torch.int64, device=like.device).random_()
+
+
+_lib.define(
+    "draw_seed(Tensor like) -> Tensor",
+    # Without this tag Inductor merges two draws, or replays one.
+    tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag),
+)
+_lib.impl("draw_seed", _draw_seed, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "fusedmlp::draw_seed", lambda like: like.new_empty(2, dtype=torch.int64), lib=_lib
+)
+draw_seed = torch.ops.fusedmlp.draw_seed.default
+
+# backend -> its overloads as attributes
+BY_BACKEND = {
+    b.name: SimpleNamespace(
+        **{op: getattr(getattr(torch.ops.fusedmlp, op), b.name) for op in SCHEMAS}
+    )
+    for b in dispatch.BACKENDS
+}

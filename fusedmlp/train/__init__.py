@@ -1,0 +1,26 @@
+"""Training: `fit` for any model and data, `run` for the main job of the command line.
+
+result = fusedmlp.train.fit(model, (x, y, x_test, y_test), fusedmlp.train.TrainConfig(epochs=5))
+"""
+
+from .config import TrainConfig
+from .data import Data, Scaling
+from .errors import TrainError, UsageError
+from .inference import load
+from .model import evaluate, predict
+from .job import run
+from .trainer import Result, fit
+
+__all__ = [
+    "Data",
+    "Result",
+    "Scaling",
+    "TrainConfig",
+    "TrainError",
+    "UsageError",
+    "evaluate",
+    "fit",
+    "load",
+    "predict",
+    "run",
+]

@@ -1,0 +1,148 @@
+"""The commands train, evaluate and predict: flags in, text out. The work is done in job.py and inference.py."""
+
+import contextlib
+import csv
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+from . import checkpoint, distributed, inference, job
+from .config import TrainConfig
+from .errors import TrainError, UsageError
+from .progress import Console
+from .surroundings import pick_device
+
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class EvaluateArgs:
+    run: tyro.conf.Positional[Path]
+    """run folder"""
+    data_dir: Path | None = None
+    """folder of the image sets, if not that of the run"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one"""
+    debug: bool = False
+    """show a traceback when something fails"""
+
+
+@dataclass(frozen=True)
+class PredictArgs:
+    run: tyro.conf.Positional[Path]
+    """run folder"""
+    images: tuple[Path, ...] = ()
+    """pictures to name: grey or colour, any size; default the run's test rows"""
+    invert: bool = False
+    """turn light and dark round first, for dark things on a light background"""
+    rows: int = 20
+    """test rows to show; 0 for all"""
+    data_dir: Path | None = None
+    """folder of the image sets, if not that of the run"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one"""
+    debug: bool = False
+    """show a traceback when something fails"""
+
+
+def _parse(kind: type, name: str, argv: list[str], default=None):
+    """Flags -> kind; a mistake is shown by tyro and ends with exit code 2."""
+    with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
+        if distributed.is_quiet_process():
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        settings = (tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands)
+        extra = {} if default is None else {"default": default}
+        return tyro.cli(kind, prog=f"fusedmlp {name}", args=argv, config=settings, **extra)
+
+
+def parse_train(argv: list[str]) -> TrainConfig:
+    """The config of these flags; with --resume what is not given is as in the run."""
+    config = _parse(TrainConfig, "train", argv, TrainConfig())
+    if config.resume is None:
+        return config.check()
+    config.check()
+    was = checkpoint.config_of(checkpoint.load(config.resume)).replace(resume=config.resume)
+    return _parse(TrainConfig, "train", argv, was).check()
+
+
+def train(argv: list[str]) -> int:
+    result = job.run(parse_train(argv), Console())
+    return INTERRUPTED if result.interrupted else 0
+
+
+def _trained(folder: Path, device: str) -> inference.Trained:
+    return inference.load(folder, pick_device(TrainConfig(device=device)))
+
+
+def evaluate(argv: list[str]) -> int:
+    args = _parse(EvaluateArgs, "evaluate", argv)
+    trained = _trained(args.run, args.device)
+    data = inference.test_data(trained, args.data_dir)
+    result = inference.evaluate(trained, data)
+    print(f"{data.name}: {result['rows']} test rows, loss {result['test_loss']:.6g}", end="")
+    print(
+        f", accuracy {result['test_accuracy']:.4f}" if result["test_accuracy"] is not None else ""
+    )
+    width = max((len(name) for name in result["per_class"]), default=0)
+    for name, (right, rows) in result["per_class"].items():
+        print(f"  {name:<{width}}  {right:>5} of {rows:<5} {right / rows if rows else 0:.4f}")
+    return 0
+
+
+def predict(argv: list[str]) -> int:
+    """One line a picture or row, as csv on standard output."""
+    args = _parse(PredictArgs, "predict", argv)
+    if args.rows < 0:
+        raise UsageError(f"--rows must be at least 0, got {args.rows}")
+    if args.invert and not args.images:
+        raise UsageError("--invert belongs to --images")
+    trained = _trained(args.run, args.device)
+    if args.images:
+        if trained.classes is None:
+            raise TrainError(f"--images needs a run with classes, but {args.run} predicts a number")
+        rows, notes = inference.read_images(trained, list(args.images), args.invert)
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+        _write_classes(trained, [str(f) for f in args.images], "image", rows, None)
+        return 0
+    data = inference.test_data(trained, args.data_dir)
+    count = len(data.x_test) if args.rows == 0 else min(args.rows, len(data.x_test))
+    x, y = data.x_test[:count], data.y_test[:count]
+    names = [str(i) for i in range(count)]
+    if trained.classes is None:
+        _write_numbers(trained, data, names, x, y)
+    else:
+        _write_classes(trained, names, "row", x, y)
+    return 0
+
+
+def _write_classes(trained, names, heading, rows, targets) -> None:
+    probability, predicted = trained.outputs(rows).softmax(1).max(1)
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    true = [] if targets is None else ["true"]
+    writer.writerow([heading, "predicted", "probability", *true])
+    for index, name in enumerate(names):
+        is_true = [] if targets is None else [trained.classes[targets[index]]]
+        writer.writerow(
+            [name, trained.classes[predicted[index]], f"{probability[index]:.4f}", *is_true]
+        )
+
+
+def _write_numbers(trained, data, names, rows, targets) -> None:
+    outputs = trained.outputs(rows)
+    if data.target_scaling is not None:
+        mean, std = data.target_scaling.mean, data.target_scaling.std
+        outputs, targets = outputs * std + mean, targets * std + mean
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    columns = range(outputs.shape[1])
+    suffix = [""] if len(columns) == 1 else [f"_{i}" for i in columns]
+    writer.writerow(["row", *(f"predicted{s}" for s in suffix), *(f"true{s}" for s in suffix)])
+    for index, name in enumerate(names):
+        values = [*outputs[index].tolist(), *targets[index].tolist()]
+        writer.writerow([name, *(f"{value:.6g}" for value in values)])

@@ -1,0 +1,178 @@
+"""TrainConfig: every setting of a run, its default and its one-line help. The command line is generated from it.
+
+Does not touch data, devices or files: it only checks what can be judged from the settings alone.
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from .. import activations
+from .errors import UsageError
+
+Activation = Literal[*activations.NAMES]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    dataset: str = "auto"
+    """auto, fashion_mnist, mnist, kmnist, digits, synthetic, or a FILE.npz or FILE.csv"""
+    data_dir: Path | None = None
+    """folder of the image sets; default $FUSEDMLP_DATA, else a cache folder"""
+    target: str | None = None
+    """csv only: the column to predict; default the last one"""
+    hidden: tuple[int, ...] = (256,)
+    """widths of the hidden layers"""
+    activation: Activation = "relu"
+    """activation of the hidden layers"""
+    dropout: tuple[float, ...] = (0.0,)
+    """dropout after the hidden layers: one number, or one for each"""
+    init: Literal["normal", "default"] = "normal"
+    """normal: weights of deviation --init-std, biases 0; default: PyTorch's own"""
+    init_std: float = 0.01
+    """deviation of the initial weights with --init normal"""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """update rule"""
+    lr: float | None = None
+    """learning rate; default 0.1 for sgd, 0.001 for adamw"""
+    momentum: float = 0.0
+    """momentum of sgd"""
+    weight_decay: float = 0.0
+    """L2 penalty of sgd, decoupled decay of adamw"""
+    loss: Literal["auto", "cross_entropy", "mse"] = "auto"
+    """auto: cross_entropy for classes, mse for a float target"""
+    val_split: float = 0.0
+    """share of the training rows held out for validation"""
+    standardize: bool = False
+    """scale inputs, and a float target, to mean 0 and deviation 1 over the training rows"""
+    epochs: int | None = None
+    """passes over the training rows; default 10, for digits 30"""
+    batch_size: int | None = None
+    """rows a step, over all processes; default 256, for digits 32"""
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """of the arithmetic; bf16 and fp16 keep fp32 weights"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one"""
+    backend: Literal["auto", "native", "triton", "reference"] = "auto"
+    """kernels of the fused layers; auto: the fastest known"""
+    engine: Literal["auto", "autograd"] = "auto"
+    """how a training step is run; auto: the fastest that supports it"""
+    seed: int = 0
+    """of the initial weights, the order of the rows and the dropout masks"""
+    out: Path | None = None
+    """run folder; default a new numbered one under runs/"""
+    overwrite: bool = False
+    """replace the run that is in --out"""
+    resume: Path | None = None
+    """go on with the run in this folder"""
+    debug: bool = False
+    """show a traceback when something fails"""
+
+    def check(self) -> "TrainConfig":
+        """Raise UsageError for the first setting that cannot be; return self."""
+        _check_numbers(self)
+        if len(self.dropout) not in (1, len(self.hidden)):
+            raise UsageError(
+                f"--dropout must be one number or one for each of the {len(self.hidden)} hidden layers, "
+                f"got {len(self.dropout)}: {_words(self.dropout)}"
+            )
+        if self.activation not in activations.NAMES:
+            raise UsageError(
+                f"unknown activation {self.activation!r}; known: {', '.join(activations.NAMES)}"
+            )
+        _check_contradictions(self)
+        return self
+
+    def dropout_per_layer(self) -> tuple[float, ...]:
+        return self.dropout * len(self.hidden) if len(self.dropout) == 1 else self.dropout
+
+    def learning_rate(self) -> float:
+        return self.lr if self.lr is not None else {"sgd": 0.1, "adamw": 1e-3}[self.optimizer]
+
+    def replace(self, **changes) -> "TrainConfig":
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict:
+        """Plain values only (str, int, float, bool, None, list), as config.json and checkpoints hold them."""
+        plain = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            plain[field.name] = (
+                str(value)
+                if isinstance(value, Path)
+                else list(value)
+                if isinstance(value, tuple)
+                else value
+            )
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: dict) -> "TrainConfig":
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(plain) - known)
+        if unknown:
+            raise UsageError(
+                f"config: unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}"
+            )
+        values = dict(plain)
+        for name in ("hidden", "dropout"):
+            if name in values:
+                values[name] = tuple(values[name])
+        for name in ("data_dir", "out", "resume"):
+            if values.get(name) is not None:
+                values[name] = Path(values[name])
+        return cls(**values)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+def _words(values) -> str:
+    return " ".join(str(value) for value in values)
+
+
+def _check_numbers(config: TrainConfig) -> None:
+    def need(name, value, holds, wanted):
+        if not holds:
+            raise UsageError(f"--{name.replace('_', '-')} must be {wanted}, got {value}")
+
+    for width in config.hidden:
+        need("hidden", _words(config.hidden), width >= 1, "widths of at least 1")
+    for p in config.dropout:
+        need("dropout", _words(config.dropout), 0.0 <= p <= 1.0, "between 0 and 1")
+    for name in ("epochs", "batch_size"):
+        value = getattr(config, name)
+        need(name, value, value is None or value >= 1, "at least 1")
+    need(
+        "lr",
+        config.lr,
+        config.lr is None or (math.isfinite(config.lr) and config.lr > 0),
+        "a number above 0",
+    )
+    for name in ("momentum", "weight_decay", "init_std"):
+        value = getattr(config, name)
+        need(name, value, math.isfinite(value) and value >= 0, "a number of at least 0")
+    need("val_split", config.val_split, 0.0 <= config.val_split < 1.0, "at least 0 and below 1")
+    need("seed", config.seed, -(2**63) <= config.seed < 2**63, "a 64-bit integer")
+
+
+def _check_contradictions(config: TrainConfig) -> None:
+    if config.optimizer == "adamw" and config.momentum:
+        raise UsageError("--momentum belongs to --optimizer sgd; adamw has none")
+    if config.init == "default" and config.init_std != TrainConfig.init_std:
+        raise UsageError("--init-std belongs to --init normal; --init default is PyTorch's own")
+    if config.target is not None and not str(config.dataset).endswith(".csv"):
+        raise UsageError(
+            f"--target names a column of a csv file, but --dataset is {config.dataset}"
+        )
+    if config.precision == "tf32" and config.device == "cpu":
+        raise UsageError("--precision tf32 needs --device cuda; on a CPU take fp32 or bf16")
+    if config.resume is not None and config.out is not None:
+        raise UsageError("--resume goes on in the run's own folder; leave out --out")
+    if config.resume is not None and config.overwrite:
+        raise UsageError("--resume and --overwrite contradict each other")
+    if config.overwrite and config.out is None:
+        raise UsageError("--overwrite needs --out, the run to replace")

@@ -1,0 +1,143 @@
+"""The end of a run: summary, model file, pictures. Also what the run folder says about itself at its start."""
+
+import importlib.util
+import json
+import platform
+
+import torch
+from torch import nn
+
+from .. import activations, dispatch
+from .checkpoint import write_atomically
+from .config import TrainConfig
+from .data import Data
+from .errors import TrainError
+from .model import dims_of, predict
+
+PACKAGES = ("safetensors", "matplotlib")
+
+
+def need_packages() -> None:
+    """Raise at the start of a run, not at its end, when a package is missing that its last lines need."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise TrainError(
+            f"a run folder needs {missing[0]}, which is not installed: pip install 'fusedmlp[train]'"
+        )
+
+
+def config_json(config: TrainConfig) -> str:
+    return config.replace(resume=None, overwrite=False, debug=False).to_json()
+
+
+def describe(model: nn.Module, data, config: TrainConfig) -> dict:
+    """{"model": ..., "data": ...} in plain values, as checkpoint.pt and model.safetensors hold it."""
+    about = {"dims": dims_of(model), "kind": type(model).__name__}
+    if about["kind"] == "FusedMLP":
+        # Read off the layers, not the config: fit may have been given a network of its own.
+        about["activation"] = _activation_of(model)
+        about["dropout"] = [m.p for m in model.modules() if isinstance(m, nn.Dropout)]
+    return {
+        "model": about,
+        "data": data.describe() if isinstance(data, Data) else {"name": data.name},
+    }
+
+
+def _activation_of(model: nn.Module) -> str | None:
+    name = getattr(model, "activation", None)
+    return name if name in activations.NAMES else None
+
+
+def summary(run) -> dict:
+    config, history, position = run.config, run.history, run.position
+    last = history[-1] if history else {}
+    about = run.about["model"]
+    content = {
+        "dataset": run.data.name,
+        "dims": about["dims"],
+        "activation": about.get("activation"),
+        "dropout": about.get("dropout"),
+        "epochs": position.epoch,
+        "seed": config.seed,
+        "test_accuracy": last.get("test_accuracy"),
+        "test_loss": last.get("test_loss"),
+        "train_loss": last.get("train_loss"),
+        "train_accuracy": last.get("train_accuracy"),
+        "val_accuracy": last.get("val_accuracy"),
+        "val_loss": last.get("val_loss"),
+        "train_seconds": round(position.total_seconds, 4),
+        "samples_per_second": round(position.total_rows / position.total_seconds, 1)
+        if position.total_seconds
+        else None,
+        "batch_size": config.batch_size,
+        "precision": config.precision,
+        "backend": _backend(run),
+        "engine": run.engine.name,
+        "device": _device_name(run.task.device),
+        "threads": torch.get_num_threads(),
+        "processes": run.world.size,
+        "torch": str(torch.__version__),
+    }
+    return content
+
+
+def _backend(run) -> str:
+    """What the first hidden layer runs on; `eager` where PyTorch's own kernels are the fastest known."""
+    dims = run.about["model"]["dims"]
+    name = run.about["model"].get("activation")
+    if len(dims) < 2 or name is None:
+        return "eager"
+    if run.config.backend != "auto":
+        return run.config.backend
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
+        run.config.precision, run.task.scaling.dtype
+    )
+    dropout = any(run.about["model"]["dropout"])
+    act = activations.IDS[name]
+    return dispatch.select(
+        "linear_act",
+        run.task.device.type,
+        dtype,
+        act,
+        dropout,
+        run.config.batch_size,
+        dims[0],
+        dims[1],
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({platform.machine()})"
+
+
+def write(run, content: dict) -> None:
+    """Model, pictures, and last of all the summary: a folder that has one is complete."""
+    from . import plots
+
+    folder = run.folder
+    folder.write("config.json", config_json(run.config.replace(out=folder.path)))
+    folder.write_metrics(run.history)
+    folder.write("model.safetensors", model_bytes(run.task.model, run.about))
+    outputs = None
+    if isinstance(run.data, Data) and run.data.x_test is not None:
+        outputs = predict(
+            run.task.model, run.data.x_test, run.task.scaling, run.task.precision
+        ).cpu()
+    for name, picture in plots.all_of(run.history, run.data, outputs).items():
+        write_atomically(folder.file(name), picture)
+    folder.write_json("summary.json", content)
+
+
+def model_bytes(model: nn.Module, about: dict) -> bytes:
+    """The weights under the plain nn.Sequential's names; what the model and its data are goes into the metadata."""
+    from safetensors.torch import save
+
+    weights, seen = {}, {}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() in seen and tensor.numel():
+            tensor = tensor.clone()  # shared weights: the format wants each name to own its bytes
+        seen[tensor.data_ptr()] = name
+        weights[name] = tensor.detach().cpu().contiguous()
+    return save(weights, metadata={"format": "pt", "fusedmlp": json.dumps(about)})

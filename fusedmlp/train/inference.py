@@ -1,0 +1,189 @@
+"""What a finished run can do: be loaded again, be tested, and name what is on new pictures or rows. Writes nothing."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..nn import FusedMLP
+from . import data as data_sets
+from . import model as models
+from .checkpoint import check_same_model
+from .config import TrainConfig
+from .data import Data, Scaling
+from .errors import TrainError, UsageError
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network out of a run folder, on its device, in evaluation mode, and how rows become its inputs."""
+
+    folder: Path
+    model: FusedMLP
+    config: TrainConfig
+    about: dict
+    scaling: Scaling
+
+    @property
+    def classes(self) -> list[str] | None:
+        return self.about["data"]["classes"]
+
+    @property
+    def image_shape(self) -> tuple[int, int] | None:
+        shape = self.about["data"]["image_shape"]
+        return tuple(shape) if shape else None
+
+    def outputs(self, rows: Tensor) -> Tensor:
+        """(n, C) fp32 on the CPU of rows (n, K) as stored."""
+        device = next(self.model.parameters()).device
+        return models.predict(
+            self.model, rows.to(device), self.scaling, self.config.precision
+        ).cpu()
+
+
+def load(folder: Path, device: torch.device | str = "cpu") -> Trained:
+    """The network of a run folder: of model.safetensors, or of the checkpoint where the run is not finished."""
+    folder = Path(folder)
+    config = _config(folder)
+    weights, about = _weights(folder)
+    shape = about["model"]
+    if shape.get("kind") != "FusedMLP" or shape.get("activation") is None or not shape.get("dims"):
+        raise TrainError(
+            f"{folder} holds a model of kind {shape.get('kind')}, which only its own code can make; "
+            f"load {folder / 'model.safetensors'} into it"
+        )
+    network = models.make(shape)
+    check_same_model(network, weights, str(folder))
+    network.load_state_dict(weights)
+    network.to(device).eval()
+    return Trained(
+        folder, network, config, about, Scaling.from_dict(about["data"]["scaling"]).to(device)
+    )
+
+
+def _config(folder: Path) -> TrainConfig:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise TrainError(f"{folder} must be a run folder, but it has no config.json")
+    try:
+        return TrainConfig.from_dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise TrainError(
+            f"{path} is truncated, corrupted or no config of a run ({error})"
+        ) from error
+
+
+def _weights(folder: Path) -> tuple[dict[str, Tensor], dict]:
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        from . import checkpoint
+
+        content = checkpoint.load(folder)
+        return content["model"], content["about"]
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise TrainError(
+            f"reading {path} needs safetensors: pip install 'fusedmlp[train]'"
+        ) from error
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("fusedmlp", "null"))
+            weights = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise TrainError(
+            f"{path} is truncated, corrupted or no safetensors file ({error})"
+        ) from error
+    if about is None:
+        raise TrainError(f"{path} must be written by fusedmlp, but its metadata do not say so")
+    return weights, about
+
+
+def test_data(trained: Trained, data_dir: Path | None = None) -> Data:
+    """The data set that the run was trained on, split as it was then."""
+    config = trained.config
+    if config.dataset == "tensors" or trained.about["data"].get("digest") is None:
+        raise TrainError(
+            f"{trained.folder} was trained on data of its caller's, which only the caller can load"
+        )
+    config = config.replace(data_dir=data_dir) if data_dir is not None else config
+    loaded = data_sets.load(config)
+    if loaded.digest() != trained.about["data"]["digest"]:
+        raise TrainError(
+            f"the data must be those that {trained.folder} was trained on, but {config.dataset} has other training rows now"
+        )
+    return loaded
+
+
+def evaluate(trained: Trained, data: Data) -> dict:
+    """{rows, test_loss, test_accuracy, per_class: {name: (right, rows)}} over the test rows."""
+    loss = "cross_entropy" if data.is_classes else "mse"
+    outputs = trained.outputs(data.x_test)
+    total = models.judge(loss, outputs, data.y_test)
+    loss_sum, right, rows = total.tolist()
+    result = {
+        "rows": int(rows),
+        "test_loss": loss_sum / rows,
+        "test_accuracy": None,
+        "per_class": {},
+    }
+    if data.is_classes:
+        result["test_accuracy"] = right / rows
+        hits = outputs.argmax(1) == data.y_test
+        for number, name in enumerate(data.classes):
+            of_class = data.y_test == number
+            result["per_class"][name] = (int((hits & of_class).sum()), int(of_class.sum()))
+    return result
+
+
+def read_images(
+    trained: Trained, files: list[Path], invert: bool = False
+) -> tuple[Tensor, list[str]]:
+    """((n, K) fp32 rows in the units of the training images, notes): grey, resized to the network's input."""
+    if trained.image_shape is None:
+        raise UsageError(
+            f"--images needs a run on images, but {trained.folder} was trained on {trained.about['data']['name']}"
+        )
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise TrainError(
+            "reading images needs Pillow, which matplotlib brings: pip install 'fusedmlp[train]'"
+        ) from error
+    height, width = trained.image_shape
+    top = Scaling.from_dict(trained.about["data"]["scaling"]).divisor
+    rows, notes = [], []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                grey = _flattened(image).convert("L").resize((width, height), Image.Resampling.BOX)
+        except FileNotFoundError as error:
+            raise TrainError(f"{file} does not exist") from error
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise TrainError(f"{file} is truncated, corrupted or no image ({error})") from error
+        pixels = torch.tensor(list(grey.tobytes()), dtype=torch.float32).view(height, width) / 255
+        pixels = 1 - pixels if invert else pixels
+        if _border(pixels) > 0.5:
+            notes.append(
+                f"{file} has a light background, and the training images have a dark one; "
+                + ("leave out --invert" if invert else "--invert turns it round")
+            )
+        rows.append(pixels.flatten() * top)
+    return torch.stack(rows), notes
+
+
+def _flattened(image):
+    """On black where it is see-through: the training images' background."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        from PIL import Image
+
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    return image
+
+
+def _border(pixels: Tensor) -> float:
+    edge = torch.cat([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    return edge.mean().item()

@@ -1,0 +1,117 @@
+"""The network of a config, its first weights, its optimiser, and what it says about rows it has not seen."""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import FusedMLP
+from .config import TrainConfig
+from .data import Data, Scaling, seeded
+from .step import autocast, judge
+
+EVAL_ROWS = 4096  # rows a forward pass without gradients
+
+
+def build(config: TrainConfig, data: Data) -> FusedMLP:
+    """On the CPU; the weights depend on the seed alone and the global generator is left as it was."""
+    return make(describe(config, data), config.init, config.init_std, config.seed)
+
+
+def describe(config: TrainConfig, data: Data) -> dict:
+    """What `make` needs to build the network again, in plain values."""
+    return {
+        "dims": [data.in_features, *config.hidden, data.out_features],
+        "activation": config.activation,
+        "dropout": list(config.dropout_per_layer()),
+    }
+
+
+def make(shape: dict, init: str = "default", init_std: float = 0.01, seed: int = 0) -> FusedMLP:
+    first, *hidden, last = shape["dims"]
+    generator = seeded("init", seed)
+    with torch.random.fork_rng(devices=[]):
+        # PyTorch's layers draw their first weights from the global generator: lend it the run's seed.
+        torch.manual_seed(generator.initial_seed())
+        model = FusedMLP(
+            first, hidden, last, activation=shape["activation"], dropout=shape["dropout"]
+        )
+    if init == "normal":
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=init_std, generator=generator)
+                nn.init.zeros_(layer.bias)
+    return model
+
+
+def dims_of(model: nn.Module) -> list[int]:
+    """[in, hidden, ..., out] of the linear layers of any model, as far as they form a chain."""
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    if not layers or any(a.out_features != b.in_features for a, b in pairwise(layers)):
+        return []
+    return [layers[0].in_features, *(layer.out_features for layer in layers)]
+
+
+def optimizer_for(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(
+            parameters, lr=config.learning_rate(), weight_decay=config.weight_decay
+        )
+    return torch.optim.SGD(
+        parameters,
+        lr=config.learning_rate(),
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
+
+
+def predict(model: nn.Module, x: Tensor, scaling: Scaling, precision: str = "fp32") -> Tensor:
+    """Outputs (n, C) in fp32 of rows x (n, ...) as stored, in evaluation mode; the mode is put back."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), autocast(x.device, precision):
+            outputs = [_at_least_fp32(model(scaling(rows))) for rows in x.split(EVAL_ROWS)]
+    finally:
+        model.train(was_training)
+    return torch.cat(outputs)
+
+
+def _at_least_fp32(outputs: Tensor) -> Tensor:
+    return outputs if outputs.dtype == torch.float64 else outputs.float()
+
+
+def evaluate(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    scaling: Scaling,
+    loss: str,
+    *,
+    precision="fp32",
+    world=None,
+) -> tuple[float, float | None]:
+    """(loss, accuracy) over rows x, y; accuracy is None for regression. Each process takes its share."""
+    first, last = world.rows(len(x)) if world is not None else (0, len(x))
+    total = torch.zeros(3, dtype=torch.float64, device=x.device)
+    if last > first:
+        total = judge(loss, predict(model, x[first:last], scaling, precision), y[first:last])
+    total = total if world is None else world.sum(total)
+    loss_sum, right, rows = total.tolist()
+    return loss_sum / rows, right / rows if loss == "cross_entropy" else None
+
+
+def evaluate_batches(task, batches) -> tuple[float | None, float | None]:
+    """As evaluate, over (inputs, targets) that are on the device already."""
+    total = torch.zeros(3, dtype=torch.float64, device=task.device)
+    for inputs, targets in batches:
+        total += judge(
+            task.loss,
+            predict(task.model, inputs, Scaling(dtype=inputs.dtype), task.precision),
+            targets,
+        )
+    loss_sum, right, rows = total.tolist()
+    if rows == 0:
+        return None, None
+    return loss_sum / rows, right / rows if task.loss == "cross_entropy" else None

@@ -1,0 +1,205 @@
+"""Pictures of a run as PNG bytes: learning curves, predictions, and where they go wrong. Draws off screen, writes nothing."""
+
+import io
+
+import torch
+from torch import Tensor
+
+from .data import Data
+
+SHOWN, MISTAKES = (
+    24,
+    16,
+)  # images on the prediction sheet: the first of the test set, then the first mistakes
+COLUMNS = 8
+RIGHT, WRONG = "#1a7f37", "#c0261c"
+PARTS = {"train": "#1f6fb4", "val": "#b8860b", "test": "#c0261c"}
+
+
+def all_of(history: list[dict], data, outputs: Tensor | None) -> dict[str, bytes]:
+    """{file name: PNG}; outputs (n, C) of the test rows on the CPU, or None where there are none."""
+    pictures = {"curves.png": curves(history)}
+    if outputs is None:
+        return pictures
+    if not data.is_classes:
+        return pictures | {
+            "predictions.png": scatter(data, outputs),
+            "residuals.png": residuals(data, outputs),
+        }
+    sheet = images if data.image_shape is not None else confidence
+    return pictures | {
+        "predictions.png": sheet(data, outputs),
+        "confusion.png": confusion(data, outputs),
+    }
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1):
+    """(figure, array of axes) without pyplot, whose state and window system belong to the caller."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _png(figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def curves(history: list[dict]) -> bytes:
+    has_accuracy = any(row["train_accuracy"] is not None for row in history)
+    figure, axes = _figure(10 if has_accuracy else 5.5, 4, 1, 2 if has_accuracy else 1)
+    epochs = [row["epoch"] for row in history]
+    for axis, what in zip(axes[0], ("loss", "accuracy"), strict=False):
+        for part, colour in PARTS.items():
+            values = [row[f"{part}_{what}"] for row in history]
+            if not any(value is not None for value in values):
+                continue
+            label = {"train": "training", "val": "validation", "test": "test"}[part]
+            axis.plot(
+                epochs, values, "o-", color=colour, label=f"{label} {values[-1]:.4g}", markersize=3
+            )
+        axis.set(xlabel="epoch", title=what)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    return _png(figure)
+
+
+def _classified(data: Data, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(true, predicted, probability of the predicted class), each (n,)."""
+    probability, predicted = outputs.float().softmax(1).max(1)
+    return data.y_test.cpu(), predicted, probability
+
+
+def images(data: Data, outputs: Tensor) -> bytes:
+    """The first test images, and below them the first mistakes; green titles are right, red ones wrong."""
+    true, predicted, _ = _classified(data, outputs)
+    wrong = torch.nonzero(true != predicted).flatten().tolist()
+    first = list(range(min(SHOWN, len(true))))
+    shown = first + [index for index in wrong if index >= len(first)][:MISTAKES]
+    rows = -(-len(shown) // COLUMNS)
+    figure, axes = _figure(1.5 * COLUMNS, 1.85 * rows + 0.6, rows, COLUMNS)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, index in zip(axes.flat, shown, strict=False):
+        axis.imshow(
+            data.x_test[index].cpu().view(data.image_shape), cmap="gray_r", interpolation="nearest"
+        )
+        names = data.classes[predicted[index]], data.classes[true[index]]
+        is_right = names[0] == names[1]
+        title = names[0] if is_right else f"{names[0]}\nis {names[1]}"
+        axis.set_title(title, fontsize=9, color=RIGHT if is_right else WRONG)
+        if not is_right:
+            axis.axis("on")
+            axis.set(xticks=[], yticks=[])
+            for spine in axis.spines.values():
+                spine.set(color=WRONG, linewidth=2)
+    share = (true == predicted).float().mean().item()
+    mistakes = len(shown) - len(first)
+    figure.suptitle(
+        f"{data.name}: the first {len(first)} test images"
+        + (f", then the first {mistakes} mistakes after them" if mistakes else "")
+        + f" ({share:.2%} of {len(true)} right)"
+    )
+    return _png(figure)
+
+
+def confidence(data: Data, outputs: Tensor) -> bytes:
+    """For rows that are no images: how sure the network was, of what it got right and of what it got wrong."""
+    true, predicted, probability = _classified(data, outputs)
+    right = true == predicted
+    figure, axes = _figure(6.5, 4)
+    axis = axes[0, 0]
+    parts = [probability[right].numpy(), probability[~right].numpy()]
+    labels = [f"right: {int(right.sum())}", f"wrong: {int((~right).sum())}"]
+    axis.hist(parts, bins=20, range=(0, 1), stacked=True, color=[RIGHT, WRONG], label=labels)
+    axis.set(
+        xlabel="probability of the predicted class",
+        ylabel="test rows",
+        title=f"{data.name}: predictions",
+    )
+    axis.legend()
+    return _png(figure)
+
+
+def confusion(data: Data, outputs: Tensor) -> bytes:
+    """Counts of (true, predicted), shaded by the share of the true class; with many classes the counts are left out."""
+    true, predicted, _ = _classified(data, outputs)
+    count = len(data.classes)
+    table = torch.bincount(true * count + predicted, minlength=count * count).view(count, count)
+    share = table / table.sum(1, keepdim=True).clamp(min=1)
+    side = min(14.0, 2.5 + 0.55 * count)
+    figure, axes = _figure(side + 1, side)
+    axis = axes[0, 0]
+    picture = axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    axis.set(
+        xlabel="predicted",
+        ylabel="true",
+        title=f"{data.name}: {int(table.diagonal().sum())} of {len(true)} right",
+    )
+    if count <= 40:
+        axis.set_xticks(range(count), data.classes, rotation=45, ha="right")
+        axis.set_yticks(range(count), data.classes)
+    if count <= 20:
+        for row, column in torch.nonzero(table).tolist():
+            colour = "white" if share[row, column] > 0.5 else "black"
+            axis.text(
+                column,
+                row,
+                int(table[row, column]),
+                ha="center",
+                va="center",
+                color=colour,
+                fontsize=8,
+            )
+    figure.colorbar(picture, ax=axis, label="share of the true class", shrink=0.8)
+    return _png(figure)
+
+
+def _in_units(data: Data, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """(true, predicted), each (n, k), in the target's own units."""
+    true = data.y_test.cpu().float().reshape(len(outputs), -1)
+    predicted = outputs.float().reshape(len(outputs), -1)
+    if data.target_scaling is None:
+        return true, predicted
+    mean, std = data.target_scaling.mean, data.target_scaling.std
+    return true * std + mean, predicted * std + mean
+
+
+def scatter(data: Data, outputs: Tensor) -> bytes:
+    """Regression: predicted over true values, with the line of a perfect prediction."""
+    true, predicted = _in_units(data, outputs)
+    figure, axes = _figure(5.5, 5.2)
+    axis = axes[0, 0]
+    for column in range(true.shape[1]):
+        label = f"output {column}" if true.shape[1] > 1 else None
+        axis.plot(true[:, column], predicted[:, column], ".", markersize=4, alpha=0.5, label=label)
+    ends = [float(true.min()), float(true.max())]
+    axis.plot(ends, ends, color="black", linewidth=1)
+    error = (true - predicted).square().mean().sqrt()
+    name = data.target or "target"
+    axis.set(
+        xlabel=f"true {name}",
+        ylabel=f"predicted {name}",
+        title=f"{data.name}: RMS error {error:.4g}",
+    )
+    if 1 < true.shape[1] <= 10:
+        axis.legend()
+    axis.grid(alpha=0.3)
+    return _png(figure)
+
+
+def residuals(data: Data, outputs: Tensor) -> bytes:
+    """Regression: how the errors are spread."""
+    true, predicted = _in_units(data, outputs)
+    figure, axes = _figure(5.5, 4)
+    axis = axes[0, 0]
+    axis.hist((predicted - true).flatten().numpy(), bins=40, color=PARTS["train"])
+    axis.axvline(0, color="black", linewidth=1)
+    axis.set(xlabel="predicted - true", ylabel="test rows", title=f"{data.name}: errors")
+    axis.grid(alpha=0.3)
+    return _png(figure)

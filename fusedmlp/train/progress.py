@@ -1,0 +1,187 @@
+"""What a run says while it goes: nothing (Quiet), or lines and, on a terminal, a bar (Console)."""
+
+import sys
+import time
+
+
+class Quiet:
+    """The interface, and a run that says nothing."""
+
+    def start(self, run) -> None: ...
+    def note(self, text: str) -> None: ...
+    def steps(self, position, steps: int | None) -> None: ...
+    def epoch(self, row: dict) -> None: ...
+    def finish(self, result) -> None: ...
+    def close(self) -> None: ...
+
+
+class Console(Quiet):
+    """One line an epoch; on a terminal also a bar of the epoch under way, and a table at the end."""
+
+    def __init__(self):
+        try:
+            from rich.console import Console as Rich
+        except ImportError:
+            self.rich = None
+        else:
+            self.rich = Rich(highlight=False, soft_wrap=True)
+        self.bar = self.job = None
+        self.epochs = 0
+        self.rows = 0
+        self.redrawn = 0.0
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.rich is not None and self.rich.is_terminal
+
+    def say(self, text: str) -> None:
+        if self.rich is not None:
+            self.rich.print(text, markup=False)
+        else:
+            print(text, flush=True)
+
+    def note(self, text: str) -> None:
+        self.say(f"note: {text}")
+
+    def start(self, run) -> None:
+        config, task = run.config, run.task
+        self.epochs = config.epochs
+        self.rows = 0 if task.x is None else len(task.x)
+        dims = "-".join(str(d) for d in run.about["model"]["dims"])
+        rows = f"{self.rows} rows" if self.rows else "batches from a loader"
+        self.say(
+            f"{run.data.name}: {rows}; {dims}, {sum(p.numel() for p in task.model.parameters())} parameters"
+        )
+        self.say(
+            f"{config.epochs} epochs of batches of {config.batch_size} on {task.device}, {config.precision}, "
+            f"engine {run.engine.name}, seed {config.seed}"
+            + (f", {run.world.size} processes" if run.world.size > 1 else "")
+        )
+        self.say("settings: " + _settings(config))
+        if run.folder is not None:
+            self.say(f"run folder: {run.folder.path}")
+        if run.position.global_step:
+            self.say(f"going on from epoch {run.position.epoch + 1}, step {run.position.step}")
+        if self.is_terminal:
+            self._start_bar(run.position)
+
+    def _start_bar(self, position) -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        self.bar = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeRemainingColumn(),
+            console=self.rich,
+            transient=True,
+        )
+        self.job = self.bar.add_task(
+            "", total=None, epoch=f"{position.epoch + 1}/{self.epochs}", state=""
+        )
+        self.bar.start()
+
+    def steps(self, position, steps) -> None:
+        if self.bar is None or time.monotonic() - self.redrawn < 0.1:
+            return
+        self.redrawn = time.monotonic()
+        accuracy = f"accuracy {position.right / position.rows:.4f}  " if position.right else ""
+        speed = position.rows / max(position.seconds, 1e-9)
+        self.bar.update(
+            self.job,
+            completed=position.step,
+            total=steps,
+            epoch=f"{position.epoch + 1}/{self.epochs}",
+            state=f"loss {position.loss / position.rows:.4f}  {accuracy}{speed:,.0f} rows/s",
+        )
+
+    def epoch(self, row: dict) -> None:
+        parts = [f"epoch {row['epoch']:>3}/{self.epochs}"]
+        for part in ("train", "val", "test"):
+            if row[f"{part}_loss"] is None:
+                continue
+            parts.append(f"{part} loss {row[f'{part}_loss']:.4f}")
+            if row[f"{part}_accuracy"] is not None:
+                parts[-1] += f" accuracy {row[f'{part}_accuracy']:.4f}"
+        speed = (
+            f"  {self.rows / row['seconds']:,.0f} rows/s" if self.rows and row["seconds"] else ""
+        )
+        self.say("  ".join(parts) + f"  {row['seconds']:.2f} s{speed}")
+
+    def finish(self, result) -> None:
+        self.close()
+        if result.interrupted:
+            where = (
+                f"; go on with: fusedmlp train --resume {result.folder}" if result.folder else ""
+            )
+            self.say(
+                f"interrupted after {len(result.history)} of {result.config.epochs} epochs{where}"
+            )
+            return
+        summary = result.summary
+        rows = [
+            (
+                name.replace("_", " "),
+                f"{summary[name]:.4f}" if isinstance(summary[name], float) else str(summary[name]),
+            )
+            for name in (
+                "test_accuracy",
+                "test_loss",
+                "val_accuracy",
+                "val_loss",
+                "train_accuracy",
+                "train_loss",
+            )
+            if summary[name] is not None
+        ]
+        rows += [
+            ("training time", f"{summary['train_seconds']:.2f} s"),
+            (
+                "speed",
+                f"{summary['samples_per_second']:,.0f} rows/s"
+                if summary["samples_per_second"]
+                else "-",
+            ),
+            (
+                "runs on",
+                f"{summary['device']}, {summary['backend']} kernels, {summary['engine']} engine",
+            ),
+        ]
+        rows += [("written", str(path)) for path in result.paths.values()]
+        self._table(rows)
+
+    def _table(self, rows: list[tuple[str, str]]) -> None:
+        if self.is_terminal:
+            from rich.table import Table
+
+            table = Table(show_header=False)
+            for row in rows:
+                table.add_row(*row)
+            self.rich.print(table)
+            return
+        width = max(len(name) for name, _ in rows)
+        for name, value in rows:
+            self.say(f"{name:<{width}}  {value}")
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+        sys.stdout.flush()
+
+
+def _settings(config) -> str:
+    return "  ".join(
+        f"{name}={_plain(value)}" for name, value in config.to_dict().items() if value is not None
+    )
+
+
+def _plain(value) -> str:
+    return ",".join(str(v) for v in value) if isinstance(value, list) else str(value)

@@ -1,0 +1,229 @@
+"""Step engines: how one training step is run. One interface, chosen by `choose`, which gives its reasons.
+
+An engine is made from a Task and has
+    name                    as in --engine
+    refuses(task)           reasons why it cannot run this task; an empty list where it can (static)
+    step(indices)           one step on these rows of the task's data; returns nothing and waits for nothing
+    steps(order, batch)     one step for each slice of `batch` rows of order; engines that run many steps in
+                            one call do it here
+    set_step(number)        the global step that comes next: it decides the masks
+    read()                  (sum of losses, number right, rows) since the last read; waits for the device
+    sync()                  the parameters and the optimiser's state, written back into the task's objects
+Every engine gives the trajectory of plain PyTorch with the same masks.
+"""
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..functional import dropout_state
+from ..nn import FusedMLP
+from ..surgery import FusedSequential
+from .data import Scaling
+from .distributed import ALONE, World
+from .errors import TrainError
+
+HELD = 1 << 20  # output values that wait on the device before their losses are summed up
+
+
+@dataclass
+class Task:
+    """What there is to train, on its device."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: str  # cross_entropy or mse
+    device: torch.device
+    x: Tensor | None = None  # (n, ...) rows as stored; None where batches come from a loader
+    y: Tensor | None = None  # (n,) int64, or (n, k) fp32
+    scaling: Scaling = field(default_factory=Scaling)
+    precision: str = "fp32"
+    seed: int = 0
+    world: World = ALONE
+
+    @property
+    def mask_layers(self) -> int:
+        """Streams that a step takes, or 0 where masks do not follow `dropout_state`.
+
+        Two fused modules side by side would get equal masks from it, so other models than one fused
+        network draw from torch's generator, which `fit` seeds.
+        """
+        if isinstance(self.model, FusedMLP):
+            return sum(isinstance(m, nn.Linear) for m in self.model.modules())
+        if isinstance(self.model, FusedSequential):
+            return sum(isinstance(m, nn.Linear | nn.Dropout) for m in self.model.modules())
+        return 0
+
+
+def autocast(device: torch.device, precision: str):
+    """The context of bf16 and fp16 arithmetic; a context without effect for fp32 and tf32."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def loss_of(kind: str, outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Mean or sum over the rows; the squared error of a row is the mean over its outputs.
+
+    outputs (B, C), targets (B,) for cross_entropy; both (B, k) for mse
+    """
+    if kind == "cross_entropy":
+        return F.cross_entropy(outputs, targets, reduction=reduction)
+    loss = F.mse_loss(outputs, targets, reduction=reduction)
+    return loss if reduction == "mean" else loss / max(1, targets[0].numel() if len(targets) else 1)
+
+
+class Meter:
+    """Losses and hits on the device. Outputs are kept as they are and judged many steps at a time:
+    argmax, comparison and sums of each step would cost 2 % of a step of 784-256-10 on a CPU."""
+
+    def __init__(self, task: Task):
+        self.task = task
+        self.pending: list[tuple[Tensor, Tensor]] = []
+        self.held = 0
+        self.total = torch.zeros(3, dtype=torch.float64, device=task.device)
+
+    def add(self, outputs: Tensor, targets: Tensor) -> None:
+        self.pending.append((outputs.detach(), targets))
+        self.held += outputs.numel()
+        if self.held >= HELD:
+            self._settle()
+
+    def _settle(self) -> None:
+        if not self.pending:
+            return
+        outputs = torch.cat([pair[0] for pair in self.pending])
+        targets = torch.cat([pair[1] for pair in self.pending])
+        self.pending, self.held = [], 0
+        self.total += judge(self.task.loss, outputs, targets)
+
+    def read(self) -> tuple[float, float, int]:
+        self._settle()
+        loss, right, rows = self.task.world.sum(self.total).tolist()  # the one wait for the device
+        self.total = torch.zeros_like(self.total)
+        return loss, right, int(rows)
+
+
+def judge(loss: str, outputs: Tensor, targets: Tensor) -> Tensor:
+    """(sum of losses, number right, rows) in fp64; fp64 makes the sum independent of how rows are grouped."""
+    with torch.no_grad():
+        if outputs.dtype in (torch.float16, torch.bfloat16):
+            outputs = outputs.float()
+        if loss == "cross_entropy":
+            each = F.cross_entropy(outputs, targets, reduction="none")
+            right = (outputs.argmax(1) == targets).sum()
+        else:
+            each = (outputs - targets).square().flatten(1).mean(1)
+            right = torch.zeros((), device=outputs.device)
+        rows = torch.tensor(len(targets), device=outputs.device)
+        return torch.stack([each.double().sum(), right.double(), rows.double()])
+
+
+class Autograd:
+    """Any model and any optimiser: forward, loss, backward and update as PyTorch runs them."""
+
+    name = "autograd"
+
+    @staticmethod
+    def refuses(task: Task) -> list[str]:
+        return []
+
+    def __init__(self, task: Task):
+        self.task = task
+        self.meter = Meter(task)
+        self.optimizer = task.optimizer
+        self.forward = task.model
+        if task.world.size > 1:
+            devices = [task.device] if task.device.type == "cuda" else None
+            self.forward = nn.parallel.DistributedDataParallel(task.model, device_ids=devices)
+        fp16 = task.precision == "fp16"
+        # Its step() looks at the gradients' finiteness on the host: fp16 waits for the device each step.
+        self.scaler = torch.amp.GradScaler(task.device.type, enabled=fp16) if fp16 else None
+        self.layers = task.mask_layers
+        self.state = torch.tensor([task.seed, 0], dtype=torch.int64, device=task.device)
+        self.stream = self.state[1:]
+        self.masks: dict[int, dropout_state] = {}
+
+    def set_step(self, number: int) -> None:
+        self.stream.fill_(number * self.layers)
+
+    def _masks(self, first_row: int):
+        if not self.layers:
+            return nullcontext()
+        if first_row not in self.masks:
+            self.masks[first_row] = dropout_state(self.state, row_offset=first_row)
+        return self.masks[first_row]
+
+    def steps(self, order: Tensor, batch: int) -> None:
+        for indices in order.split(batch):
+            self.step(indices)
+
+    def step(self, indices: Tensor) -> None:
+        """indices (B,) of the global batch; this process takes its share of it."""
+        task = self.task
+        first, last = task.world.rows(len(indices))
+        mine = indices[first:last]
+        inputs = task.scaling(task.x.index_select(0, mine))
+        self.step_on(inputs, task.y.index_select(0, mine), first, len(indices))
+
+    def step_on(
+        self, inputs: Tensor, targets: Tensor, first_row: int = 0, rows: int | None = None
+    ) -> None:
+        """inputs (b, ...) and targets of this process, which begin at first_row of a batch of `rows`."""
+        task = self.task
+        with self._masks(first_row):
+            with autocast(task.device, task.precision):
+                outputs = self.forward(inputs)
+                if task.world.size == 1:
+                    loss = loss_of(task.loss, outputs, targets)
+                else:
+                    # DDP averages over processes; shares of a batch differ in size, so weigh by rows.
+                    loss = loss_of(task.loss, outputs, targets, "sum") * (task.world.size / rows)
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.scaler is None:
+                loss.backward()
+                self.optimizer.step()
+            else:
+                self.scaler.scale(loss).backward()
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+        if self.layers:
+            self.stream.add_(self.layers)
+        self.meter.add(outputs, targets)
+
+    def read(self) -> tuple[float, float, int]:
+        return self.meter.read()
+
+    def sync(self) -> None:
+        pass
+
+    def scaler_state(self) -> dict | None:
+        return None if self.scaler is None else self.scaler.state_dict()
+
+    def load_scaler_state(self, state: dict | None) -> None:
+        if self.scaler is not None and state is not None:
+            self.scaler.load_state_dict(state)
+
+
+ENGINES = (Autograd,)  # fastest first
+
+
+def choose(name: str, task: Task):
+    """The engine that was asked for by name, or for auto the first that can run the task."""
+    reasons = {engine.name: engine.refuses(task) for engine in ENGINES}
+    for engine in ENGINES:
+        if name in ("auto", engine.name) and not reasons[engine.name]:
+            return engine(task)
+    asked = [r for n, why in reasons.items() if name in ("auto", n) for r in why]
+    if not asked:
+        raise TrainError(f"unknown engine {name!r}; known: auto, {', '.join(reasons)}")
+    raise TrainError(f"engine {name!r} was asked for but cannot be used: {'; '.join(asked)}")
+
+
+def why(task: Task) -> Iterable[str]:
+    """One line an engine, in the order of choice: what it says to this task."""
+    for engine in ENGINES:
+        yield f"{engine.name}: {'; '.join(engine.refuses(task)) or 'can run it'}"

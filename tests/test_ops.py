@@ -1,0 +1,404 @@
+"""Both ops on every backend: the error budget, corners, strides, determinism, saved tensors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fusedmlp.functional as FF
+from fusedmlp import activations, dispatch, rng
+
+from . import check_op
+from .check_op import DTYPES, SHAPES, Case
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+OPS = ("linear_act", "bias_act_dropout")
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("act", activations.NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", OPS)
+def test_outputs_and_gradients_are_within_the_error_budget(op, dtype, act, p, backend, device):
+    case = Case(op, 61, 53, 77, act, p, DTYPES[dtype], device)
+    check_op.assert_within_budget(case, check_op.run(case, backend))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("act", ["relu", "gelu", "prelu"])
+@pytest.mark.parametrize("op", OPS)
+def test_every_shape_is_within_the_error_budget(op, act, shape, backend, device):
+    m, k, n = SHAPES[shape]
+    case = Case(op, m, k, n, act, 0.4, torch.float32, device)
+    check_op.assert_within_budget(case, check_op.run(case, backend))
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        dict(bias=False),
+        dict(act="prelu", slope_elements=1),
+        dict(act="leaky_relu", alpha=0.3),
+        dict(act="leaky_relu", alpha=-0.3),
+        dict(act="leaky_relu", alpha=0.0),
+    ],
+    ids=lambda v: ",".join(f"{k}={x}" for k, x in v.items()),
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", OPS)
+def test_variants_are_within_the_error_budget(op, dtype, variant, backend, device):
+    case = Case(**dict(op=op, m=61, k=53, n=77, act="relu", p=0.25, dtype=DTYPES[dtype],
+                       device=device) | variant)
+    check_op.assert_within_budget(case, check_op.run(case, backend))
+
+
+INJECTED = {
+    "gelu as x * sigmoid(1.702 x)": ("gelu", lambda r, i: r | {"y": _sigmoid_gelu(i)}),
+    "bias 1 % off": ("relu", lambda r, i: check_op.run(_INJECTED_CASE["relu"], "reference",
+                                                        i | {"b": i["b"] * 1.01})),
+    "bias gradient summed in bf16": ("relu", lambda r, i: r | {"db": _bf16_sum(r, i)}),
+}
+_INJECTED_CASE = {
+    act: Case("bias_act_dropout", 509, 0, 77, act, 0.0, torch.bfloat16) for act in ("gelu", "relu")
+}
+
+
+def _sigmoid_gelu(i):
+    z = i["x"].float() + i["b"].float()
+    return (z * torch.sigmoid(1.702 * z)).bfloat16()
+
+
+def _bf16_sum(r, i):
+    total = torch.zeros(77, dtype=torch.bfloat16)
+    for row in r["dx"]:
+        total = total + row
+    return total
+
+
+@pytest.mark.parametrize("bug", INJECTED)
+def test_the_error_budget_catches_an_injected_bug(bug):
+    act, inject = INJECTED[bug]
+    case = _INJECTED_CASE[act]
+    inputs = case.inputs()
+    right = check_op.run(case, "reference", inputs)
+    check_op.assert_within_budget(case, right, inputs)
+    with pytest.raises(AssertionError, match="share of the error budget"):
+        check_op.assert_within_budget(case, inject(right, inputs), inputs)
+
+
+# --- corners ------------------------------------------------------------------------------------
+
+NAN, INF = float("nan"), float("inf")
+CORNERS = [0.0, -0.0, 1e-40, -1e-40, 1e-30, -1e-30, 1.0, -1.0, 20.5, -20.5, 300.0, -300.0,
+           6e4, -6e4, INF, -INF, NAN]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("act", activations.NAMES)
+def test_corners_are_those_of_torch(act, dtype, backend, device):
+    """NaN, infinities, signed zeros and denormals come out as PyTorch's functions give them.
+
+    PyTorch's vector and scalar code differ for smooth functions of an infinity or a NaN, and its
+    16-bit code from its fp32 code where a step in between overflows: any of these is right. A
+    derivative read off y is right to eps of its largest value; that of a NaN may be a NaN.
+    """
+    dtype = DTYPES[dtype]
+    exact = act in ("none", "relu", "leaky_relu", "prelu")
+    x = torch.tensor(CORNERS * 3, dtype=dtype, device=device).requires_grad_()
+    slope = torch.tensor([0.25], dtype=dtype, device=device) if act == "prelu" else None
+    y = FF.bias_act_dropout(x, None, act, slope=slope, backend=backend)
+    got = y, torch.autograd.grad(y, x, torch.full_like(y, 0.5))[0]
+    variants = [_torch_corners(act, x, slope, dtype, False)]
+    if not exact:
+        variants += [
+            _torch_corners(act, x, slope, t, one) for t in (dtype, torch.float32)
+            for one in (False, True)
+        ]
+    for i, name in enumerate(("y", "dx")):
+        right = torch.zeros_like(x, dtype=torch.bool)
+        for variant in variants:
+            right |= _same_corner(got[i].detach(), variant[i].to(dtype), exact or name == "y")
+            if name == "dx" and not exact:
+                right |= (got[i] - variant[i]).abs() <= 2 * torch.finfo(dtype).eps
+                right |= x.isnan() & got[i].isnan()
+        assert right.all(), f"{name} at {x[~right].tolist()}: {got[i][~right].tolist()}"
+
+
+def _torch_corners(act, x, slope, dtype, one_by_one):
+    """Value and gradient by PyTorch, in `dtype`, all at once or element by element."""
+    parts = [x.detach()[i : i + 1] for i in range(len(x))] if one_by_one else [x.detach()]
+    out = []
+    for part in parts:
+        part = part.to(dtype).requires_grad_()
+        y = _plain(act, part, slope if slope is None else slope.to(dtype))
+        out.append((y.detach(), torch.autograd.grad(y, part, torch.full_like(y, 0.5))[0]))
+    return [torch.cat(t) for t in zip(*out, strict=True)]
+
+
+def _same_corner(got, want, signed):
+    """Elementwise: the same NaN, infinity, zero with its sign, or a close number."""
+    tiny = torch.finfo(got.dtype).smallest_normal
+    zero = (want == 0) & (got == 0) & ((torch.signbit(got) == torch.signbit(want)) | (not signed))
+    # PyTorch flushes some denormal results to 0.
+    denormal = ~(want == 0) & (want.abs() <= tiny) & (got.abs() <= tiny)
+    flushed = (want == 0) & ~(got == 0) & (got.abs() <= tiny)
+    eps = torch.finfo(got.dtype).eps
+    close = (got.double() - want.double()).abs() <= 4 * eps * want.double().abs()
+    close |= got == want  # infinities
+    return (got.isnan() & want.isnan()) | zero | denormal | flushed | (close & (want != 0))
+
+
+def _plain(act, z, slope):
+    from fusedmlp.differentiable import _plain
+
+    return _plain(activations.IDS[act], z, slope, 0.01)
+
+
+@pytest.mark.parametrize("act", activations.NAMES)
+@pytest.mark.parametrize("op", OPS)
+def test_a_dropped_element_is_plus_zero_with_zero_gradient(op, act, backend, device):
+    """Selected, never multiplied: also where the input is NaN or infinite, and at p = 1."""
+    keep = rng.dropout_mask(5, 0, 4, len(CORNERS), 0.5)
+    for p, dropped in ((0.5, ~keep), (1.0, torch.ones_like(keep))):
+        x = torch.tensor([CORNERS] * 4, device=device)
+        slope = torch.tensor([0.25], device=device) if act == "prelu" else None
+        args = dict(slope=slope, p=p, seed=5, backend=backend)
+        if op == "linear_act":
+            b = x[0].clone().requires_grad_()
+            zeros = torch.zeros(4, 3, device=device), torch.zeros(len(CORNERS), 3, device=device)
+            y = FF.linear_act(*zeros, b, act, **args)
+            leaf = b
+        else:
+            leaf = x.requires_grad_()
+            y = FF.bias_act_dropout(leaf, None, act, **args)
+        (dx,) = torch.autograd.grad(y, leaf, torch.full_like(y, INF))
+        out = y.detach().cpu()[dropped]
+        assert (out == 0).all() and not torch.signbit(out).any()
+        if leaf.dim() == 2:
+            assert (dx.cpu()[dropped] == 0).all()
+        elif p == 1.0:
+            assert (dx == 0).all()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("m", "k", "n"), [(0, 5, 7), (3, 0, 7), (3, 5, 0), (0, 0, 0), (1, 1, 1)]
+)
+@pytest.mark.parametrize("act", ["none", "relu", "gelu", "prelu"])
+def test_empty_sizes(act, m, k, n, p, backend, device):
+    x = torch.randn(m, k, device=device, requires_grad=True)
+    w = torch.randn(n, k, device=device, requires_grad=True)
+    b = torch.randn(n, device=device, requires_grad=True)
+    slope = torch.rand(1, device=device, requires_grad=True) if act == "prelu" else None
+    y = FF.linear_act(x, w, b, act, slope=slope, p=p, seed=1, backend=backend)
+    assert y.shape == (m, n)
+    leaves = [t for t in (x, w, b, slope) if t is not None]
+    grads = torch.autograd.grad(y.sum(), leaves)
+    assert [g.shape for g in grads] == [t.shape for t in leaves]
+    assert all(torch.isfinite(g).all() for g in grads)
+    z = torch.randn(m, n, device=device, requires_grad=True)
+    y = FF.bias_act_dropout(z, b, act, slope=slope, p=p, seed=1, backend=backend)
+    assert y.shape == (m, n)
+    torch.autograd.grad(y.sum(), [z, b])
+
+
+def test_eval_and_p_0_are_no_dropout_and_take_no_seed(backend, device):
+    x, w = torch.randn(4, 5, device=device), torch.randn(6, 5, device=device)
+    before = torch.get_rng_state()
+    for kwargs in (dict(p=0.5, training=False), dict(p=0.0)):
+        y = FF.linear_act(x, w, None, "relu", backend=backend, **kwargs)
+        torch.testing.assert_close(y, F.relu(F.linear(x, w)))
+    assert FF.dropout(x, 0.5, training=False, backend=backend) is x
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- layout -------------------------------------------------------------------------------------
+
+
+def _strided(t: torch.Tensor, kind: str) -> torch.Tensor:
+    """The values of t (contiguous) in another memory layout."""
+    if kind == "transposed":
+        return t.transpose(0, -1).contiguous().transpose(0, -1)
+    if kind == "sliced":
+        return torch.stack((t, t + 1), -1)[..., 0]
+    if kind == "offset":
+        return torch.cat((t.new_ones(1), t.reshape(-1)))[1:].view(t.shape)
+    return t
+
+
+KINDS = st.sampled_from(["contiguous", "transposed", "sliced", "offset"])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(1, 6), min_size=0, max_size=3),
+    st.integers(1, 19),
+    st.integers(1, 19),
+    KINDS,
+    KINDS,
+    KINDS,
+    st.sampled_from(activations.NAMES),
+    st.sampled_from([0.0, 0.4]),
+    st.sampled_from(["reference", "native"]),
+)
+def test_any_shape_and_stride(leading, k, n, kx, kw, kdy, act, p, name):
+    if dispatch._BY_NAME[name].refuses("cpu", torch.float32):
+        name = "reference"
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(*leading, k, generator=g)
+    w, b = torch.randn(n, k, generator=g), torch.randn(n, generator=g)
+    slope = torch.rand(n, generator=g) if act == "prelu" else None
+    dy = torch.randn(*leading, n, generator=g)
+
+    def run(x, w, dy):
+        x, w, b_ = (t.detach().requires_grad_() for t in (x, w, b))
+        s = slope if slope is None else slope.detach().requires_grad_()
+        y = FF.linear_act(x, w, b_, act, slope=s, p=p, seed=2, backend=name)
+        leaves = [t for t in (x, w, b_, s) if t is not None]
+        first = [y, *torch.autograd.grad(y, leaves, dy)]
+        e = FF.bias_act_dropout(x, None, act if s is None else "relu", p=p, seed=2, backend=name)
+        return [*first, e, *torch.autograd.grad(e, x, x.detach())]
+
+    expected = run(x, w, dy)
+    got = run(_strided(x, kx), _strided(w, kw), _strided(dy, kdy))
+    torch.testing.assert_close(got, expected)
+    assert got[0].is_contiguous() and got[0].shape == (*leading, n)
+
+
+@pytest.mark.parametrize("act", ["none", "relu", "gelu", "prelu"])
+def test_expanded_input_and_gradient(act, backend, device):
+    row = torch.randn(1, 12, device=device)
+    slope = torch.rand(12, device=device) if act == "prelu" else None
+    for x in (row.expand(5, 12), row[:, :1].expand(5, 12)):
+        results = []
+        for t in (x, x.contiguous()):
+            t = t.detach().requires_grad_()
+            y = FF.bias_act_dropout(t, None, act, slope=slope, p=0.3, seed=1, backend=backend)
+            results.append((y, *torch.autograd.grad(y.sum(), t)))
+        torch.testing.assert_close(*results)
+
+
+# --- autograd -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("act", activations.NAMES)
+@pytest.mark.parametrize("op", OPS)
+def test_backward_twice_gives_the_same_and_changes_nothing_saved(op, act, backend, device):
+    case = Case(op, 9, 10, 13, act, 0.3, torch.float32, device)
+    inputs = case.inputs()
+    leaves = check_op._leaves(inputs)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = check_op.call(case, leaves, backend)
+    copies = [t.detach().clone() for t in saved]
+    grads = [
+        torch.autograd.grad(y, list(leaves.values()), inputs["dy"], retain_graph=True)
+        for _ in range(2)
+    ]
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+    for t, copy in zip(saved, copies, strict=True):
+        assert torch.equal(t.nan_to_num(), copy.nan_to_num())
+
+
+@pytest.mark.parametrize("act", ["none", "relu", "gelu", "prelu", "tanh"])
+@pytest.mark.parametrize("op", OPS)
+def test_each_subset_of_inputs_that_needs_gradients(op, act, backend, device):
+    case = Case(op, 9, 10, 13, act, 0.3, torch.float32, device)
+    inputs = case.inputs()
+    full = check_op.run(case, backend, inputs)
+    names = [n for n in inputs if n != "dy"]
+    for bits in range(1, 2 ** len(names)):
+        wanted = [n for i, n in enumerate(names) if bits >> i & 1]
+        leaves = {n: inputs[n].detach().requires_grad_(n in wanted) for n in names}
+        y = check_op.call(case, leaves, backend)
+        grads = torch.autograd.grad(y, [leaves[n] for n in wanted], inputs["dy"])
+        for n, g in zip(wanted, grads, strict=True):
+            torch.testing.assert_close(g, full[f"d{n}"], msg=f"{wanted} {n}")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_double_backward_is_that_of_the_oracle(op, backend, device):
+    """A gradient penalty through the fused op, for every activation, with dropout."""
+    for act in activations.NAMES:
+        case = Case(op, 5, 6, 9, act, 0.3, torch.float32, device)
+        inputs = case.inputs()
+        results = []
+        for dtype, name in ((torch.float32, backend), (torch.float64, "reference")):
+            leaves = check_op._leaves(inputs, dtype)
+            y = check_op.call(case, leaves, name)
+            grads = torch.autograd.grad(y, list(leaves.values()), inputs["dy"].to(dtype),
+                                        create_graph=True)
+            penalty = y.square().sum() + sum(g.square().sum() for g in grads)
+            second = torch.autograd.grad(penalty, list(leaves.values()), allow_unused=True)
+            results.append([g.double() for g in second])
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4, msg=lambda m, a=act: f"{a}: {m}")
+
+
+def test_changing_an_output_that_is_saved_raises(backend, device):
+    x = torch.randn(3, 4, device=device, requires_grad=True)
+    y = FF.bias_act_dropout(x, None, "relu", backend=backend)
+    y.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("act", activations.NAMES)
+def test_two_runs_give_the_same_bits(act, backend, device):
+    case = Case("linear_act", 301, 20, 67, act, 0.3, torch.float32, device)
+    a, b = check_op.run(case, backend), check_op.run(case, backend)
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16])
+def test_fp32_bias_beside_a_16_bit_input(bias_dtype, backend, device):
+    x = torch.randn(5, 8, device=device, dtype=torch.bfloat16, requires_grad=True)
+    b = torch.randn(8, device=device, dtype=bias_dtype, requires_grad=True)
+    y = FF.bias_act_dropout(x, b, "gelu", backend=backend)
+    dx, db = torch.autograd.grad(y.sum(), (x, b))
+    assert (y.dtype, dx.dtype, db.dtype) == (torch.bfloat16, torch.bfloat16, bias_dtype)
+
+
+# --- masks --------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(-(2**63), 2**63 - 1),
+    st.integers(-(2**63), 2**63 - 1),
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.sampled_from([2.0**-32, 0.001, 0.1, 0.5, 0.9, 1 - 2.0**-32]),
+    st.integers(0, 2**32 - 70),
+    st.integers(1, 3),
+)
+def test_native_masks_are_those_of_the_specification(seed, stream, m, n, p, row_offset, threads):
+    if reasons := dispatch._BY_NAME["native"].refuses("cpu", torch.float32):
+        pytest.skip("; ".join(reasons))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y = FF.dropout(torch.ones(m, n), p, seed=seed, stream=stream, row_offset=row_offset,
+                       backend="native")
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(y != 0, rng.dropout_mask(seed, stream, m, n, p, row_offset=row_offset))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", OPS)
+def test_backward_uses_the_mask_of_forward(op, dtype, backend, device):
+    for act in activations.NAMES:
+        case = Case(op, 33, 4, 45, act, 0.5, DTYPES[dtype], device, bias=False)
+        inputs = case.inputs() | {"dy": torch.ones(33, 45, dtype=DTYPES[dtype], device=device)}
+        keep = rng.dropout_mask(check_op.SEED, check_op.STREAM, 33, 45, 0.5, device=device)
+        leaves = check_op._leaves(inputs)
+        y = check_op.call(case, leaves, backend)
+        assert not (y[~keep] != 0).any()
+        if op == "bias_act_dropout":
+            (dx,) = torch.autograd.grad(y, leaves["x"], inputs["dy"])
+            assert not (dx[~keep] != 0).any()
+            if act in ("none", "sigmoid"):
+                assert (dx[keep] != 0).all()

@@ -1,0 +1,145 @@
+"""The dropout contract: known answers, statistics that catch known bugs, independence of layout."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fusedmlp.functional as FF
+from fusedmlp import rng
+
+# Known-answer vectors of Philox 4x32-10, published with Random123 (kat_vectors): counter, key, words.
+RANDOM123 = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    (
+        (0xFFFFFFFF,) * 4,
+        (0xFFFFFFFF,) * 2,
+        (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
+    ),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), RANDOM123)
+def test_philox_gives_the_published_words(counter, key, words):
+    counter, key = ([torch.tensor(w) for w in ws] for ws in (counter, key))
+    assert tuple(int(w) for w in rng.philox(counter, key)) == words
+
+
+def _scalar_window(seed: int, stream: int, row: int, column: int) -> int:
+    """docs/dropout.md in Python integers, written apart from rng.py."""
+    low = 0xFFFFFFFF
+    c = [column // 8, row, stream & low, (stream >> 32) & low]
+    k = [seed & low, (seed >> 32) & low]
+    for _ in range(10):
+        a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+        c = [(b >> 32) ^ c[1] ^ k[0], b & low, (a >> 32) ^ c[3] ^ k[1], a & low]
+        k = [(k[0] + 0x9E3779B9) & low, (k[1] + 0xBB67AE85) & low]
+    i = column % 8 // 2
+    return c[i] if column % 2 == 0 else (c[i] >> 16 | c[(i + 1) % 4] << 16) & low
+
+
+_INT64 = st.integers(-(2**63), 2**63 - 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(_INT64, _INT64, st.integers(0, 2**32 - 4), st.integers(0, 40))
+def test_windows_are_those_of_the_specification(seed, stream, row_offset, columns):
+    state = torch.tensor([seed, stream])
+    got = rng.windows(state, 0, 3, columns, row_offset)
+    expected = [
+        [_scalar_window(seed, stream, row_offset + r, c) for c in range(columns)] for r in range(3)
+    ]
+    assert got.tolist() == expected
+
+
+def test_layer_adds_to_the_stream_and_wraps():
+    top = 2**63 - 1
+    a = rng.windows(torch.tensor([1, top]), 3, 4, 9)
+    b = rng.windows(torch.tensor([1, -(2**63) + 2]), 0, 4, 9)
+    assert torch.equal(a, b)
+
+
+def test_row_offset_shifts_rows():
+    whole = rng.dropout_mask(1, 2, 32, 20, 0.5)
+    part = rng.dropout_mask(1, 2, 10, 20, 0.5, row_offset=13)
+    assert torch.equal(whole[13:23], part)
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-12, 2.0**-32, 0.1, 0.5, 1 - 2.0**-32, 1.0])
+def test_threshold_and_scale_come_from_one_rounding_each(p):
+    threshold, scale = rng.threshold_and_scale(p)
+    assert threshold == round(p * 2**32)
+    if 0 < threshold < 2**32:
+        assert scale == torch.tensor(1 / (1 - p), dtype=torch.float64).float().item()
+    else:
+        assert scale == 1.0
+
+
+# --- statistics ---------------------------------------------------------------------------------
+
+
+def _scaled_mean(keep: torch.Tensor, scale: float, p: float) -> float:
+    """Deviation of E[y] / x from 1, in standard errors."""
+    mean = keep.double().mean().item() * scale
+    return (mean - 1) / (math.sqrt(p * (1 - p) / keep.numel()) * scale)
+
+
+def _correlation(keep: torch.Tensor, rows: int, columns: int, p: float) -> float:
+    """Correlation of the mask with itself, shifted by (rows, columns), in standard errors."""
+    k = keep.double() - (1 - p)
+    a, b = k[rows:, columns:], k[: k.shape[0] - rows, : k.shape[1] - columns]
+    return (a * b).sum().item() / (p * (1 - p) * math.sqrt(a.numel()))
+
+
+LAGS = [(0, c) for c in range(1, 9)] + [(r, 0) for r in (1, 2, 8, 16, 31, 32, 33, 64)] + [(1, 1)]
+
+
+def _suspicious(keep: torch.Tensor, scale: float, p: float) -> list[str]:
+    """What is wrong with a mask at five standard errors, the threshold for 18 looks."""
+    found = [] if abs(_scaled_mean(keep, scale, p)) < 5 else ["mean"]
+    return found + [f"lag {lag}" for lag in LAGS if abs(_correlation(keep, *lag, p)) >= 5]
+
+
+@pytest.mark.parametrize("p", [0.001, 0.05, 0.1, 0.3, 0.5, 0.9])
+def test_mask_is_unbiased_and_uncorrelated(p):
+    keep = rng.dropout_mask(20, 22, 4096, 1024, p)
+    assert _suspicious(keep, rng.threshold_and_scale(p)[1], p) == []
+
+
+def test_a_mask_with_a_byte_wide_threshold_is_caught():
+    """Negative control, shipped by a well-known library: dropped below floor(256 p) / 256."""
+    p = 0.1
+    byte = rng.windows(torch.tensor([20, 22]), 0, 4096, 1024) >> 24
+    assert "mean" in _suspicious(byte >= math.floor(256 * p), 1 / (1 - p), p)
+
+
+def test_a_mask_that_repeats_every_32_rows_is_caught():
+    """Negative control, shipped by a well-known library: the row block is not in the counter."""
+    p = 0.1
+    keep = rng.dropout_mask(20, 22, 32, 1024, p).repeat(128, 1)
+    assert "lag (32, 0)" in _suspicious(keep, rng.threshold_and_scale(p)[1], p)
+
+
+# --- seeds --------------------------------------------------------------------------------------
+
+
+def test_manual_seed_reproduces_and_two_draws_differ():
+    x = torch.ones(16, 64)
+    torch.manual_seed(7)
+    a, b = FF.dropout(x), FF.dropout(x)
+    torch.manual_seed(7)
+    assert torch.equal(a, FF.dropout(x)) and torch.equal(b, FF.dropout(x))
+    assert not torch.equal(a, b)
+
+
+def test_a_one_dimensional_input_is_row_0():
+    x = torch.ones(50)
+    assert torch.equal(FF.dropout(x, seed=3) != 0, rng.dropout_mask(3, 0, 1, 50, 0.5)[0])
+    assert torch.equal(FF.dropout(x[0], seed=3) != 0, rng.dropout_mask(3, 0, 1, 1, 0.5)[0, 0])
