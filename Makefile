@@ -37,8 +37,8 @@ format: setup  ## put Python and C++ into the project's format
 	$(PY) -m ruff check -q --fix . ; $(PY) -m ruff format .
 	@$(if $(and $(CLANG),$(CSRC)),$(CLANG) -i $(CSRC),true)
 
-bench: setup  ## time the ops against eager and compiled PyTorch; ARGS go to bench.run
-	$(PY) -m bench.run $(ARGS)
+bench: setup  ## time the ops against eager and compiled PyTorch; ARGS replace --suite cpu --out FILE
+	$(PY) -m bench.run $(or $(ARGS),--suite cpu --out bench/results/cpu.json)
 
 kernels: setup  ## compile each GPU kernel and list registers, spills and tensor-core instructions
 	$(PY) -m bench.kernels $(ARGS)

@@ -1,4 +1,4 @@
-"""What is measured: the cases, and the suites that run.py and `make gpu` run. Times nothing itself."""
+"""What is measured: the cases, and the suites of run.py and `make gpu`. Times nothing itself."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def cpu() -> list[Case]:
 
 
 def gpu() -> list[Case]:
-    """For an NVIDIA GPU, the most wanted figures first: a part is cut off when its time is spent."""
+    """For an NVIDIA GPU, the most wanted figures first: a run ends when its time is spent."""
     cuda = dict(device="cuda")
     narrow = [
         Case("narrow", "linear_act", "fwd+bwd", m, kn, p=(p,), dtype="bf16", **cuda)

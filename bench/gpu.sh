@@ -2,7 +2,7 @@
 # Everything that needs an NVIDIA GPU: bash bench/gpu.sh [all|build|test|sanitize|bench] (make gpu).
 # Runs with $PYTHON as it is: installs nothing and needs no network; a missing package skips what
 # needs it. Leaves at most 8 files in $RESULTS: machine.json, build.txt, test.txt, sanitize.txt,
-# bench.txt, bench.csv and summary.tsv, which the closing table is made from. Each part ends within
+# bench.txt, ops.json and summary.tsv, which the closing table is made from. Each part ends within
 # 8 minutes and can be called alone; 1 is returned when one of those called failed.
 set -u
 cd "$(dirname "$0")/.." || exit 1
@@ -98,7 +98,7 @@ part_sanitize() {  # the tests marked sanitize: one small case a kernel
 }
 
 part_bench() {
-    limited 460 "$PYTHON" -m bench.run --device cuda --out "$RESULTS/bench.csv"
+    limited 470 "$PYTHON" -m bench.run --suite gpu --seconds 420 --resume --out "$RESULTS/ops.json"
 }
 
 run_part() {

@@ -1,15 +1,9 @@
-"""The ways to run a case, and the check that each computes what the case says. Times nothing.
+"""The ways to run a case. Times nothing; check.py tells whether they are right.
 
 Providers: `eager` PyTorch; `compile` and `max-autotune` (CUDA, with CUDA graphs) of it; `graph`, a
 hand-made CUDA graph of it; `addmm` = torch._addmm_activation; `auto`, this package with its own
 choice of backend, and each of its backends by name; `auto graph`, a CUDA graph of `auto`; `floor`,
 what no implementation can do without: copies of the tensors, or the bare GEMMs through torch.
-
-Check: outputs and gradients against an fp64 oracle with the same mask, in relative Frobenius norm, at
-most 2 x plain PyTorch's own error + eps / 2 (for PyTorch's other providers 4 times that: it is a
-guard against another function, the test suite holds the error budget). Our mask is known. PyTorch's
-is read off its output, and its rate must be p within 5 sigma; behind several dropouts, where it
-cannot be read, loss and gradient norms must be near those of plain PyTorch with our mask.
 """
 
 from __future__ import annotations
@@ -24,12 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fusedmlp
-from fusedmlp import activations, dispatch, rng
+from fusedmlp import activations, dispatch
 from fusedmlp import functional as FF
 
 from .cases import Case
 
-SEED = 0x5EED
 _EPS_TF32 = 2.0**-10
 _MODULES = {
     "none": nn.Identity, "relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "elu": nn.ELU,
@@ -47,14 +40,16 @@ class Provider:
     """One way to run a case.
 
     run      what is timed
-    results  {} for a floor, else one result by name, fresh; with `ours`, of the mask of SEED
+    results  output and gradients by name, fresh; {} for a floor
     ours     True where the mask is this package's
+    forward  the part of `run` that saves tensors for backward; None where that cannot be seen
     """
 
     name: str
     run: Callable[[], object]
     results: Callable[[], dict[str, Tensor]]
     ours: bool = False
+    forward: Callable[[], Tensor] | None = None
 
 
 def default_names(case: Case) -> list[str]:
@@ -99,7 +94,6 @@ class Problem:
         self.targets = torch.randint(classes, (case.m,), generator=g).to(case.device)
         self.dy = randn(case.m, classes)
         self._zero_near_kink()
-        self._expected: tuple[dict, dict] | None = None
 
     def _zero_near_kink(self) -> None:
         """Where rounding decides the side of 0 that z is on, either derivative of relu is right."""
@@ -108,10 +102,12 @@ class Problem:
         x, w, b = (self.leaves.get(n) for n in ("x", "w0", "b0"))
         with torch.no_grad():
             z, size = (x, x.abs()) if w is None else (x @ w.T, x.abs() @ w.abs().T)
-            eps = self._eps()
+            eps = self.eps
             self.dy[(z.float() + b.float()).abs() < 2 * eps * (size.float() + b.abs())] = 0
 
-    def _eps(self) -> float:
+    @property
+    def eps(self) -> float:
+        """Of the arithmetic that is timed."""
         return _EPS_TF32 if self.case.dtype == "tf32" else torch.finfo(self.dy.dtype).eps
 
     # --- providers -------------------------------------------------------------------------------
@@ -138,7 +134,8 @@ class Problem:
         if backend and case.op in ("layer", "net"):
             scope = lambda: fusedmlp.use_backend(backend)  # noqa: E731
         run, results = self._timed(forward, parameters, scope)
-        return Provider(name, run, results, ours)
+        seen = None if name in ("compile", "max-autotune") or case.mode == "infer" else forward
+        return Provider(name, run, results, ours, seen)
 
     def _functional(self, name: str, backend: str | None, ours: bool) -> Callable[[], Tensor]:
         x, w, b = (self.leaves.get(n) for n in ("x", "w0", "b0"))
@@ -176,12 +173,12 @@ class Problem:
             if not hasattr(fusedmlp, "fuse"):
                 raise Unavailable("this version has no fuse()")
             net = fusedmlp.fuse(copy.deepcopy(net))
-        x, targets = self.leaves["x"], self.targets
+        x, targets, parameters = self.leaves["x"], self.targets, list(net.parameters())
         if self.case.mode != "step":
-            net = _compiled(name, net)
-            return (lambda: net(x)), list(net.parameters())
+            function = _compiled(name, net)
+            return (lambda: function(x)), parameters
         loss = _compiled(name, lambda x, t: F.cross_entropy(net(x).float(), t))
-        return (lambda: loss(x, targets)), list(net.parameters())
+        return (lambda: loss(x, targets)), parameters
 
     def _timed(self, forward, parameters, scope):
         """(run, results) of a mode. wanted: x if it needs a gradient, then weights and biases."""
@@ -209,7 +206,7 @@ class Problem:
 
             def step_results():
                 loss = step().detach()
-                return self._named(loss, [p.grad for p in parameters])
+                return self.named(loss, [p.grad for p in parameters])
 
             return step, step_results
         if mode == "infer":
@@ -219,7 +216,7 @@ class Problem:
                     return forward()
 
             return infer, lambda: {"y": infer().clone()}
-        results = lambda: self._named(*with_grads())  # noqa: E731
+        results = lambda: self.named(*with_grads())  # noqa: E731
         if mode == "fwd":
 
             def fwd():
@@ -239,7 +236,7 @@ class Problem:
             return bwd, results
         return with_grads, results
 
-    def _named(self, y: Tensor, grads) -> dict[str, Tensor]:
+    def named(self, y: Tensor, grads) -> dict[str, Tensor]:
         names = [f"d{n}" for n in self.wanted]
         grads = [g.detach().clone() for g in grads]
         return {"y": y.detach().clone()} | dict(zip(names, grads, strict=True))
@@ -268,9 +265,9 @@ class Problem:
     def _gemms(self, i: int, k: int, n: int, forward: bool, backward: bool):
         """The bare products of layer i: z = x w^T, dx = dz w, dw = dz^T x, into given memory."""
         like = self.dy
-        x = self.leaves["x"].detach() if i == 0 else torch.randn_like(like.new_empty(self.case.m, k))
-        w = self.leaves[f"w{i}"].detach()
-        dz = torch.randn_like(like.new_empty(self.case.m, n))
+        m = self.case.m
+        x = self.leaves["x"].detach() if i == 0 else torch.randn_like(like.new_empty(m, k))
+        w, dz = self.leaves[f"w{i}"].detach(), torch.randn_like(like.new_empty(m, n))
         z, dx, dw = torch.empty_like(dz), torch.empty_like(x), torch.empty_like(w)
         calls = [lambda: torch.mm(x, w.t(), out=z)] * forward
         if backward:
@@ -278,86 +275,6 @@ class Problem:
                 calls.append(lambda: torch.mm(dz, w, out=dx))
             calls.append(lambda: torch.mm(dz.t(), x, out=dw))
         return calls
-
-    # --- check -----------------------------------------------------------------------------------
-
-    def wrong(self, provider: Provider) -> str | None:
-        """Why a provider's result is not what the case says; None when it is right."""
-        if provider.name == "floor":
-            return None
-        with fusedmlp.dropout_state(SEED) if provider.ours else contextlib.nullcontext():
-            got = provider.results()
-        dropouts = sum(p > 0 for *_, p in self.case.layers)
-        if provider.ours or dropouts == 0:
-            masks = self._our_masks()
-        elif len(self.case.layers) == 1:
-            masks, reason = self._seen_mask(got["y"])
-            if reason:
-                return reason
-        else:
-            return self._far_from_plain(got)
-        oracle = self._plain(masks, torch.float64)
-        plain = self._plain(masks, self.case.torch_dtype)
-        slack = 1 if provider.ours else 4
-        for name, t in got.items():
-            limit = slack * (2 * _error(plain[name], oracle[name]) + self._eps() / 2)
-            if len(self.case.layers) > 1:
-                limit = max(limit, 1e-3)  # one hidden unit on the other side of relu's kink
-            error = _error(t, oracle[name])
-            if not error <= limit:
-                return f"{name} is wrong: relative error {error:.1e}, at most {limit:.1e} allowed"
-        return None
-
-    def _our_masks(self) -> list[Tensor | None]:
-        state = torch.tensor([SEED, 0], dtype=torch.int64, device=self.case.device)
-        return [
-            rng.keep_mask(state, i, self.case.m, n, rng.threshold_and_scale(p)[0]) if p else None
-            for i, (_, n, _, p) in enumerate(self.case.layers)
-        ]
-
-    def _seen_mask(self, y: Tensor) -> tuple[list[Tensor | None], str | None]:
-        p = self.case.layers[0][3]
-        live = self._plain([None], torch.float64, p_override=0.0, grads=False)["y"] != 0
-        kept = (y != 0) | ~live
-        seen, n = 1 - kept[live].double().mean().item(), max(1, int(live.sum()))
-        if abs(seen - p) > 5 * (p * (1 - p) / n) ** 0.5 + 1 / n:
-            return [kept], f"drops a share of {seen:.4f}, not {p:g}"
-        return [kept], None
-
-    def _far_from_plain(self, got: dict[str, Tensor]) -> str | None:
-        plain = self._plain(self._our_masks(), self.case.torch_dtype)
-        for name, t in got.items():
-            is_loss = name == "y" and t.dim() == 0
-            size, want = t.double().norm().item(), plain[name].double().norm().item()
-            if not abs(size - want) <= (0.1 if is_loss else 0.3) * want:
-                return f"{name} has norm {size:.3g}, plain PyTorch {want:.3g}"
-        return None
-
-    def _plain(self, masks, dtype, p_override=None, grads=True) -> dict[str, Tensor]:
-        """Value and gradients from PyTorch's own functions with the given masks (M, N)."""
-        leaves = {n: t.detach().to(dtype).requires_grad_(grads) for n, t in self.leaves.items()}
-        h = leaves["x"]
-        for i, (k, _, act, p) in enumerate(self.case.layers):
-            p = p if p_override is None else p_override
-            b = leaves.get(f"b{i}")
-            h = F.linear(h, leaves[f"w{i}"], b) if k else h if b is None else h + b
-            h = activations.TABLE[activations.IDS[act]].forward(h, 0.01)
-            if p and masks[i] is not None:
-                scale = 1 / (1 - p) if dtype == torch.float64 else rng.threshold_and_scale(p)[1]
-                h = torch.where(masks[i], h * scale, 0.0)
-        if self.case.mode == "step":
-            # As in the providers: the loss of 16-bit logits is taken in fp32.
-            h = F.cross_entropy(h if dtype == torch.float64 else h.float(), self.targets)
-        if not grads:
-            return {"y": h.detach()}
-        dy = None if self.case.mode == "step" else self.dy.to(dtype)
-        return self._named(h, torch.autograd.grad(h, [leaves[n] for n in self.wanted], dy))
-
-
-def _error(got: Tensor, oracle: Tensor) -> float:
-    """Relative Frobenius error; of an oracle that is all zeros, the norm."""
-    size = oracle.norm().item()
-    return (got.double() - oracle).norm().item() / (size or 1.0)
 
 
 def _compiled(name: str, function):
@@ -372,8 +289,6 @@ def _compiled(name: str, function):
         torch.compiler.cudagraph_mark_step_begin()
         return compiled(*args)
 
-    if isinstance(function, nn.Module):
-        run.parameters = function.parameters
     return run
 
 

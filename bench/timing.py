@@ -1,6 +1,6 @@
 """Timers for CPU and CUDA, and the protocol that every figure of this project follows.
 
-1. Correct first. A function whose result is wrong gets no number, only the reason (providers.py).
+1. Correct first. A function whose result is wrong gets no number, only the reason (check.py).
 2. Inputs and incoming gradients exist before the clock starts, are random normal and never zeros:
    a GPU draws less power, and clocks higher, on zeros.
 3. No gradient accumulates: torch.autograd.grad in ops; in a step, zero_grad belongs to the step.
@@ -10,8 +10,8 @@
    median, p20 and p80 over rounds are given: on a shared machine read the ratios, not the times.
 6. Rounds go on until a time budget is spent, at least `min_rounds`. One sample calls a function as
    often as fills `sample_ms`, so that reading the clock costs nothing.
-7. Warm: the same tensors each call, in whichever cache they fit. Cold: a buffer larger than the last
-   cache is written before each call, outside the clock. Which one it was is in the row.
+7. Warm: the same tensors each call, in whichever cache they fit. Cold: a buffer larger than the
+   last cache is written before each call, outside the clock. Which one it was is in the row.
 8. CUDA: device events around the calls, with the queue kept full: the device is first put to sleep
    until the host has enqueued everything (checked, and repeated with a longer sleep), so that host
    gaps are not measured. Host time per call is a figure of its own. A training step is also timed

@@ -76,7 +76,7 @@ def check_space(folder):
 def pip_install(python, *what):
     """Shows what pip says as it comes, and turns its failures into one line."""
     command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--retries", "2"]
-    command += [] if sys.stdout.isatty() else ["-q", "--progress-bar", "off"]
+    command += [] if sys.stdout.isatty() else ["-qq", "--progress-bar", "off"]
     run = subprocess.Popen(command + list(what), cwd=str(ROOT), stderr=subprocess.PIPE)
     log = []
     for line in run.stderr:

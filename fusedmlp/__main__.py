@@ -1,4 +1,5 @@
-"""python -m fusedmlp: the same as the fusedmlp command, for torchrun and for folders not on PATH."""
+"""python -m fusedmlp: the same as the fusedmlp command, for torchrun and for folders not on
+PATH."""
 
 import sys
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import differentiable
+from . import checks, differentiable
 from .activations import LEAKY_RELU, SAVE_NOTHING, SAVE_Y, SAVE_Z, saves
 from .ops import BY_BACKEND
 
@@ -29,7 +29,7 @@ def _matmul_grads(dz: Tensor, x: Tensor | None, w: Tensor | None):
     if w is not None:
         dx = torch.matmul(dz, w)
     if x is not None:
-        rows = dz.shape[:-1].numel()
+        rows = checks.rows(dz)
         dw = torch.mm(dz.reshape(rows, dz.shape[-1]).t(), x.reshape(rows, x.shape[-1]))
     return dx, dw
 

@@ -19,6 +19,14 @@ _INT64_MIN, _INT64_MAX = -(1 << 63), (1 << 63) - 1
 _DEFAULT_LEAKY_SLOPE = 0.01
 
 
+def rows(t: Tensor) -> int:
+    """M, the flattened leading sizes of (..., N); 1 for 0-D and 1-D. Symbolic sizes stay symbolic."""
+    m = 1
+    for size in t.shape[:-1]:
+        m = m * size
+    return m
+
+
 def _shape(t: Tensor) -> str:
     return str(tuple(t.shape))
 
@@ -67,14 +75,14 @@ def int64(op: str, name: str, value: object) -> int:
     return value
 
 
-def row_range(op: str, rows: int, columns: int, row_offset: object) -> int:
+def row_range(op: str, m: int, columns: int, row_offset: object) -> int:
     """Rows and columns that the 32-bit words of the Philox counter can hold."""
     row_offset = int64(op, "row_offset", row_offset)
     if row_offset < 0:
         raise ValueError(f"{op}: row_offset must be >= 0, got {row_offset}")
-    if rows + row_offset > rng.TWO32:
+    if m + row_offset > rng.TWO32:
         raise ValueError(
-            f"{op}: rows + row_offset must be at most 2^32 for dropout, got {rows} + {row_offset}"
+            f"{op}: rows + row_offset must be at most 2^32 for dropout, got {m} + {row_offset}"
         )
     if columns > 8 * rng.TWO32:
         raise ValueError(f"{op}: columns must be at most 2^35 for dropout, got {columns}")
@@ -182,7 +190,6 @@ def epilogue(
     state_: Tensor | None,
     threshold: int,
     row_offset: int,
-    rows: int,
 ) -> None:
     """The arguments that the registered ops take as numbers; for calls that go to them directly."""
     if not 0 <= act < len(activations.TABLE):
@@ -197,7 +204,7 @@ def epilogue(
         if state_ is None:
             raise ValueError(f"{op}: state must be an int64 tensor (seed, stream), got None")
         state(op, state_, x.device)
-        row_range(op, rows, columns, row_offset)
+        row_range(op, rows(x), columns, row_offset)
 
 
 def positive_sizes(op: str, name: str, sizes: Sequence[object]) -> tuple[int, ...]:

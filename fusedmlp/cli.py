@@ -1,4 +1,5 @@
-"""The fusedmlp command: finds the command, runs it, and turns every failure into one message and an exit code.
+"""The fusedmlp command: finds the command, runs it, and turns every failure into one message and
+an exit code.
 
 Imports nothing that a command does not need: `info` and `verify` work without any extra.
 """
@@ -57,7 +58,8 @@ def _guarded(command: str, argv: list[str]) -> int:
     except KeyboardInterrupt:
         return _say("interrupted", INTERRUPTED)
     except BrokenPipeError:
-        # The reader of the output has gone (head); Python would complain once more when it closes stdout.
+        # The reader of the output has gone (head); Python would complain once more when it closes
+        # stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import activations, dtypes, rng
+from . import activations, checks, dtypes, rng
 from .activations import LEAKY_RELU, PRELU, RELU, SAVE_NOTHING, SAVE_Y, TABLE
 
 _NO_CONTEXT = contextlib.nullcontext()
@@ -33,8 +33,7 @@ def _keep(like: Tensor, state, threshold: int, layer: int, row_offset: int) -> T
     if threshold == rng.TWO32:
         return torch.zeros_like(like, dtype=torch.bool)
     columns = like.shape[-1] if like.dim() else 1
-    rows = 1 if like.dim() <= 1 else like.shape[:-1].numel()
-    mask = rng.keep_mask(state, layer, rows, columns, threshold, row_offset)
+    mask = rng.keep_mask(state, layer, checks.rows(like), columns, threshold, row_offset)
     return mask.reshape(like.shape)
 
 

@@ -94,10 +94,6 @@ def _call_state(op: str, like: Tensor, seed, stream, row_offset) -> tuple[Tensor
     return torch.tensor([seed, stream], dtype=torch.int64, device=like.device), 0, row_offset
 
 
-def _rows(t: Tensor) -> int:
-    return 1 if t.dim() <= 1 else t.shape[:-1].numel()
-
-
 def _needs_grad(*tensors: Tensor | None) -> bool:
     if torch.is_grad_enabled():
         for t in tensors:
@@ -131,7 +127,7 @@ def run_linear_act(
     checks.linear("linear_act", x, w, b)
     args = (x, w, b, slope, state, act, alpha, threshold, scale, layer, row_offset)
     n, k = w.shape
-    rows = _rows(x)
+    rows = checks.rows(x)
     if threshold:
         checks.row_range("linear_act", rows, n, row_offset)
     route = dispatch.select(
@@ -141,11 +137,12 @@ def run_linear_act(
         route = _functorch_route("linear_act", backend)
     if cast is not None:
         with torch.autocast(device_type, enabled=False):
-            return _linear_act_on(route, args)
-    return _linear_act_on(route, args)
+            return linear_act_on(route, args)
+    return linear_act_on(route, args)
 
 
-def _linear_act_on(route: str, args: tuple) -> Tensor:
+def linear_act_on(route: str, args: tuple) -> Tensor:
+    """linear_act by a route of dispatch.select; `args` are those of the op, in its order."""
     x, w, b, slope, state, *numbers = args
     if route == dispatch.EAGER:
         return differentiable.linear_act(*args)
@@ -170,7 +167,7 @@ def run_bias_act_dropout(
     """bias_act_dropout on checked arguments. Under autocast it stays in x's dtype, as F.relu."""
     op = "bias_act_dropout"
     columns = x.shape[-1] if x.dim() else 1
-    rows = _rows(x)
+    rows = checks.rows(x)
     if threshold:
         checks.row_range(op, rows, columns, row_offset)
     args = (x, b, slope, state, act, alpha, threshold, scale, layer, row_offset)
@@ -179,10 +176,15 @@ def run_bias_act_dropout(
     )
     if _in_functorch():
         route = _functorch_route(op, backend)
+    return bias_act_dropout_on(route, args)
+
+
+def bias_act_dropout_on(route: str, args: tuple) -> Tensor:
+    """bias_act_dropout by a route of dispatch.select; `args` are those of the op, in its order."""
+    x, b, slope, state, *numbers = args
     if route == dispatch.EAGER:
         return differentiable.bias_act_dropout(*args)
     if _needs_grad(x, b, slope):
-        numbers = args[4:]
         return BiasActDropout.apply(x, b, slope, state, route, *numbers)
     return ops.BY_BACKEND[route].bias_act_dropout_fwd(*args)
 
@@ -245,6 +247,7 @@ def linear_act(
         state, layer, row_offset = _call_state(op, input, seed, stream, row_offset)
     if slope is not None:
         checks.same_device(op, "slope", slope, input)
+        checks.vector_dtype(op, "slope", slope, input)
     return run_linear_act(
         input, weight, bias, slope, state, act, alpha, threshold, scale, layer, row_offset, backend
     )

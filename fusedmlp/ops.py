@@ -34,21 +34,17 @@ SCHEMAS = {
 _lib = torch.library.Library("fusedmlp", "DEF")
 
 
-def _rows(t: Tensor) -> int:
-    return 1 if t.dim() <= 1 else t.shape[:-1].numel()
-
-
 def _check_linear_act(x, w, b, slope, state, act, alpha, threshold, scale, layer, row_offset):
     op = "linear_act"
     checks.linear(op, x, w, b)
-    checks.epilogue(op, x, w.shape[0], act, slope, state, threshold, row_offset, _rows(x))
+    checks.epilogue(op, x, w.shape[0], act, slope, state, threshold, row_offset)
 
 
 def _check_fwd(x, b, slope, state, act, alpha, threshold, scale, layer, row_offset):
     op = "bias_act_dropout"
     checks.elementwise(op, x, b)
     columns = x.shape[-1] if x.dim() else 1
-    checks.epilogue(op, x, columns, act, slope, state, threshold, row_offset, _rows(x))
+    checks.epilogue(op, x, columns, act, slope, state, threshold, row_offset)
 
 
 def _check_bwd(

@@ -17,6 +17,8 @@ This file does not decide when to draw a seed; functional.py does.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,9 @@ def threshold_and_scale(p: float) -> tuple[int, float]:
     threshold = round(p * TWO32)
     if threshold == 0 or threshold == TWO32:
         return threshold, 1.0
-    return threshold, torch.tensor(1.0 / (1.0 - p), dtype=torch.float32).item()
+    # Rounded to 24 bits with Python's numbers: a tensor here would break a graph being compiled.
+    mantissa, exponent = math.frexp(1.0 / (1.0 - p))
+    return threshold, math.ldexp(round(math.ldexp(mantissa, 24)), exponent - 24)
 
 
 def philox(counter: tuple[Tensor | int, ...], key: tuple[Tensor | int, ...]) -> tuple[Tensor, ...]:

@@ -288,7 +288,7 @@ def test_expanded_input_and_gradient(act, backend, device):
 def test_backward_twice_gives_the_same_and_changes_nothing_saved(op, act, backend, device):
     case = Case(op, 9, 10, 13, act, 0.3, torch.float32, device)
     inputs = case.inputs()
-    leaves = check_op._leaves(inputs)
+    leaves = check_op.leaves_of(inputs)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = check_op.call(case, leaves, backend)
@@ -327,7 +327,7 @@ def test_double_backward_is_that_of_the_oracle(op, backend, device):
         inputs = case.inputs()
         results = []
         for dtype, name in ((torch.float32, backend), (torch.float64, "reference")):
-            leaves = check_op._leaves(inputs, dtype)
+            leaves = check_op.leaves_of(inputs, dtype)
             y = check_op.call(case, leaves, name)
             grads = torch.autograd.grad(y, list(leaves.values()), inputs["dy"].to(dtype),
                                         create_graph=True)
@@ -394,7 +394,7 @@ def test_backward_uses_the_mask_of_forward(op, dtype, backend, device):
         case = Case(op, 33, 4, 45, act, 0.5, DTYPES[dtype], device, bias=False)
         inputs = case.inputs() | {"dy": torch.ones(33, 45, dtype=DTYPES[dtype], device=device)}
         keep = rng.dropout_mask(check_op.SEED, check_op.STREAM, 33, 45, 0.5, device=device)
-        leaves = check_op._leaves(inputs)
+        leaves = check_op.leaves_of(inputs)
         y = check_op.call(case, leaves, backend)
         assert not (y[~keep] != 0).any()
         if op == "bias_act_dropout":

@@ -61,16 +61,22 @@ Tile common_tile(const EpilogueParams& e, const Plan& plan, void* out, const voi
 
 bool all_dropped(const EpilogueParams& e) { return e.drop.threshold >> 32; }
 
-// The sum over tiles and folded rows of each of `cols` columns.
-void add_up(float* out, const double* sums, int64_t stride, const Plan& plan, int64_t cols) {
-    for (int64_t c = 0; c < cols; ++c) {
-        double total = 0;
-        for (int64_t f = 0; f < plan.fold; ++f) {
-            const double* at = sums + f * cols + c;
-            for (int64_t tile = 0; tile < plan.row_tiles; ++tile) total += at[tile * stride];
-        }
-        out[c] = float(total);
-    }
+// Sums over the rows of tiles and over folded rows; the first `cols` of `sums` hold the result.
+int add_up(double* sums, int64_t stride, const Plan& plan, int64_t cols, ParallelFor parallel) {
+    const int64_t grain = std::max<int64_t>(64, 2 * kGrain / plan.row_tiles);
+    const int failed = run(parallel, plan.cols, grain, [=, &plan](int64_t begin, int64_t end) {
+        for (int64_t tile = 1; tile < plan.row_tiles; ++tile)
+            for (int64_t c = begin; c < end; ++c) sums[c] += sums[tile * stride + c];
+    });
+    for (int64_t f = 1; f < plan.fold; ++f)
+        for (int64_t c = 0; c < cols; ++c) sums[c] += sums[f * cols + c];
+    return failed;
+}
+
+void store_sums(void* out, const double* sums, Dtype dtype, int64_t n) {
+    auto* rounded = static_cast<float*>(scratch(kBiasSlot, size_t(n) * sizeof(float)));
+    for (int64_t i = 0; i < n; ++i) rounded[i] = float(sums[i]);
+    from_float(out, rounded, dtype, n);
 }
 
 }  // namespace
@@ -133,19 +139,15 @@ int launch_bias_act_dropout_bwd(const BiasActDropoutBwdParams& p, ParallelFor pa
             kernel(t);
         }
     );
-    auto* sums = static_cast<float*>(scratch(kBiasSlot, size_t(e.cols) * sizeof(float)));
     if (db) {
-        add_up(sums, db, stride, plan, e.cols);
-        from_float(p.db, sums, e.bias_dtype, e.cols);
+        failed |= add_up(db, stride, plan, e.cols, parallel);
+        store_sums(p.db, db, e.bias_dtype, e.cols);
     }
     if (dslope) {
-        add_up(sums, dslope, stride, plan, e.cols);
-        if (e.slope_size == 1) {
-            double total = 0;
-            for (int64_t c = 0; c < e.cols; ++c) total += double(sums[c]);
-            sums[0] = float(total);
-        }
-        from_float(p.dslope, sums, e.slope_dtype, e.slope_size);
+        failed |= add_up(dslope, stride, plan, e.cols, parallel);
+        if (e.slope_size == 1)
+            for (int64_t c = 1; c < e.cols; ++c) dslope[0] += dslope[c];
+        store_sums(p.dslope, dslope, e.slope_dtype, e.slope_size);
     }
     return failed;
 }

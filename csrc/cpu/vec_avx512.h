@@ -2,6 +2,11 @@
 // what each does; for files compiled with those flags only.
 #pragma once
 
+#if defined(__GNUC__) && !defined(__clang__)
+// gcc 12 warns of its own header's undefined vectors, which is what they are for.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 #include <immintrin.h>
 
 namespace fusedmlp::avx512 {

@@ -1,27 +1,23 @@
-"""Finds the stretches [Linear] [activation] [Dropout] among the children of a container, and runs them.
+"""Finds the stretches [Linear] [activation] [Dropout] among the children of a container.
 
 A stretch becomes one op only where that gives what its modules would give by themselves: their exact
 classes, no hooks, nothing replaced, parameters that the op has. All else runs through its own
-__call__. Does not change a module.
+__call__. Does not change a module, and does not run anything.
 """
 
 from __future__ import annotations
 
 import math
 
-import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.utils import parametrize
 
-from .. import activations, checks, dispatch, dtypes, functional, rng
+from .. import activations
 from .layers import ReLUSquared
-
-_NONE, _PRELU = activations.NONE, activations.PRELU
-_DENSE = torch.strided
-_FLOATING = frozenset(dtypes.SUPPORTED)
 
 
 def _only(name: str, value: float, wanted: float) -> str | None:
-    return None if value == wanted else f"{name} = {value:g}: only {wanted:g} has a fused form"
+    return None if value == wanted else f"{name} is {value:g}, only {wanted:g} has a fused form"
 
 
 def _elu(m: nn.ELU) -> str | None:
@@ -37,14 +33,14 @@ def _leaky_relu(m: nn.LeakyReLU) -> str | None:
 
 
 def _gelu(m: nn.GELU) -> str | None:
-    return None if m.approximate in ("none", "tanh") else f"approximate = {m.approximate!r}"
+    return None if m.approximate in ("none", "tanh") else f"approximate is {m.approximate!r}"
 
 
-# Class -> (id, what its present parameters stand against being fused, or None if it has none).
+# Exact class -> (id, what its present parameters have against being fused; None: no parameters).
 ACTIVATIONS = {
     nn.ReLU: (activations.RELU, None),
     nn.LeakyReLU: (activations.LEAKY_RELU, _leaky_relu),
-    nn.PReLU: (_PRELU, None),
+    nn.PReLU: (activations.PRELU, None),
     nn.ELU: (activations.ELU, _elu),
     nn.Sigmoid: (activations.SIGMOID, None),
     nn.Tanh: (activations.TANH, None),
@@ -53,31 +49,19 @@ ACTIVATIONS = {
     nn.SiLU: (activations.SILU, None),
     ReLUSquared: (activations.RELU_SQUARED, None),
 }
-# Activations whose plain PyTorch derivative does not read the output, while the op's does.
-_READS_Y_UNLIKE_TORCH = frozenset(
-    {activations.LEAKY_RELU, activations.ELU, activations.SOFTPLUS, activations.RELU_SQUARED}
+CANDIDATES = (nn.Linear, nn.Dropout, *ACTIVATIONS)
+
+# PyTorch's own derivative reads the input of these, the op's reads the output: it must stay as it is.
+_ONLY_WE_READ_Y = (
+    activations.LEAKY_RELU,
+    activations.ELU,
+    activations.SOFTPLUS,
+    activations.RELU_SQUARED,
 )
 
 
-class Masks:
-    """What one forward of a container draws its masks from: one state, and the next layer's number."""
-
-    __slots__ = ("state", "row_offset", "layer")
-
-    def __init__(self, layer: int):
-        self.state: Tensor | None = None
-        self.row_offset = 0
-        self.layer = layer
-
-    def draw(self, like: Tensor) -> Tensor:
-        """The state on like's device, drawn when it is first needed."""
-        if self.state is None or self.state.device != like.device:
-            self.state, self.row_offset = functional.draw_state(like)
-        return self.state
-
-
 def is_tampered(m: nn.Module) -> bool:
-    """True if calling m does more, or other things, than the forward of its class."""
+    """True if calling m is more, or something else, than the forward of its class."""
     return bool(
         m._forward_hooks
         or m._forward_pre_hooks
@@ -89,7 +73,7 @@ def is_tampered(m: nn.Module) -> bool:
 
 
 def is_fused_module(m: nn.Module) -> bool:
-    """True for FusedLinear, FusedSequential, ...: they take the masks of the container they are in."""
+    """True for FusedLinear, FusedSequential, ...: these take the masks of the container around them."""
     cls = type(m)
     return hasattr(cls, "fused_forward") and cls.forward is cls.fused_forward
 
@@ -104,106 +88,120 @@ def activation_of(m: nn.Module) -> tuple[int, float] | None:
         return None
     if act == activations.GELU and m.approximate == "tanh":
         return activations.GELU_TANH, 0.0
-    return act, (m.negative_slope if act == activations.LEAKY_RELU else 0.0)
-
-
-def why_not(m: nn.Module) -> str:
-    """Why m, a child of a container, is not part of a stretch."""
-    if m is None:
-        return "it is None"
-    cls = type(m)
-    candidates = (nn.Linear, nn.Dropout, *ACTIVATIONS)
-    if cls in candidates or is_fused_module(m):
-        if m._compiled_call_impl is not None:
-            return "it was compiled by itself"
-        if "forward" in m.__dict__:
-            return "its forward was replaced"
-        if is_tampered(m):
-            return "it has hooks"
-        objection = ACTIVATIONS.get(cls, (0, None))[1]
-        reason = objection(m) if objection is not None else None
-        if reason is None and getattr(m, "inplace", False):
-            reason = "it works in place on what comes from outside of the stretch"
-        return reason or "there is nothing here to fuse it with"
-    if torch.nn.utils.parametrize.is_parametrized(m):
-        return "it is parametrised"
-    for base in candidates:
-        if isinstance(m, base):
-            return f"{cls.__name__} is a subclass of {base.__name__}"
-    return f"{cls.__name__} has no fused form"
-
-
-class Single:
-    """A child that runs through its own __call__, or a fused module, which takes our masks."""
-
-    __slots__ = ("module", "index", "fused", "layers")
-
-    def __init__(self, module: nn.Module, index: int, fused: bool, layers: int):
-        self.module, self.index, self.fused, self.layers = module, index, fused, layers
-
-    def run(self, x, masks: Masks):
-        if self.fused:
-            return self.module.run_fused(x, masks)
-        masks.layer += self.layers
-        return self.module(x)
+    return act, (float(m.negative_slope) if act == activations.LEAKY_RELU else 0.0)
 
 
 class Stretch:
-    """Consecutive children that are one op.
+    """Consecutive children that run as one op.
 
-    index, stop  positions of its children in the container
-    pays         False where the op would only be what its one module is
+    index       position of the first one among the children
+    modules     all of them, in order
+    act, alpha  of the op
+    route       the backend that ran the call described by `memo`, None for plain PyTorch
     """
 
     __slots__ = (
-        "index", "stop", "modules", "linear", "activation", "dropout", "act", "alpha", "pays", "memo"
+        "act", "activation", "alpha", "dropout", "index", "linear", "memo", "modules", "route"
     )
 
-    def __init__(self, index, modules, linear, activation, dropout, act, alpha):
-        self.index, self.stop = index, index + len(modules)
-        self.modules = modules
+    def __init__(self, index, linear, activation, dropout, act, alpha):
+        self.index = index
+        self.modules = [m for m in (linear, activation, dropout) if m is not None]
         self.linear, self.activation, self.dropout = linear, activation, dropout
         self.act, self.alpha = act, alpha
-        self.pays = len(modules) > 1 or dropout is not None
-        self.memo = None
+        self.memo = self.route = None
 
-    def drops(self) -> bool:
-        return self.dropout is not None and self.dropout.training and self.dropout.p != 0
+    @property
+    def pays(self) -> bool:
+        """False where the op would be no more than its one module."""
+        return self.dropout is not None or len(self.modules) > 1
 
-    def run_plain(self, x):
-        for module in self.modules:
-            x = module(x)
-        return x
 
-    def run(self, x, masks: Masks):
-        layer = masks.layer
-        masks.layer = layer + 1
-        dropout = self.dropout
-        threshold, scale = 0, 1.0
-        if dropout is not None and dropout.training:
-            p = dropout.p
-            if p != 0:
-                if not 0 <= p <= 1:
-                    return self.run_plain(x)
-                threshold, scale = rng.threshold_and_scale(float(p))
-        if not self.pays or (self.act == _NONE and threshold == 0):
-            return self.run_plain(x)
-        linear = self.linear
-        if linear is None:
-            w, b, like = None, None, x
+class Single:
+    """A child that runs by itself.
+
+    fused   it is a fused module and takes the masks of the container
+    layers  how many layer numbers are set aside for it
+    """
+
+    __slots__ = ("fused", "index", "layers", "module")
+
+    def __init__(self, index: int, module: nn.Module, fused: bool, layers: int):
+        self.index, self.module, self.fused, self.layers = index, module, fused, layers
+
+
+def find(children: list[nn.Module]) -> list[Stretch | Single]:
+    """The children as stretches and single modules, in order.
+
+    A Linear by itself is a stretch too, so that layers are numbered as Linears are.
+    """
+    items = []
+    i, n = 0, len(children)
+    while i < n:
+        stretch = _stretch_at(children, i)
+        if stretch is None:
+            m = children[i]
+            fused = m is not None and is_fused_module(m)
+            layers = m.layer_count() if fused else 0
+            items.append(Single(i, m, fused and not is_tampered(m), layers))
+            i += 1
         else:
-            parameters = linear._parameters
-            w = parameters["weight"] if "weight" in parameters else linear.weight
-            b = parameters["bias"] if "bias" in parameters else linear.bias
-        slope = self.activation.weight if self.act == _PRELU else None
-        if not can_run(x, w, b, slope):
-            self.refuse(x)
-            return self.run_plain(x)
-        state, row_offset = None, 0
-        if threshold:
-            state = masks.draw(x)
-            row_offset = masks.row_offset
-        numbers = (self.act, self.alpha, threshold, scale, layer, row_offset, None)
-        if linear is None:
-            return functional.run_bias_act_dropout(x, None, slope, state, *numbers)
-        return functional.run_linear_act(x, w, b, slope, state, *numbers)
+            items.append(stretch)
+            i += len(stretch.modules)
+    return items
+
+
+def _stretch_at(children: list[nn.Module], i: int) -> Stretch | None:
+    linear = activation = dropout = None
+    act, alpha = activations.NONE, 0.0
+    n = len(children)
+    if type(children[i]) is nn.Linear and not is_tampered(children[i]):
+        linear = children[i]
+        i += 1
+    start = i - (linear is not None)
+    if i < n:
+        found = activation_of(children[i])
+        if found is not None and not is_tampered(children[i]):
+            activation = children[i]
+            act, alpha = found
+            i += 1
+    if i < n and type(children[i]) is nn.Dropout and not is_tampered(children[i]):
+        dropout = children[i]
+        i += 1
+    if linear is None and _works_in_place(activation if activation is not None else dropout):
+        # Its input belongs to someone else, who may count on its being changed.
+        return None
+    if activation is not None and i < n and _works_in_place(children[i]):
+        # The next module overwrites our output: leave apart what needs it in backward.
+        apart, dropout = dropout, None
+        if act in _ONLY_WE_READ_Y and (apart is None or _works_in_place(apart)):
+            activation, act, alpha = None, activations.NONE, 0.0
+    if linear is None and dropout is None:
+        return None
+    return Stretch(start, linear, activation, dropout, act, alpha)
+
+
+def _works_in_place(m: nn.Module | None) -> bool:
+    return m is not None and bool(getattr(m, "inplace", False))
+
+
+def why_not(m: nn.Module | None, alone: str) -> str:
+    """Why the child m runs by itself; `alone` if nothing but its neighbours is the reason."""
+    if m is None:
+        return "it is None"
+    cls = type(m)
+    if cls in CANDIDATES or is_fused_module(m):
+        if "forward" in m.__dict__:
+            return "its forward was replaced"
+        if m._compiled_call_impl is not None:
+            return "it was compiled by itself"
+        if is_tampered(m):
+            return "it has hooks"
+        objection = ACTIVATIONS.get(cls, (0, None))[1]
+        return (objection(m) if objection is not None else None) or alone
+    if parametrize.is_parametrized(m):
+        return "it is parametrised"
+    for base in CANDIDATES:
+        if isinstance(m, base):
+            return f"{cls.__name__} is a subclass of {base.__name__}"
+    return f"{cls.__name__} has no fused form"

@@ -7,8 +7,8 @@ from .config import TrainConfig
 from .data import Data, Scaling
 from .errors import TrainError, UsageError
 from .inference import load
-from .model import evaluate, predict
 from .job import run
+from .model import evaluate, predict
 from .trainer import Result, fit
 
 __all__ = [

@@ -1,4 +1,5 @@
-"""Checkpoints: everything that an exact continuation needs, written so that a crash never leaves half a file.
+"""Checkpoints: everything that an exact continuation needs, written so that a crash never leaves
+half a file.
 
 A checkpoint holds plain values and tensors only, so it loads with weights_only=True.
 """
@@ -20,7 +21,8 @@ FREE = ("epochs", "data_dir", "device", "backend", "engine", "out", "overwrite",
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """All of content, or the file as it was before: a temporary file beside it, flushed to disk, then renamed."""
+    """All of content, or the file as it was before: a temporary file beside it, flushed to disk,
+    then renamed."""
     temporary = None
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
@@ -87,13 +89,15 @@ def check_same_run(config: TrainConfig, saved: TrainConfig) -> None:
     for name, value in asked.items():
         if name not in FREE and value != was[name]:
             raise UsageError(
-                f"--resume: --{name.replace('_', '-')} must stay {was[name]} as in the run, got {value}; "
+                f"--resume: --{name.replace('_', '-')} must stay {was[name]} as in the run, got "
+                f"{value}; "
                 "leave it out, or start a new run"
             )
 
 
 def check_same_model(model: torch.nn.Module, state: dict, where: str) -> None:
-    """Raise TrainError where the weights belong to another model; names the first that does not fit."""
+    """Raise TrainError where the weights belong to another model; names the first that does not
+    fit."""
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     for name in wanted.keys() | found.keys():

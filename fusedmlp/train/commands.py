@@ -1,4 +1,5 @@
-"""The commands train, evaluate and predict: flags in, text out. The work is done in job.py and inference.py."""
+"""The commands train, evaluate and predict: flags in, text out. The work is done in job.py and
+inference.py."""
 
 import contextlib
 import csv
@@ -8,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 import tyro
 
 from . import checkpoint, distributed, inference, job

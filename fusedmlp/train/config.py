@@ -1,4 +1,5 @@
-"""TrainConfig: every setting of a run, its default and its one-line help. The command line is generated from it.
+"""TrainConfig: every setting of a run, its default and its one-line help. The command line is
+generated from it.
 
 Does not touch data, devices or files: it only checks what can be judged from the settings alone.
 """
@@ -76,7 +77,8 @@ class TrainConfig:
         _check_numbers(self)
         if len(self.dropout) not in (1, len(self.hidden)):
             raise UsageError(
-                f"--dropout must be one number or one for each of the {len(self.hidden)} hidden layers, "
+                f"--dropout must be one number or one for each of the {len(self.hidden)} hidden "
+                "layers, "
                 f"got {len(self.dropout)}: {_words(self.dropout)}"
             )
         if self.activation not in activations.NAMES:
@@ -96,7 +98,8 @@ class TrainConfig:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict:
-        """Plain values only (str, int, float, bool, None, list), as config.json and checkpoints hold them."""
+        """Plain values only (str, int, float, bool, None, list), as config.json and checkpoints
+        hold them."""
         plain = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)

@@ -110,7 +110,8 @@ class Data:
     def digest(self) -> str:
         """Fingerprint of the training rows, so that a run is not resumed on other data.
 
-        64 rows spread over the set, all targets and the sizes: 2 ms instead of 100 for Fashion-MNIST.
+        64 rows spread over the set, all targets and the sizes: 2 ms instead of 100 for
+        Fashion-MNIST.
         """
         picked = self.x_train[
             torch.linspace(0, len(self.x_train) - 1, 64, device=self.x_train.device).long()
@@ -124,21 +125,24 @@ class Data:
 
 
 def seeded(purpose: str, seed: int, index: int = 0) -> torch.Generator:
-    """A CPU generator for one purpose of one run: independent of the global one and of the device."""
+    """A CPU generator for one purpose of one run: independent of the global one and of the
+    device."""
     text = f"{purpose}:{seed}:{index}".encode()
     number = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
     return torch.Generator().manual_seed(number >> 1)
 
 
 def permutation(seed: int, epoch: int, rows: int) -> Tensor:
-    """The order of the training rows in one epoch, on the CPU: (rows,) int64, the same for every engine."""
+    """The order of the training rows in one epoch, on the CPU: (rows,) int64, the same for every
+    engine."""
     return torch.randperm(rows, generator=seeded("order", seed, epoch))
 
 
 def hold_out(
     rows: int, share: float, labels: Tensor | None = None, seed: int = SPLIT_SEED
 ) -> tuple[Tensor, Tensor]:
-    """(kept, held) row numbers, each in rising order; the same share of every class where labels are given.
+    """(kept, held) row numbers, each in rising order; the same share of every class where labels
+    are given.
 
     labels (rows,) int64
     """
@@ -146,7 +150,8 @@ def hold_out(
     order = torch.randperm(rows, generator=generator)
     if labels is not None:
         by_class = order[torch.argsort(labels.cpu()[order], stable=True)]
-        # Every class is spread evenly over the whole list, so a cut of it holds the same share of each.
+        # Every class is spread evenly over the whole list, so a cut of it holds the same share of
+        # each.
         counts = torch.bincount(labels.cpu())
         counts = counts[counts > 0]
         place = torch.cat([(torch.arange(int(n)) + 0.5) / n for n in counts])
@@ -154,7 +159,8 @@ def hold_out(
     held = round(rows * share)
     if share > 0 and not 0 < held < rows:
         raise TrainError(
-            f"a share of {share} of {rows} rows leaves no rows on one side; take another share or more data"
+            f"a share of {share} of {rows} rows leaves no rows on one side; take another share "
+            "or more data"
         )
     return order[held:].sort().values, order[:held].sort().values
 
@@ -192,7 +198,8 @@ def with_test(data: Data) -> Data:
 
 
 def standardized(data: Data) -> Data:
-    """Inputs of mean 0 and deviation 1: one pair of numbers for images, one a feature for tables; a float target too."""
+    """Inputs of mean 0 and deviation 1: one pair of numbers for images, one a feature for tables;
+    a float target too."""
     rows = data.x_train
     if data.image_shape is not None:
         counts = (
@@ -259,11 +266,13 @@ def load(config) -> Data:
         )
     if config.loss == "mse" and data.is_classes:
         raise UsageError(
-            f"--loss mse needs a float target, but {data.name} has classes; take --loss cross_entropy"
+            f"--loss mse needs a float target, but {data.name} has classes; take --loss "
+            "cross_entropy"
         )
     if config.loss == "cross_entropy" and not data.is_classes:
         raise UsageError(
-            f"--loss cross_entropy needs classes, but the target of {data.name} is a float; take --loss mse"
+            f"--loss cross_entropy needs classes, but the target of {data.name} is a float; "
+            "take --loss mse"
         )
     data = with_validation(with_test(data), config.val_split)
     return standardized(data) if config.standardize else data
@@ -295,7 +304,8 @@ def digits(config, notes: tuple[str, ...] = ()) -> Data:
 
 
 def synthetic(config) -> Data:
-    """10 classes in 20 dimensions, 3 clusters each: needs no file, no network and no other package."""
+    """10 classes in 20 dimensions, 3 clusters each: needs no file, no network and no other
+    package."""
     generator = seeded("synthetic", 0)
     centres = 1.5 * torch.randn(10, 3, 20, generator=generator)
     labels = torch.arange(12_000) % 10

@@ -1,6 +1,8 @@
-"""World: this process among those that torchrun started, or alone. Who does what, and what all agree on.
+"""World: this process among those that torchrun started, or alone. Who does what, and what all
+agree on.
 
-Every process holds the whole data set; a step's batch is split over them by rows. Alone, nothing here
+Every process holds the whole data set; a step's batch is split over them by rows. Alone, nothing
+here
 touches torch.distributed.
 """
 
@@ -53,7 +55,8 @@ class World:
         return gathered.tolist()
 
     def lead(self, do: Callable):
-        """do() on rank 0 only; all get its result, or all fail with its error, which rank 0 reports."""
+        """do() on rank 0 only; all get its result, or all fail with its error, which rank 0
+        reports."""
         if self.size == 1:
             return do()
         box = [None, None]
@@ -102,7 +105,8 @@ def join(device: str) -> World:
     missing = [n for n in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
     if missing:
         raise UsageError(
-            f"RANK is set but {missing[0]} is not; start several processes with torchrun --nproc-per-node N "
+            f"RANK is set but {missing[0]} is not; start several processes with torchrun "
+            "--nproc-per-node N "
             "-m fusedmlp train ..., or unset RANK"
         )
     rank, size, local = (int(os.environ.get(n, "0")) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
@@ -122,7 +126,8 @@ def join(device: str) -> World:
     except (RuntimeError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise TrainError(
-            f"process {rank} could not join the {size} processes at {place} within {seconds:g} s: {first_line}"
+            f"process {rank} could not join the {size} processes at {place} within {seconds:g} "
+            f"s: {first_line}"
         ) from error
     return current()
 

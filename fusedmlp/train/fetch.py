@@ -1,6 +1,8 @@
-"""One attempt to fetch an image set, through torchvision, that cannot hang and leaves nothing half-done.
+"""One attempt to fetch an image set, through torchvision, that cannot hang and leaves nothing
+half-done.
 
-The download runs in a process of its own, into a new folder beside the target: a network that swallows
+The download runs in a process of its own, into a new folder beside the target: a network that
+swallows
 packets can stop a thread for good (name look-ups know no time limit), but a process can be ended.
 """
 
@@ -50,7 +52,8 @@ def fetch(
     connect_seconds: float = CONNECT_SECONDS,
     total_seconds: float = TOTAL_SECONDS,
 ) -> str | None:
-    """Put root/<name>/raw in place and return None, or return the reason why not; root is made if need be.
+    """Put root/<name>/raw in place and return None, or return the reason why not; root is made if
+    need be.
 
     name  torchvision's class: FashionMNIST, MNIST or KMNIST
     """

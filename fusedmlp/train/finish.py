@@ -1,4 +1,5 @@
-"""The end of a run: summary, model file, pictures. Also what the run folder says about itself at its start."""
+"""The end of a run: summary, model file, pictures. Also what the run folder says about itself at
+its start."""
 
 import importlib.util
 import json
@@ -8,21 +9,24 @@ import torch
 from torch import nn
 
 from .. import activations, dispatch
+from ..nn import FusedMLP
 from .checkpoint import write_atomically
 from .config import TrainConfig
 from .data import Data
 from .errors import TrainError
-from .model import dims_of, predict
+from .model import dims_of, predict, shape_of
 
 PACKAGES = ("safetensors", "matplotlib")
 
 
 def need_packages() -> None:
-    """Raise at the start of a run, not at its end, when a package is missing that its last lines need."""
+    """Raise at the start of a run, not at its end, when a package is missing that its last lines
+    need."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise TrainError(
-            f"a run folder needs {missing[0]}, which is not installed: pip install 'fusedmlp[train]'"
+            f"a run folder needs {missing[0]}, which is not installed: pip install "
+            "'fusedmlp[train]'"
         )
 
 
@@ -31,21 +35,15 @@ def config_json(config: TrainConfig) -> str:
 
 
 def describe(model: nn.Module, data, config: TrainConfig) -> dict:
-    """{"model": ..., "data": ...} in plain values, as checkpoint.pt and model.safetensors hold it."""
-    about = {"dims": dims_of(model), "kind": type(model).__name__}
-    if about["kind"] == "FusedMLP":
-        # Read off the layers, not the config: fit may have been given a network of its own.
-        about["activation"] = _activation_of(model)
-        about["dropout"] = [m.p for m in model.modules() if isinstance(m, nn.Dropout)]
+    """{"model": ..., "data": ...} in plain values, as checkpoint.pt and model.safetensors hold
+    it."""
+    about = {"kind": type(model).__name__, "dims": dims_of(model)}
+    # Read off the layers, not the config: fit may have been given a network of its own.
+    about |= (shape_of(model) if type(model) is FusedMLP else None) or {}
     return {
         "model": about,
         "data": data.describe() if isinstance(data, Data) else {"name": data.name},
     }
-
-
-def _activation_of(model: nn.Module) -> str | None:
-    name = getattr(model, "activation", None)
-    return name if name in activations.NAMES else None
 
 
 def summary(run) -> dict:
@@ -82,7 +80,8 @@ def summary(run) -> dict:
 
 
 def _backend(run) -> str:
-    """What the first hidden layer runs on; `eager` where PyTorch's own kernels are the fastest known."""
+    """What the first hidden layer runs on; `eager` where PyTorch's own kernels are the fastest
+    known."""
     dims = run.about["model"]["dims"]
     name = run.about["model"].get("activation")
     if len(dims) < 2 or name is None:
@@ -131,7 +130,8 @@ def write(run, content: dict) -> None:
 
 
 def model_bytes(model: nn.Module, about: dict) -> bytes:
-    """The weights under the plain nn.Sequential's names; what the model and its data are goes into the metadata."""
+    """The weights under the plain nn.Sequential's names; what the model and its data are goes
+    into the metadata."""
     from safetensors.torch import save
 
     weights, seen = {}, {}

@@ -1,4 +1,5 @@
-"""RunFolder: where a run writes. Claimed for one run at a time; an earlier run is never overwritten unasked."""
+"""RunFolder: where a run writes. Claimed for one run at a time; an earlier run is never
+overwritten unasked."""
 
 import csv
 import io
@@ -80,7 +81,8 @@ def _remove_files(path: Path) -> None:
 
 
 def create(out: Path | None, parent: Path | None, overwrite: bool, config_json: str) -> RunFolder:
-    """A folder with nothing in it but config.json, which claims it: of two runs at once one gets it.
+    """A folder with nothing in it but config.json, which claims it: of two runs at once one gets
+    it.
 
     out     None: the next free number under parent
     """
@@ -118,7 +120,8 @@ def _named(path: Path, overwrite: bool) -> RunFolder:
     present = [name for name in FILES if (path / name).exists()]
     if present and not overwrite:
         raise TrainError(
-            f"{path} already holds a run ({present[0]}); name another --out, replace it with --overwrite, "
+            f"{path} already holds a run ({present[0]}); name another --out, replace it with "
+            "--overwrite, "
             f"or go on with --resume {path}"
         )
     if not present and any(path.iterdir()):

@@ -1,4 +1,5 @@
-"""The 28x28 image sets: where their four IDX files are looked for, and how they are read and checked.
+"""The 28x28 image sets: where their four IDX files are looked for, and how they are read and
+checked.
 
 Reads only. What is not on disk is fetched by fetch.py, once.
 """
@@ -34,7 +35,8 @@ class NotFound(TrainError):
 
 @dataclass(frozen=True)
 class ImageSet:
-    """md5: of the four official .gz files, and of their contents where known, to tell the sets apart."""
+    """md5: of the four official .gz files, and of their contents where known, to tell the sets
+    apart."""
 
     title: str
     folder: str  # torchvision's class and folder
@@ -104,7 +106,8 @@ def default_folder() -> Path:
 
 
 def load(name: str, data_dir: Path | None) -> Data:
-    """The data set from data_dir, the system's folder or, once, the network; NotFound where none has it."""
+    """The data set from data_dir, the system's folder or, once, the network; NotFound where none
+    has it."""
     images = IMAGE_SETS[name]
     root = Path(data_dir) if data_dir is not None else default_folder()
     if root.exists() and not root.is_dir():
@@ -123,13 +126,15 @@ def _how_to_get(images: ImageSet, root: Path, reason: str) -> str:
         "; or install Debian's package dataset-fashion-mnist" if images.system_folders else ""
     )
     return (
-        f"{images.title} is not in {root} and could not be fetched ({reason}). To get it, put its four "
+        f"{images.title} is not in {root} and could not be fetched ({reason}). To get it, put "
+        "its four "
         f"*-ubyte.gz files there or name their folder with --data-dir or FUSEDMLP_DATA{packages}"
     )
 
 
 def find(images: ImageSet, root: Path) -> list[Path] | None:
-    """The four files, .gz or unpacked, or None where a folder has none of them; some but not all is an error."""
+    """The four files, .gz or unpacked, or None where a folder has none of them; some but not all
+    is an error."""
     places = [
         root / images.folder / "raw",
         root / images.folder,
@@ -181,7 +186,8 @@ def read(name: str, paths: list[Path]) -> Data:
             )
     if x_train.shape[1:] != x_test.shape[1:]:
         raise TrainError(
-            f"{paths[0]} has images of {_times(x_train.shape[1:])}, but {paths[2]} of {_times(x_test.shape[1:])}"
+            f"{paths[0]} has images of {_times(x_train.shape[1:])}, but {paths[2]} of "
+            f"{_times(x_test.shape[1:])}"
         )
     return Data(
         name,
@@ -230,7 +236,8 @@ def _identify(images: ImageSet, path: Path, content: bytearray) -> str | None:
 
 
 def parse(content: bytearray, path: Path, what: str, ndim: int) -> Tensor:
-    """(sizes) uint8, a view of the content; IDX: 0, 0, type, number of dimensions, the sizes, the values."""
+    """(sizes) uint8, a view of the content; IDX: 0, 0, type, number of dimensions, the sizes, the
+    values."""
     if len(content) < 4 + 4 * ndim:
         raise TrainError(
             f"{path} is truncated: an IDX header has {4 + 4 * ndim} bytes, got {len(content)}"
@@ -238,7 +245,8 @@ def parse(content: bytearray, path: Path, what: str, ndim: int) -> Tensor:
     magic = int.from_bytes(content[:4], "big")
     if magic != 0x800 + ndim:
         raise TrainError(
-            f"{path} must be an IDX file of {what} (magic number {0x800 + ndim}), got magic number {magic}"
+            f"{path} must be an IDX file of {what} (magic number {0x800 + ndim}), got magic "
+            f"number {magic}"
         )
     sizes = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(ndim)]
     values = len(content) - 4 - 4 * ndim

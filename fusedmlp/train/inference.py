@@ -1,4 +1,5 @@
-"""What a finished run can do: be loaded again, be tested, and name what is on new pictures or rows. Writes nothing."""
+"""What a finished run can do: be loaded again, be tested, and name what is on new pictures or
+rows. Writes nothing."""
 
 import json
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from .errors import TrainError, UsageError
 
 @dataclass(frozen=True)
 class Trained:
-    """A network out of a run folder, on its device, in evaluation mode, and how rows become its inputs."""
+    """A network out of a run folder, on its device, in evaluation mode, and how rows become its
+    inputs."""
 
     folder: Path
     model: FusedMLP
@@ -44,14 +46,16 @@ class Trained:
 
 
 def load(folder: Path, device: torch.device | str = "cpu") -> Trained:
-    """The network of a run folder: of model.safetensors, or of the checkpoint where the run is not finished."""
+    """The network of a run folder: of model.safetensors, or of the checkpoint where the run is
+    not finished."""
     folder = Path(folder)
     config = _config(folder)
     weights, about = _weights(folder)
     shape = about["model"]
     if shape.get("kind") != "FusedMLP" or shape.get("activation") is None or not shape.get("dims"):
         raise TrainError(
-            f"{folder} holds a model of kind {shape.get('kind')}, which only its own code can make; "
+            f"{folder} holds a model of kind {shape.get('kind')}, which only its own code can "
+            "make; "
             f"load {folder / 'model.safetensors'} into it"
         )
     network = models.make(shape)
@@ -112,7 +116,8 @@ def test_data(trained: Trained, data_dir: Path | None = None) -> Data:
     loaded = data_sets.load(config)
     if loaded.digest() != trained.about["data"]["digest"]:
         raise TrainError(
-            f"the data must be those that {trained.folder} was trained on, but {config.dataset} has other training rows now"
+            f"the data must be those that {trained.folder} was trained on, but {config.dataset} "
+            "has other training rows now"
         )
     return loaded
 
@@ -141,10 +146,12 @@ def evaluate(trained: Trained, data: Data) -> dict:
 def read_images(
     trained: Trained, files: list[Path], invert: bool = False
 ) -> tuple[Tensor, list[str]]:
-    """((n, K) fp32 rows in the units of the training images, notes): grey, resized to the network's input."""
+    """((n, K) fp32 rows in the units of the training images, notes): grey, resized to the
+    network's input."""
     if trained.image_shape is None:
         raise UsageError(
-            f"--images needs a run on images, but {trained.folder} was trained on {trained.about['data']['name']}"
+            f"--images needs a run on images, but {trained.folder} was trained on "
+            f"{trained.about['data']['name']}"
         )
     try:
         from PIL import Image

@@ -10,7 +10,8 @@ from .trainer import Result, fit_into_folder
 
 
 def run(config: TrainConfig, progress: Quiet | None = None) -> Result:
-    """Load the data set, make the network of the config, train it; under torchrun, in all processes together."""
+    """Load the data set, make the network of the config, train it; under torchrun, in all
+    processes together."""
     config = _with_whole_paths(config.check())
     progress = progress or Quiet()
     world = distributed.join(pick_device(config).type)

@@ -1,11 +1,14 @@
-"""The network of a config, its first weights, its optimiser, and what it says about rows it has not seen."""
+"""The network of a config, its first weights, its optimiser, and what it says about rows it has
+not seen."""
 
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from .. import activations
 from ..nn import FusedMLP
+from ..nn.stretches import activation_of
 from .config import TrainConfig
 from .data import Data, Scaling, seeded
 from .step import autocast, judge
@@ -14,7 +17,8 @@ EVAL_ROWS = 4096  # rows a forward pass without gradients
 
 
 def build(config: TrainConfig, data: Data) -> FusedMLP:
-    """On the CPU; the weights depend on the seed alone and the global generator is left as it was."""
+    """On the CPU; the weights depend on the seed alone and the global generator is left as it
+    was."""
     return make(describe(config, data), config.init, config.init_std, config.seed)
 
 
@@ -31,7 +35,8 @@ def make(shape: dict, init: str = "default", init_std: float = 0.01, seed: int =
     first, *hidden, last = shape["dims"]
     generator = seeded("init", seed)
     with torch.random.fork_rng(devices=[]):
-        # PyTorch's layers draw their first weights from the global generator: lend it the run's seed.
+        # PyTorch's layers draw their first weights from the global generator: lend it the run's
+        # seed.
         torch.manual_seed(generator.initial_seed())
         model = FusedMLP(
             first, hidden, last, activation=shape["activation"], dropout=shape["dropout"]
@@ -52,6 +57,32 @@ def dims_of(model: nn.Module) -> list[int]:
     return [layers[0].in_features, *(layer.out_features for layer in layers)]
 
 
+def shape_of(model: FusedMLP) -> dict | None:
+    """What `make` needs to build this network again; None where children were put in or
+    replaced."""
+    layers, names, dropout = [], [], []
+    for child in model:
+        if type(child) is nn.Linear:
+            layers.append(child)
+            names.append("none")
+            dropout.append(0.0)
+        elif layers and type(child) is nn.Dropout:
+            dropout[-1] = child.p
+        elif layers and (found := activation_of(child)) is not None:
+            names[-1] = activations.NAMES[found[0]]
+        else:
+            return None
+    hidden = set(names[:-1]) or {"relu"}
+    if (
+        len(hidden) != 1
+        or names[-1] != "none"
+        or dropout[-1]
+        or any(m.bias is None for m in layers)
+    ):
+        return None
+    return {"dims": dims_of(model), "activation": hidden.pop(), "dropout": dropout[:-1]}
+
+
 def optimizer_for(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
     if config.optimizer == "adamw":
@@ -67,7 +98,8 @@ def optimizer_for(model: nn.Module, config: TrainConfig) -> torch.optim.Optimize
 
 
 def predict(model: nn.Module, x: Tensor, scaling: Scaling, precision: str = "fp32") -> Tensor:
-    """Outputs (n, C) in fp32 of rows x (n, ...) as stored, in evaluation mode; the mode is put back."""
+    """Outputs (n, C) in fp32 of rows x (n, ...) as stored, in evaluation mode; the mode is put
+    back."""
     was_training = model.training
     model.eval()
     try:
@@ -92,7 +124,8 @@ def evaluate(
     precision="fp32",
     world=None,
 ) -> tuple[float, float | None]:
-    """(loss, accuracy) over rows x, y; accuracy is None for regression. Each process takes its share."""
+    """(loss, accuracy) over rows x, y; accuracy is None for regression. Each process takes its
+    share."""
     first, last = world.rows(len(x)) if world is not None else (0, len(x))
     total = torch.zeros(3, dtype=torch.float64, device=x.device)
     if last > first:

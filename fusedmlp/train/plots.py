@@ -1,4 +1,5 @@
-"""Pictures of a run as PNG bytes: learning curves, predictions, and where they go wrong. Draws off screen, writes nothing."""
+"""Pictures of a run as PNG bytes: learning curves, predictions, and where they go wrong. Draws
+off screen, writes nothing."""
 
 import io
 
@@ -17,7 +18,8 @@ PARTS = {"train": "#1f6fb4", "val": "#b8860b", "test": "#c0261c"}
 
 
 def all_of(history: list[dict], data, outputs: Tensor | None) -> dict[str, bytes]:
-    """{file name: PNG}; outputs (n, C) of the test rows on the CPU, or None where there are none."""
+    """{file name: PNG}; outputs (n, C) of the test rows on the CPU, or None where there are
+    none."""
     pictures = {"curves.png": curves(history)}
     if outputs is None:
         return pictures
@@ -34,7 +36,8 @@ def all_of(history: list[dict], data, outputs: Tensor | None) -> dict[str, bytes
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1):
-    """(figure, array of axes) without pyplot, whose state and window system belong to the caller."""
+    """(figure, array of axes) without pyplot, whose state and window system belong to the
+    caller."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -76,7 +79,8 @@ def _classified(data: Data, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def images(data: Data, outputs: Tensor) -> bytes:
-    """The first test images, and below them the first mistakes; green titles are right, red ones wrong."""
+    """The first test images, and below them the first mistakes; green titles are right, red ones
+    wrong."""
     true, predicted, _ = _classified(data, outputs)
     wrong = torch.nonzero(true != predicted).flatten().tolist()
     first = list(range(min(SHOWN, len(true))))
@@ -91,7 +95,7 @@ def images(data: Data, outputs: Tensor) -> bytes:
         )
         names = data.classes[predicted[index]], data.classes[true[index]]
         is_right = names[0] == names[1]
-        title = names[0] if is_right else f"{names[0]}\nis {names[1]}"
+        title = names[0] if is_right else f"{names[0]}\n(true: {names[1]})"
         axis.set_title(title, fontsize=9, color=RIGHT if is_right else WRONG)
         if not is_right:
             axis.axis("on")
@@ -103,13 +107,14 @@ def images(data: Data, outputs: Tensor) -> bytes:
     figure.suptitle(
         f"{data.name}: the first {len(first)} test images"
         + (f", then the first {mistakes} mistakes after them" if mistakes else "")
-        + f" ({share:.2%} of {len(true)} right)"
+        + f"\npredicted names; {share:.2%} of {len(true)} are right, wrong ones are red"
     )
     return _png(figure)
 
 
 def confidence(data: Data, outputs: Tensor) -> bytes:
-    """For rows that are no images: how sure the network was, of what it got right and of what it got wrong."""
+    """For rows that are no images: how sure the network was, of what it got right and of what it
+    got wrong."""
     true, predicted, probability = _classified(data, outputs)
     right = true == predicted
     figure, axes = _figure(6.5, 4)
@@ -127,7 +132,8 @@ def confidence(data: Data, outputs: Tensor) -> bytes:
 
 
 def confusion(data: Data, outputs: Tensor) -> bytes:
-    """Counts of (true, predicted), shaded by the share of the true class; with many classes the counts are left out."""
+    """Counts of (true, predicted), shaded by the share of the true class; with many classes the
+    counts are left out."""
     true, predicted, _ = _classified(data, outputs)
     count = len(data.classes)
     table = torch.bincount(true * count + predicted, minlength=count * count).view(count, count)

@@ -16,7 +16,8 @@ class Quiet:
 
 
 class Console(Quiet):
-    """One line an epoch; on a terminal also a bar of the epoch under way, and a table at the end."""
+    """One line an epoch; on a terminal also a bar of the epoch under way, and a table at the
+    end."""
 
     def __init__(self):
         try:
@@ -50,10 +51,12 @@ class Console(Quiet):
         dims = "-".join(str(d) for d in run.about["model"]["dims"])
         rows = f"{self.rows} rows" if self.rows else "batches from a loader"
         self.say(
-            f"{run.data.name}: {rows}; {dims}, {sum(p.numel() for p in task.model.parameters())} parameters"
+            f"{run.data.name}: {rows}; {dims}, "
+            f"{sum(p.numel() for p in task.model.parameters())} parameters"
         )
         self.say(
-            f"{config.epochs} epochs of batches of {config.batch_size} on {task.device}, {config.precision}, "
+            f"{config.epochs} epochs of batches of {config.batch_size} on {task.device}, "
+            f"{config.precision}, "
             f"engine {run.engine.name}, seed {config.seed}"
             + (f", {run.world.size} processes" if run.world.size > 1 else "")
         )

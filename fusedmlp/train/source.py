@@ -1,4 +1,5 @@
-"""What `fit` may be given as data: a Data, tensors, or loaders; checked against the model before the first step."""
+"""What `fit` may be given as data: a Data, tensors, or loaders; checked against the model before
+the first step."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -65,7 +66,8 @@ def _tensors(arrays: list[Tensor], config: TrainConfig) -> Data:
     for rows, targets, where in ((x, y, ""), (*test, "_test") if test else (x, y, "")):
         if rows.dim() < 1 or targets.dim() < 1 or len(rows) != len(targets):
             raise TrainError(
-                f"fit: y{where} must have one target a row of x{where} {_shape(rows)}, got {_shape(targets)}"
+                f"fit: y{where} must have one target a row of x{where} {_shape(rows)}, got "
+                f"{_shape(targets)}"
             )
         if len(rows) == 0:
             raise TrainError(f"fit: x{where} must have at least one row, got {_shape(rows)}")
@@ -114,7 +116,8 @@ def of_loader(loaders: Loaders, model: nn.Module, config: TrainConfig) -> tuple[
 
 
 def batch_on(batch, task) -> tuple[Tensor, Tensor]:
-    """(inputs, targets) of a loader's batch on the task's device, scaled and in the model's dtype."""
+    """(inputs, targets) of a loader's batch on the task's device, scaled and in the model's
+    dtype."""
     x, y = batch
     inputs = task.scaling(x.to(task.device, non_blocking=True))
     y = y.to(task.device, non_blocking=True)
@@ -128,7 +131,8 @@ def _shape(tensor: Tensor) -> str:
 
 
 def on_device(data: Data, model: nn.Module, device: torch.device) -> Data:
-    """The data on the device, in the model's dtype, with as many classes as the model has outputs."""
+    """The data on the device, in the model's dtype, with as many classes as the model has
+    outputs."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     try:
         data = data.to(device)
@@ -158,7 +162,8 @@ def _fitted_to(model: nn.Module, data: Data) -> Data:
             outputs = model(data.scaling(data.x_train[:1]))
     except (RuntimeError, ValueError, TypeError) as error:
         raise TrainError(
-            f"the model cannot take a row of the data, {_shape(data.x_train[:1])}: {str(error).splitlines()[0]}"
+            f"the model cannot take a row of the data, {_shape(data.x_train[:1])}: "
+            f"{str(error).splitlines()[0]}"
         ) from error
     finally:
         model.train(was_training)
@@ -180,14 +185,16 @@ def _fitted_to(model: nn.Module, data: Data) -> Data:
                 int(targets.max()) >= outputs.shape[1] or int(targets.min()) < 0
             ):
                 raise TrainError(
-                    f"{name} must hold classes 0 to {outputs.shape[1] - 1}, got {int(targets.max())}"
+                    f"{name} must hold classes 0 to {outputs.shape[1] - 1}, got "
+                    f"{int(targets.max())}"
                 )
         extra = tuple(str(i) for i in range(len(data.classes), outputs.shape[1]))
         return replace(data, classes=data.classes + extra)
     shape = outputs.shape[1:]
     if data.y_train[:1].numel() != outputs.numel():
         raise TrainError(
-            f"the model must return {data.y_train[0].numel()} values a row to match the targets, got {_shape(outputs)}"
+            f"the model must return {data.y_train[0].numel()} values a row to match the "
+            f"targets, got {_shape(outputs)}"
         )
     matched = {
         name: targets.reshape(len(targets), *shape)

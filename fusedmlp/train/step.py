@@ -1,4 +1,5 @@
-"""Step engines: how one training step is run. One interface, chosen by `choose`, which gives its reasons.
+"""Step engines: how one training step is run. One interface, chosen by `choose`, which gives its
+reasons.
 
 An engine is made from a Task and has
     name                    as in --engine
@@ -21,8 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import dropout_state
-from ..nn import FusedMLP
-from ..surgery import FusedSequential
+from ..nn import FusedSequential
 from .data import Scaling
 from .distributed import ALONE, World
 from .errors import TrainError
@@ -52,11 +52,7 @@ class Task:
         Two fused modules side by side would get equal masks from it, so other models than one fused
         network draw from torch's generator, which `fit` seeds.
         """
-        if isinstance(self.model, FusedMLP):
-            return sum(isinstance(m, nn.Linear) for m in self.model.modules())
-        if isinstance(self.model, FusedSequential):
-            return sum(isinstance(m, nn.Linear | nn.Dropout) for m in self.model.modules())
-        return 0
+        return self.model.layer_count() if isinstance(self.model, FusedSequential) else 0
 
 
 def autocast(device: torch.device, precision: str):
@@ -108,7 +104,8 @@ class Meter:
 
 
 def judge(loss: str, outputs: Tensor, targets: Tensor) -> Tensor:
-    """(sum of losses, number right, rows) in fp64; fp64 makes the sum independent of how rows are grouped."""
+    """(sum of losses, number right, rows) in fp64; fp64 makes the sum independent of how rows are
+    grouped."""
     with torch.no_grad():
         if outputs.dtype in (torch.float16, torch.bfloat16):
             outputs = outputs.float()
@@ -140,7 +137,8 @@ class Autograd:
             devices = [task.device] if task.device.type == "cuda" else None
             self.forward = nn.parallel.DistributedDataParallel(task.model, device_ids=devices)
         fp16 = task.precision == "fp16"
-        # Its step() looks at the gradients' finiteness on the host: fp16 waits for the device each step.
+        # Its step() looks at the gradients' finiteness on the host: fp16 waits for the device
+        # each step.
         self.scaler = torch.amp.GradScaler(task.device.type, enabled=fp16) if fp16 else None
         self.layers = task.mask_layers
         self.state = torch.tensor([task.seed, 0], dtype=torch.int64, device=task.device)
@@ -172,7 +170,8 @@ class Autograd:
     def step_on(
         self, inputs: Tensor, targets: Tensor, first_row: int = 0, rows: int | None = None
     ) -> None:
-        """inputs (b, ...) and targets of this process, which begin at first_row of a batch of `rows`."""
+        """inputs (b, ...) and targets of this process, which begin at first_row of a batch of
+        `rows`."""
         task = self.task
         with self._masks(first_row):
             with autocast(task.device, task.precision):
@@ -180,7 +179,8 @@ class Autograd:
                 if task.world.size == 1:
                     loss = loss_of(task.loss, outputs, targets)
                 else:
-                    # DDP averages over processes; shares of a batch differ in size, so weigh by rows.
+                    # DDP averages over processes; shares of a batch differ in size, so weigh by
+                    # rows.
                     loss = loss_of(task.loss, outputs, targets, "sum") * (task.world.size / rows)
             self.optimizer.zero_grad(set_to_none=True)
             if self.scaler is None:

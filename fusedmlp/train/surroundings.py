@@ -1,4 +1,5 @@
-"""What a run borrows from the process and gives back: device, precision and backend settings, generators, signals."""
+"""What a run borrows from the process and gives back: device, precision and backend settings,
+generators, signals."""
 
 import contextlib
 import signal
@@ -63,7 +64,8 @@ def _fp32_matmul(mode: str):
 
 @contextlib.contextmanager
 def _stop_on_signals():
-    """The first Ctrl-C or SIGTERM asks the loop to stop; a second Ctrl-C, a second later, interrupts it at once."""
+    """The first Ctrl-C or SIGTERM asks the loop to stop; a second Ctrl-C, a second later,
+    interrupts it at once."""
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may set handlers

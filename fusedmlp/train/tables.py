@@ -1,4 +1,5 @@
-"""Data sets in one file: npz with named arrays, csv with a header line. Reads and checks; nothing is executed."""
+"""Data sets in one file: npz with named arrays, csv with a header line. Reads and checks; nothing
+is executed."""
 
 import csv
 import zipfile
@@ -16,7 +17,8 @@ _CSV_CHUNK = 20_000  # rows held as strings at a time
 
 
 def read_npz(file: str, loss: str = "auto") -> Data:
-    """x_train, y_train and, if there, x_test, y_test; a float y is regression, integers and strings are classes."""
+    """x_train, y_train and, if there, x_test, y_test; a float y is regression, integers and
+    strings are classes."""
     import numpy as np
 
     path = Path(file)
@@ -58,11 +60,13 @@ def read_npz(file: str, loss: str = "auto") -> Data:
     for part, rows in x.items():
         if len(rows) != len(arrays[f"y_{part}"]):
             raise TrainError(
-                f"{path}: y_{part} must have {len(rows)} rows to match x_{part}, got {len(arrays[f'y_{part}'])}"
+                f"{path}: y_{part} must have {len(rows)} rows to match x_{part}, got "
+                f"{len(arrays[f'y_{part}'])}"
             )
     if "test" in x and x["test"].shape[1:] != x["train"].shape[1:]:
         raise TrainError(
-            f"{path}: rows of x_test must be {tuple(x['train'].shape[1:])} as in x_train, got {tuple(x['test'].shape[1:])}"
+            f"{path}: rows of x_test must be {tuple(x['train'].shape[1:])} as in x_train, got "
+            f"{tuple(x['test'].shape[1:])}"
         )
     shape = tuple(x["train"].shape[1:])
     targets = Targets.of(arrays["y_train"], f"{path}: y_train", loss)
@@ -104,7 +108,8 @@ def _need_finite(array, name: str) -> None:
     if len(bad):
         place = ", ".join(str(i) for i in bad[0])
         raise TrainError(
-            f"{name} must hold finite fp32 numbers, got {array[tuple(bad[0])]} at [{place}] ({len(bad)} in all)"
+            f"{name} must hold finite fp32 numbers, got {array[tuple(bad[0])]} at [{place}] "
+            f"({len(bad)} in all)"
         )
 
 
@@ -132,7 +137,8 @@ class Targets:
             raise TrainError(f"{name} must hold at least two classes, got only {values[0]}")
         if array.dtype.kind in "iu" and len(values) > MOST_CLASSES:
             raise TrainError(
-                f"{name} holds {len(values)} different integers; for a number to predict take --loss mse"
+                f"{name} holds {len(values)} different integers; for a number to predict take "
+                "--loss mse"
             )
         if (
             array.dtype.kind in "iu"
@@ -158,13 +164,15 @@ class Targets:
         wrong = np.flatnonzero(values[places] != array)
         if len(wrong):
             raise TrainError(
-                f"{name} must hold classes of the training rows, got {array[wrong[0]]!s} in row {wrong[0]}"
+                f"{name} must hold classes of the training rows, got {array[wrong[0]]!s} in row "
+                f"{wrong[0]}"
             )
         return torch.from_numpy(places.astype(np.int64))
 
 
 def read_csv(file: str, target: str | None, loss: str = "auto") -> Data:
-    """A header line, then numbers; the target column (the last one unless named) may hold numbers or names."""
+    """A header line, then numbers; the target column (the last one unless named) may hold numbers
+    or names."""
     import numpy as np
 
     path = Path(file)
@@ -205,7 +213,8 @@ def read_columns(path: Path) -> tuple[list[str], dict]:
                     continue
                 if len(row) != len(header):
                     raise TrainError(
-                        f"{path}, line {reader.line_num}: a row must have {len(header)} values as the header, got {len(row)}"
+                        f"{path}, line {reader.line_num}: a row must have {len(header)} values "
+                        f"as the header, got {len(row)}"
                     )
                 rows.append(row)
                 if len(rows) == _CSV_CHUNK:
@@ -234,7 +243,8 @@ def _check_header(header: list[str], path: Path) -> None:
     numbers = [name for name in header if _is_number(name)]
     if len(numbers) == len(header):
         raise TrainError(
-            f"{path} must start with a line of column names, got only numbers: {', '.join(header[:4])}"
+            f"{path} must start with a line of column names, got only numbers: "
+            f"{', '.join(header[:4])}"
         )
 
 
@@ -247,7 +257,8 @@ def _is_number(text: str) -> bool:
 
 
 def _numbers(column, path: Path, name: str):
-    """(n,) fp32, finite, or an error that names the first bad cell (row 1 is the one below the header)."""
+    """(n,) fp32, finite, or an error that names the first bad cell (row 1 is the one below the
+    header)."""
     import numpy as np
 
     try:
@@ -263,7 +274,8 @@ def _numbers(column, path: Path, name: str):
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):
         raise TrainError(
-            f"{path}: column {name!r} must hold finite fp32 numbers, got {column[bad[0]]} in row {bad[0] + 1} "
+            f"{path}: column {name!r} must hold finite fp32 numbers, got {column[bad[0]]} in "
+            f"row {bad[0] + 1} "
             f"({len(bad)} in all); fill or drop such rows"
         )
     return values
@@ -276,7 +288,8 @@ def _target_column(column, path: Path, name: str):
     empty = np.flatnonzero(column == "")
     if len(empty):
         raise TrainError(
-            f"{path}: column {name!r} must have a value in every row, got an empty cell in row {empty[0] + 1}"
+            f"{path}: column {name!r} must have a value in every row, got an empty cell in row "
+            f"{empty[0] + 1}"
         )
     try:
         return column.astype(np.int64)

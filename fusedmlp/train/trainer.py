@@ -96,11 +96,13 @@ def fit(
     model    any nn.Module that maps (B, ...) inputs to (B, classes) or the targets' shape
     data     (x, y) or (x, y, x_test, y_test): tensors of n rows, integer classes or float targets; a Data;
              a loader of (x, y) batches, or (loader, test_loader), for data larger than memory
-    config   a TrainConfig; its dataset, hidden, activation, dropout and init describe a model that you
+    config   a TrainConfig; its dataset, hidden, activation, dropout and init describe a model
+    that you
              have made already and are not read. With `out` (or `resume`) a run folder is written.
     returns  a Result; Ctrl-C ends the loop after the step under way and returns what there is
 
-    uint8 rows are divided by 255. The order of rows, and the masks of a FusedMLP, follow config.seed alone.
+    uint8 rows are divided by 255. The order of rows, and the masks of a FusedMLP, follow
+    config.seed alone.
     """
     return _fit(model, data, config or TrainConfig(), progress or Quiet(), None)
 
@@ -150,7 +152,8 @@ def _resolved(config: TrainConfig, data, saved: dict | None) -> TrainConfig:
         config.epochs == done and (config.resume / "summary.json").exists()
     ):
         raise UsageError(
-            f"--resume: {config.resume} has done its {done} epochs; --epochs above {done} goes on from there"
+            f"--resume: {config.resume} has done its {done} epochs; --epochs above {done} goes "
+            "on from there"
         )
     return config
 
@@ -160,7 +163,8 @@ def _check_world(config: TrainConfig, world: World, data) -> None:
         return
     if config.batch_size < world.size:
         raise UsageError(
-            f"--batch-size must be at least the number of processes, {world.size}, got {config.batch_size}"
+            f"--batch-size must be at least the number of processes, {world.size}, got "
+            f"{config.batch_size}"
         )
     if isinstance(data, source.Loaders):
         raise UsageError("fit: a loader works in one process; for several pass tensors")
@@ -183,7 +187,8 @@ def _prepare(model, given, config, device, world, stop, progress) -> Run:
 
 
 def _rng_seed(config: TrainConfig, world: World, epoch: int) -> int:
-    """For models that draw from torch's generator: other numbers each epoch, and on each process."""
+    """For models that draw from torch's generator: other numbers each epoch, and on each
+    process."""
     return seeded("model", config.seed, epoch * world.size + world.rank).initial_seed()
 
 
@@ -207,7 +212,8 @@ def _restore(run: Run, saved: dict) -> None:
     was, now = saved["about"]["data"].get("digest"), run.about["data"].get("digest")
     if was != now:
         raise TrainError(
-            f"--resume: the data must be those of the run in {run.config.resume}, got other training rows"
+            f"--resume: the data must be those of the run in {run.config.resume}, got other "
+            "training rows"
         )
     run.task.model.load_state_dict(saved["model"])
     run.task.optimizer.load_state_dict(saved["optimizer"])
@@ -306,7 +312,8 @@ def _check_loss(run: Run, loss: float) -> None:
     if run.folder is not None and run.saved_step >= 0:
         kept = f"; the last good checkpoint, of step {run.saved_step}, is in {run.folder.path}"
     raise TrainError(
-        f"the loss is no longer finite in epoch {run.position.epoch + 1}, by step {run.position.global_step}; "
+        f"the loss is no longer finite in epoch {run.position.epoch + 1}, by step "
+        f"{run.position.global_step}; "
         f"take a smaller --lr than {run.config.learning_rate():g}, or --standardize{kept}"
     )
 
@@ -354,7 +361,8 @@ def _set_rng(run: Run, rng: dict[str, Tensor]) -> None:
 
 
 def _save(run: Run) -> None:
-    """Checkpoint and metrics, of rank 0, in the order in which a crash between them does no harm."""
+    """Checkpoint and metrics, of rank 0, in the order in which a crash between them does no
+    harm."""
     if run.folder is None:
         return
     run.engine.sync()

@@ -10,12 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import activations, dtypes, rng
+from ... import activations, checks, dtypes, rng
 from ...activations import SAVE_Y, SAVE_Z, TABLE
-
-
-def _rows(t: Tensor) -> int:
-    return 1 if t.dim() <= 1 else t.shape[:-1].numel()
 
 
 def _keep(like: Tensor, state, threshold: int, layer: int, row_offset: int) -> Tensor | None:
@@ -25,7 +21,7 @@ def _keep(like: Tensor, state, threshold: int, layer: int, row_offset: int) -> T
     if threshold == rng.TWO32:
         return torch.zeros((), dtype=torch.bool, device=like.device)
     columns = like.shape[-1] if like.dim() else 1
-    mask = rng.keep_mask(state, layer, _rows(like), columns, threshold, row_offset)
+    mask = rng.keep_mask(state, layer, checks.rows(like), columns, threshold, row_offset)
     return mask.reshape(like.shape)
 
 
@@ -103,13 +99,13 @@ def bias_act_dropout_bwd(
         if keep is not None:
             dz = torch.where(keep, dz, 0.0)
     columns = dy.shape[-1] if dy.dim() else 1
-    db = dslope = dy.new_empty(0)
+    db, dslope = dy.new_empty(0), dy.new_empty(0)
     if need_db:
-        db = dz.reshape(_rows(dy), columns).sum(0).to(b.dtype)
+        db = dz.reshape(checks.rows(dy), columns).sum(0).to(b.dtype)
     if need_dslope:
         if keep is not None:
             dslope_terms = torch.where(keep, dslope_terms, 0.0)
-        terms = dslope_terms.reshape(_rows(dy), columns)
+        terms = dslope_terms.reshape(checks.rows(dy), columns)
         dslope = terms.sum() if slope.numel() == 1 else terms.sum(0)
         dslope = dslope.reshape(slope.shape).to(slope.dtype)
     return _fresh(dz, dy.dtype, dy), db, dslope

@@ -35,6 +35,7 @@ SQRT_HALF = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 TWICE_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
 KAPPA = tl.constexpr(0.044715)
+# A tensor stands left of these in products: the interpreter does not know it on the right.
 
 
 @triton.jit
@@ -121,7 +122,7 @@ def act_fwd(z, slope, ACT: tl.constexpr):
         y = z * _gelu_cdf(z)
     elif ACT == GELU_TANH:
         # (1 + tanh(v)) / 2 = sigmoid(2 v)
-        s, _ = _sigmoids(TWICE_SQRT_2_OVER_PI * (z + KAPPA * z * z * z))
+        s, _ = _sigmoids((z + z * z * z * KAPPA) * TWICE_SQRT_2_OVER_PI)
         y = z * s
     elif ACT == SILU:
         s, _ = _sigmoids(z)
@@ -143,7 +144,7 @@ def act_grad_z(z, slope, ACT: tl.constexpr):
     elif ACT == LEAKY_RELU or ACT == PRELU:
         d = tl.where(z > 0, 1.0, tl.zeros_like(z) + slope)
     elif ACT == ELU:
-        d = tl.where(z > 0, 1.0, tl.exp(z))
+        d = tl.where(z > 0, 1.0, tl.exp(-tl.abs(z)))
     elif ACT == SIGMOID:
         s, t = _sigmoids(z)
         d = s * t
@@ -153,10 +154,10 @@ def act_grad_z(z, slope, ACT: tl.constexpr):
     elif ACT == SOFTPLUS:
         d, _ = _sigmoids(z)
     elif ACT == GELU:
-        d = _gelu_cdf(z) + z * (INV_SQRT_2PI * tl.exp(-0.5 * z * z))
+        d = _gelu_cdf(z) + z * (tl.exp(-0.5 * z * z) * INV_SQRT_2PI)
     elif ACT == GELU_TANH:
-        s, t = _sigmoids(TWICE_SQRT_2_OVER_PI * (z + KAPPA * z * z * z))
-        d = s + z * (s * t) * (TWICE_SQRT_2_OVER_PI * (1.0 + 3.0 * KAPPA * z * z))
+        s, t = _sigmoids((z + z * z * z * KAPPA) * TWICE_SQRT_2_OVER_PI)
+        d = s + z * (s * t) * ((1.0 + z * z * (3.0 * KAPPA)) * TWICE_SQRT_2_OVER_PI)
     elif ACT == SILU:
         s, t = _sigmoids(z)
         d = s * (1.0 + z * t)
@@ -249,27 +250,99 @@ def keep_tile(
 
 
 @triton.jit
+def load_stream(state_ptr, layer, DROPOUT: tl.constexpr):
+    """(seed, stream) of this call, int64; not read where no random bit is used."""
+    seed, stream = layer, layer
+    if DROPOUT == KEEP_SOME:
+        seed = tl.load(state_ptr)
+        stream = tl.load(state_ptr + 1) + layer
+    return seed, stream
+
+
+@triton.jit
 def drop(
     y,
-    state_ptr,
+    seed,
+    stream,
     first_row,
     first_column,
     threshold,
-    scale,
-    layer,
     DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """y * scale where an element is kept, +0 elsewhere: selected, never multiplied."""
+    """y where an element is kept, +0 elsewhere: selected, never multiplied. y is scaled already."""
     if DROPOUT == KEEP_SOME:
-        seed = tl.load(state_ptr)
-        stream = tl.load(state_ptr + 1) + layer
         keep = keep_tile(seed, stream, first_row, first_column, threshold, BLOCK_M, BLOCK_N)
-        y = tl.where(keep, y * scale, 0.0)
+        y = tl.where(keep, y, 0.0)
     elif DROPOUT == KEEP_NONE:
         y = tl.zeros_like(y)
     return y
+
+
+@triton.jit
+def load_slope(slope_ptr, alpha, column, inside, SLOPES: tl.constexpr):
+    """Slope to broadcast against (rows, columns): alpha, the one element, or one a column."""
+    slope = alpha
+    if SLOPES == 1:
+        slope = tl.load(slope_ptr).to(tl.float32)
+    elif SLOPES == 2:
+        slope = tl.load(slope_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    return slope
+
+
+@triton.jit
+def pre_activation_grad(
+    dy,
+    saved,
+    bias,
+    slope,
+    scale,
+    seed,
+    stream,
+    first_row,
+    first_column,
+    threshold,
+    ACT: tl.constexpr,
+    SAVES: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    SLOPE_GRAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dz and the terms of dslope, both (BLOCK_M, BLOCK_N) fp32, of dy: the whole backward epilogue.
+
+    saved, bias  y, or h and the bias that goes with it, or anything where SAVES says so
+    """
+    g = dy * scale if DROPOUT != KEEP_ALL else dy
+    terms = g
+    if SAVES == SAVE_Z:
+        z = saved + bias
+        dz = g * act_grad_z(z, slope, ACT)
+        if SLOPE_GRAD:
+            terms = tl.where(z > 0, 0.0, g * z)
+    elif SAVES == SAVE_Y:
+        if ACT == RELU:
+            # y alone holds the joint mask of ReLU and dropout; a NaN passes.
+            dz = tl.where(saved <= 0, 0.0, g)
+        else:
+            a = saved * (1.0 / scale) if DROPOUT != KEEP_ALL else saved
+            dz = g * act_grad_y(a, slope, ACT)
+    else:
+        tl.static_assert(ACT == NONE, "this derivative needs a saved tensor")
+        dz = g
+    if ACT != RELU or SAVES == SAVE_Z:
+        # One mask for both, as the compiler merges the two calls.
+        dz = drop(
+            dz, seed, stream, first_row, first_column, threshold, DROPOUT, BLOCK_M, BLOCK_N
+        )
+        if SLOPE_GRAD:
+            terms = drop(
+                terms, seed, stream, first_row, first_column, threshold, DROPOUT, BLOCK_M, BLOCK_N
+            )
+    elif DROPOUT == KEEP_NONE:
+        dz = tl.zeros_like(dz)
+    return dz, terms
 
 
 @triton.jit

@@ -1,0 +1,136 @@
+"""Bytes that a layer keeps between its forward and its backward, eager PyTorch against fused.
+
+    python -m bench.saved_bytes --out bench/results/saved_bytes.json
+
+Counted with torch's saved-tensor hooks, each storage once, in fake tensors: no memory is used, and
+the CUDA column needs no GPU (there PyTorch's dropout keeps one byte an element, on a CPU a whole
+noise tensor). docs/saved-bytes.md gets its table from the JSON through bench.report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fusedmlp import activations, functional, rng
+
+from .cases import DTYPES
+from .record import header, write
+
+M, K, N = 256, 784, 512  # the figures per element do not depend on them
+
+
+@dataclass(frozen=True)
+class SavedBytes:
+    """total: all storages saved; beyond_inputs: without those of the inputs that were named."""
+
+    total: int
+    beyond_inputs: int
+
+
+def count(function: Callable[..., Tensor], *inputs: Tensor) -> SavedBytes:
+    """What function(*inputs) saves for its backward, each storage counted once.
+
+    inputs   tensors that live on anyway: data and parameters
+    """
+    saved: dict[int, Tensor] = {}  # the tensors stay alive, so that no storage is used twice
+
+    def pack(t: Tensor) -> Tensor:
+        saved.setdefault(t.untyped_storage()._cdata, t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        function(*inputs)
+    sizes = {key: t.untyped_storage().nbytes() for key, t in saved.items()}
+    given = {t.untyped_storage()._cdata for t in inputs}
+    beyond = sum(size for key, size in sizes.items() if key not in given)
+    return SavedBytes(sum(sizes.values()), beyond)
+
+
+def saved_bytes(function: Callable[..., Tensor], *inputs: Tensor) -> int:
+    """Bytes that function(*inputs) keeps for its backward beyond `inputs` themselves."""
+    return count(function, *inputs).beyond_inputs
+
+
+def _layer(act: str, p: float, fused: bool) -> Callable[..., Tensor]:
+    """Linear + act + dropout of (x, w, b, slope)."""
+    if fused:
+        # The entry behind the argument checks, which read numbers off tensors; fakes have none.
+        numbers = (activations.IDS[act], 0.01, *rng.threshold_and_scale(p), 0, 0, "reference")
+
+        def layer(x, w, b, slope):
+            state = functional.draw_state(x)[0] if p else None
+            return functional.run_linear_act(x, w, b, slope, state, *numbers)
+
+    else:
+        forward = activations.TABLE[activations.IDS[act]].forward
+
+        def layer(x, w, b, slope):
+            z = F.linear(x, w, b)
+            if act == "prelu":
+                y = F.prelu(z, slope)
+            elif act == "leaky_relu":
+                y = F.leaky_relu(z)
+            else:
+                y = forward(z, None)
+            return F.dropout(y, p) if p else y
+
+    return layer
+
+
+def of_layer(act: str, p: float, dtype: torch.dtype, device: str, fused: bool) -> int:
+    """Bytes that Linear + act + dropout keeps, its output included, x and parameters not.
+
+    Every backend saves the same tensors; `reference` stands for them, as it runs on any device.
+    """
+    layer = _layer(act, p, fused)
+
+    def with_next(x, w, b, slope, w_next):
+        return F.linear(layer(x, w, b, slope), w_next)
+
+    with FakeTensorMode(), torch.device(device):
+        x, w, b = (torch.empty(s, dtype=dtype, requires_grad=True) for s in ((M, K), (N, K), (N,)))
+        w_next = torch.empty(10, N, dtype=dtype, requires_grad=True)
+        slope = torch.empty(N, dtype=dtype, requires_grad=True) if act == "prelu" else None
+        given = [t for t in (x, w, b, slope, w_next) if t is not None]
+        return saved_bytes(lambda *_: with_next(x, w, b, slope, w_next), *given)
+
+
+def rows() -> list[dict]:
+    """One row for each activation, p, dtype and device; bytes per element of the output."""
+    made = []
+    for act in activations.NAMES:
+        for p in (0.0, 0.5):
+            for dtype in ("fp32", "bf16", "fp16"):
+                row = {"act": act, "p": p, "dtype": dtype, "elements": M * N}
+                for device in ("cpu", "cuda"):
+                    for provider in ("eager", "fused"):
+                        row[f"{provider}_{device}"] = of_layer(
+                            act, p, DTYPES[dtype], device, provider == "fused"
+                        )
+                made.append(row)
+    return made
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("bench/results/saved_bytes.json"))
+    args = parser.parse_args(argv)
+    found = header("saved_bytes", "bench.saved_bytes", argv) | {"rows": rows()}
+    write(args.out, found)
+    print(json.dumps(found["rows"][0]))
+    print(f"{len(found['rows'])} rows to {args.out}; python -m bench.report writes the table")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

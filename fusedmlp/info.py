@@ -1,0 +1,119 @@
+"""What this machine can run: versions, devices, the built extension, and each backend with reasons."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+
+import torch
+
+from . import dispatch, dtypes
+from ._version import __version__
+
+ENVIRONMENT = {
+    "FUSEDMLP_BACKEND": "backend of every call that names none: native, triton or reference",
+    "FUSEDMLP_CPU_ISA": "highest instruction set of the CPU kernels: baseline, avx2 or avx512",
+    "FUSEDMLP_DATA": "folder of data sets for fusedmlp train",
+    "FUSEDMLP_BUILD": "what a build makes: auto, cpu, cuda or none",
+    "FUSEDMLP_AUTOTUNE": "1 lets Triton kernels be tuned when they first run; 0 uses what is kept",
+}
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _extension_lines() -> list[str]:
+    from .kernels.native import extension
+
+    build = extension.build_info()
+    if build is None:
+        return ["extension   not built (FUSEDMLP_BUILD=auto pip install --no-build-isolation .)"]
+    made = ", ".join(build.get("built", [])) or "nothing"
+    lines = [f"extension   built for {made} with torch {build.get('torch')}"]
+    if build.get("cuda"):
+        lines[0] += f", CUDA {build['cuda']}, {' '.join(build.get('archs') or [])}"
+    for target, reason in (build.get("left_out") or {}).items():
+        lines.append(f"            {target} left out: {reason}")
+    return lines
+
+
+def lines() -> list[str]:
+    """The report, a line each."""
+    out = [
+        f"fusedmlp    {__version__}",
+        f"python      {platform.python_version()} on {platform.system()} {platform.machine()}",
+        f"torch       {torch.__version__} (CUDA {torch.version.cuda}), "
+        f"{torch.get_num_threads()} threads",
+        f"triton      {_version('triton')}",
+    ]
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            p = torch.cuda.get_device_properties(i)
+            out.append(f"GPU {i}       {p.name}, sm_{p.major}{p.minor}, {p.total_memory >> 30} GiB")
+    else:
+        out.append("GPU         none is available to torch")
+    out += _extension_lines()
+    missing = [
+        name
+        for name, module in (
+            ("tyro", "tyro"),
+            ("rich", "rich"),
+            ("matplotlib", "matplotlib"),
+            ("safetensors", "safetensors"),
+            ("torchvision", "torchvision"),
+            ("scikit-learn", "sklearn"),
+        )
+        if importlib.util.find_spec(module) is None
+    ]
+    if missing:
+        out.append(f"train extra {', '.join(missing)} missing: pip install 'fusedmlp[train]'")
+    else:
+        out.append("train extra complete")
+    out.append("")
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    for backend in dispatch.BACKENDS:
+        for device in devices:
+            reason = backend.unavailable(device)
+            takes = ", ".join(dtypes.SHORT[d] for d in backend.dtypes)
+            for op in dispatch.OPS:
+                state = f"ok ({takes})" if reason is None else reason
+                out.append(f"{backend.name:10} {device:5} {op:17} {state}")
+    out.append("")
+    out.append("automatic choice, 256 rows, fp32:")
+    for device in devices:
+        for p in (0.0, 0.5):
+            out.append("  " + str(dispatch.explain(p=p, device=device)).splitlines()[0])
+    named = dispatch.explicit(None)
+    if named is not None:
+        out.append(f"  (backend {named!r} is set for this process)")
+    set_here = {k: os.environ[k] for k in ENVIRONMENT if k in os.environ}
+    if set_here:
+        out += ["", "environment " + ", ".join(f"{k}={v}" for k, v in set_here.items())]
+    return out
+
+
+def info_command(argv: list[str]) -> int:
+    """`fusedmlp info`."""
+    argparse.ArgumentParser(
+        prog="fusedmlp info",
+        description="Versions, devices, and what each backend can run here, with every reason.",
+    ).parse_args(argv)
+    print("\n".join(lines()))
+    return 0
+
+
+def verify_command(argv: list[str]) -> int:
+    """`fusedmlp verify`."""
+    from . import verify
+
+    return verify.command(argv)
+
+

@@ -1,0 +1,15 @@
+"""Triton kernels: NVIDIA and AMD GPUs, and a CPU through Triton's interpreter (for tests).
+
+The same functions with the same names as every backend. Importing this imports Triton; nothing is
+compiled before a kernel is launched.
+"""
+
+from .bias_act_dropout import bias_act_dropout_bwd, bias_act_dropout_fwd
+from .linear_act import linear_act_fwd, linear_act_infer
+
+__all__ = [
+    "bias_act_dropout_bwd",
+    "bias_act_dropout_fwd",
+    "linear_act_fwd",
+    "linear_act_infer",
+]

@@ -1,0 +1,200 @@
+"""Tile sizes: which exist, which a device can hold, and which is the default for a size.
+
+Numbers only: nothing here imports Triton, allocates or launches.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+# Elements of an elementwise tile: 32 for each of 128 threads, so that several 16-byte loads of a
+# thread are in flight. Small tensors take small tiles: below it there are fewer programs than
+# multiprocessors.
+_TILE, _SMALL_TILE, _SMALL = 4096, 1024, 1 << 19
+
+# Backward kernels that also sum over rows: about so many programs, so that a GPU is filled and the
+# second stage stays short. A constant, not the device's size: the order of sums is part of the result.
+_SUM_PROGRAMS = 1024
+
+
+def elementwise_tile(m: int, n: int) -> tuple[int, int, int]:
+    """(BLOCK_M, BLOCK_N, warps) for an (m, n) tensor; BLOCK_N is a multiple of 8."""
+    tile = _TILE if m * n > _SMALL else _SMALL_TILE
+    block_n = max(8, min(_power_of_two(n), tile))
+    block_m = max(1, min(_power_of_two(m), tile // block_n))
+    return block_m, block_n, 4
+
+
+def column_tile(m: int, n: int) -> tuple[int, int, int]:
+    """(BLOCK_M, BLOCK_N, warps) where sums over rows are wanted: narrow, many rows."""
+    block_n = max(8, min(_power_of_two(n), 128))
+    block_m = max(1, min(_power_of_two(m), _TILE // block_n))
+    return block_m, block_n, 4
+
+
+def row_splits(m: int, block_m: int, tiles_n: int, sums: bool) -> tuple[int, int]:
+    """(steps, splits): tiles that one program walks down, programs for each column of tiles."""
+    tiles_m = -(-m // block_m)
+    if not sums:
+        return 1, tiles_m
+    # Up to four tiles in one program are cheaper than a second kernel.
+    splits = 1 if tiles_m <= 4 else max(1, min(tiles_m, _SUM_PROGRAMS // tiles_n))
+    steps = -(-tiles_m // splits)
+    return steps, -(-tiles_m // steps)
+
+
+def column_sum_tile(s: int, n: int) -> tuple[int, int, int]:
+    """(BLOCK_S, BLOCK_N, warps) for the sum of (s, n) over s."""
+    block_n = min(_power_of_two(n), 32)
+    block_s = max(1, min(_power_of_two(s), 2048 // block_n))
+    return block_s, block_n, 4
+
+
+class Tile(NamedTuple):
+    """One configuration of a GEMM kernel."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    descriptors: bool = False  # tensor descriptors (TMA) where device and operands allow them
+    splits: int = 1  # along K
+
+
+class Target(NamedTuple):
+    """What the choice of a tile needs to know of a device."""
+
+    backend: str  # 'cuda' or 'hip'
+    arch: int  # 10 major + minor, 0 for hip
+    processors: int  # multiprocessors
+    shared: int  # bytes of shared memory that one program may have
+
+
+# Bytes of shared memory a block can have, by compute capability.
+SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376, "hip": 65_536}
+
+
+def target(arch: int, processors: int = 132) -> Target:
+    """The Target of an NVIDIA GPU of compute capability arch / 10."""
+    known = max((a for a in SHARED if a != "hip" and a <= arch), default=80)
+    return Target("cuda", arch, processors, SHARED[known])
+
+
+GROUP_M = 8
+
+# Beyond this many multiplications the library's fp32 GEMM is taken: Triton does ieee fp32 without
+# tensor cores and without the library's register blocking.
+LARGEST_FP32_PRODUCT = 1 << 27
+
+# What can be chosen, by kind: 'half' (fp16, bf16), 'tf32', 'ieee'. From wide to narrow.
+TILES: dict[str, tuple[Tile, ...]] = {
+    "half": (
+        Tile(128, 256, 64, 8, 4, True),
+        Tile(128, 256, 64, 8, 3),
+        Tile(256, 128, 64, 8, 3),
+        Tile(128, 128, 64, 8, 4, True),
+        Tile(128, 128, 64, 8, 3),
+        Tile(128, 64, 64, 4, 4),
+        Tile(64, 128, 64, 4, 4),
+        Tile(64, 64, 64, 4, 4),
+        Tile(128, 32, 64, 4, 4),
+        Tile(64, 32, 64, 4, 4),
+        Tile(128, 16, 64, 4, 4),
+        Tile(64, 16, 128, 4, 3),
+        Tile(32, 64, 64, 4, 4),
+        Tile(16, 64, 128, 4, 3),
+        Tile(16, 16, 128, 4, 3),
+    ),
+    "tf32": (
+        Tile(128, 128, 32, 8, 4, True),
+        Tile(128, 128, 32, 8, 3),
+        Tile(128, 64, 32, 4, 4),
+        Tile(64, 128, 32, 4, 4),
+        Tile(64, 64, 32, 4, 4),
+        Tile(128, 16, 32, 4, 4),
+        Tile(64, 32, 32, 4, 4),
+        Tile(64, 16, 64, 4, 3),
+        Tile(16, 64, 64, 4, 3),
+        Tile(16, 16, 64, 4, 3),
+    ),
+    "ieee": (
+        Tile(128, 64, 16, 8, 3),
+        Tile(64, 64, 16, 4, 3),
+        Tile(64, 32, 32, 4, 3),
+        Tile(64, 16, 32, 4, 3),
+        Tile(32, 32, 32, 4, 3),
+        Tile(16, 64, 32, 4, 3),
+        Tile(16, 16, 32, 2, 3),
+    ),
+}
+
+
+def shared_bytes(tile: Tile, itemsize: int) -> int:
+    """Shared memory of the main loop's buffers."""
+    return tile.stages * (tile.m + tile.n) * tile.k * itemsize
+
+
+@functools.cache
+def fitting(kind: str, itemsize: int, target: Target) -> tuple[Tile, ...]:
+    """The tiles of a kind that a device can hold, with as many stages as its shared memory allows."""
+    fit = []
+    for tile in TILES[kind]:
+        if tile.descriptors and not (target.backend == "cuda" and target.arch >= 90):
+            continue
+        # Barriers and the epilogue's exchange need some of it too.
+        while tile.stages > 2 and shared_bytes(tile, itemsize) > target.shared - 1024:
+            tile = tile._replace(stages=tile.stages - 1)
+        if shared_bytes(tile, itemsize) <= target.shared - 1024:
+            fit.append(tile)
+    return tuple(dict.fromkeys(fit))
+
+
+# Multiplications a cycle and multiprocessor, and bytes a cycle from L2 to one: the H200's, by its
+# data sheet. They only rank tiles against each other.
+_MULTIPLY_ADDS = {"half": 2048, "tf32": 1024, "ieee": 128}
+_L2_BYTES = 64
+_DRAM_BYTES = 2700
+# Cycles of a program outside its main loop, and of another kernel.
+_PROGRAM_CYCLES = 2000
+_KERNEL_CYCLES = 4000
+
+
+def cycles(tile: Tile, kind: str, m: int, n: int, k: int, itemsize: int, target: Target) -> float:
+    """A model of the time of one product: waves of tiles, each bound by arithmetic or by its loads."""
+    k_split = -(-k // tile.splits)
+    arithmetic = max(tile.m, 64) * tile.n * k_split / _MULTIPLY_ADDS[kind]
+    loads = (tile.m + tile.n) * k_split * itemsize / _L2_BYTES
+    steps = 60 * -(-k_split // tile.k)
+    waves = -(-(-(-m // tile.m) * -(-n // tile.n) * tile.splits) // target.processors)
+    total = waves * (max(arithmetic, loads, steps) + _PROGRAM_CYCLES)
+    if tile.splits > 1:
+        total += _KERNEL_CYCLES + 8 * tile.splits * m * n / _DRAM_BYTES
+    return total
+
+
+@functools.lru_cache(maxsize=4096)
+def default_tile(kind: str, m: int, n: int, k: int, itemsize: int, target: Target) -> Tile:
+    """The tile that the model ranks first: what is used where nothing was tuned."""
+    candidates = []
+    for tile in fitting(kind, itemsize, target):
+        # Descriptors are made on the host for each call; they pay where the kernel is long.
+        if tile.descriptors and m * n * k < 1 << 30:
+            continue
+        candidates.append(tile)
+        for splits in (2, 4, 8, 16, 32):
+            if not tile.descriptors and k >= splits * max(256, 2 * tile.k) and m * n <= 1 << 20:
+                candidates.append(tile._replace(splits=splits))
+    return min(candidates, key=lambda t: cycles(t, kind, m, n, k, itemsize, target))
+
+
+def choose(op: str, kind: str, m: int, n: int, k: int, itemsize: int, target: Target) -> Tile:
+    """The tile for one call."""
+    return default_tile(kind, m, n, k, itemsize, target)

@@ -1,0 +1,69 @@
+"""Host side that all Triton ops share: views, constants and the launch itself. No kernel."""
+
+import functools
+
+import torch
+import triton
+from torch import Tensor
+
+from ... import activations, rng
+from . import configs, device
+
+# The interpreter replaces the type of every kernel when it is on while the kernels are defined.
+INTERPRET = not isinstance(device.act_fwd, triton.runtime.jit.JITFunction)
+
+KEEP_ALL, KEEP_SOME, KEEP_NONE = 0, 1, 2
+
+
+def rows_view(t: Tensor) -> Tensor:
+    """t (..., N) as (M, N): a view with t's own strides where one exists, else a copy."""
+    if t.dim() == 2:
+        return t
+    if t.dim() <= 1:
+        return t.reshape(1, -1)
+    # Not -1: with an empty tensor it would be ambiguous.
+    return t.reshape(t.shape[:-1].numel(), t.shape[-1])
+
+
+def vector(t: Tensor | None) -> Tensor | None:
+    """A bias or slope whose elements lie side by side."""
+    return None if t is None else t.contiguous()
+
+
+def dropout_arguments(threshold: int) -> tuple[int, int]:
+    """(DROPOUT, int32 with the bits of the threshold)."""
+    if threshold == 0:
+        return KEEP_ALL, 0
+    if threshold == rng.TWO32:
+        return KEEP_NONE, 0
+    return KEEP_SOME, threshold - rng.TWO32 if threshold >= 1 << 31 else threshold
+
+
+def slopes(act: int, slope: Tensor | None) -> int:
+    """SLOPES: 0 where alpha serves, 1 for one learnable slope, 2 for one a column."""
+    if act != activations.PRELU:
+        return 0
+    return 1 if slope.numel() == 1 else 2
+
+
+def launch(kernel, programs: int, like: Tensor, *args, warps: int, stages: int = 1, **constants):
+    """Runs `programs` programs of a kernel on like's device and its current stream."""
+    if like.is_cuda and like.device.index != torch.cuda.current_device():
+        with torch.cuda.device(like.device):
+            kernel[(programs,)](*args, **constants, num_warps=warps, num_stages=stages)
+    else:
+        kernel[(programs,)](*args, **constants, num_warps=warps, num_stages=stages)
+
+
+@functools.cache
+def _capability(index: int) -> configs.Target:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        return configs.Target("hip", 0, properties.multi_processor_count, configs.SHARED["hip"])
+    major, minor = properties.major, properties.minor
+    return configs.target(10 * major + minor, properties.multi_processor_count)
+
+
+def capability(t: Tensor) -> configs.Target:
+    """What tiles are chosen for: the device of t, or in the interpreter a Hopper GPU."""
+    return _capability(t.device.index) if t.is_cuda else configs.target(90)

@@ -1,0 +1,160 @@
+"""What of a model runs as one op, what does not, and why. Runs nothing and changes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from .. import activations, dispatch, dtypes
+from .stretches import Single, Stretch, find, is_fused_module, why_not
+
+_ROWS = 256
+_SAVES = {
+    activations.SAVE_NOTHING: "nothing of its own for backward",
+    activations.SAVE_Y: "its output for backward",
+    activations.SAVE_Z: "its value before bias and activation for backward",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stretch, or one module that runs by itself.
+
+    modules  qualified names, in order
+    op       'linear_act', 'bias_act_dropout', or None if it runs as plain modules
+    layer    number that is added to the stream of the dropout state, or None
+    backend  what would run a batch of 256 rows now
+    why      the reason for the backend, or for not being fused
+    keeps    what is kept for backward in training mode
+    """
+
+    modules: tuple[str, ...]
+    text: str
+    op: str | None
+    layer: int | None = None
+    backend: str = ""
+    why: str = ""
+    keeps: str = ""
+
+    def __str__(self) -> str:
+        if self.op is None:
+            return f"{self.text}: not fused: {self.why}"
+        return f"{self.text}: {self.op} on {self.backend!r} ({self.why}); keeps {self.keeps}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """str() of it is meant to be read.
+
+    containers  qualified name -> the parts of a container, in order of their running
+    notes       what concerns a container, or the model, as a whole
+    """
+
+    containers: dict[str, list[Part]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def fused(self) -> list[Part]:
+        return [part for parts in self.containers.values() for part in parts if part.op]
+
+    @property
+    def unfused(self) -> list[Part]:
+        return [part for parts in self.containers.values() for part in parts if not part.op]
+
+    def __str__(self) -> str:
+        lines = []
+        for name, parts in self.containers.items():
+            lines.append(f"{name or 'the module itself'}:")
+            lines += [f"    {part}" for part in parts] or ["    no children"]
+        lines += self.notes
+        return "\n".join(lines) or "nothing that could be fused"
+
+
+def of(module: nn.Module) -> Report:
+    """The report on a module and all that is inside it, as it is now."""
+    containers, notes, covered = {}, [], set()
+    if torch_module._has_any_global_hook():
+        notes.append("a global module hook is registered: everything runs unfused")
+    for name, m in module.named_modules():
+        if isinstance(m, nn.Sequential):
+            reason = why_left_alone(m)
+            if reason is None and is_fused_module(m):
+                containers[name] = _parts(name, m)
+                covered.update(id(child) for child in m.children())
+            else:
+                notes.append(f"{name or 'the module itself'}: {reason or 'call fusedmlp.fuse'}")
+    outside = [
+        name
+        for name, m in module.named_modules()
+        if type(m) is nn.Linear and id(m) not in covered
+    ]
+    if outside:
+        shown = ", ".join(name or "the module itself" for name in outside[:4])
+        more = f" and {len(outside) - 4} more" if len(outside) > 4 else ""
+        notes.append(f"not in a fused container, so not fused: {shown}{more}")
+    return Report(containers, notes)
+
+
+def why_left_alone(m: nn.Sequential) -> str | None:
+    """Why the container m is not made a FusedSequential, or None."""
+    if isinstance(m, torch.jit.ScriptModule):
+        return "left alone: it is TorchScript"
+    if type(m) is not nn.Sequential and not is_fused_module(m):
+        return f"left alone: {type(m).__name__} is a subclass of nn.Sequential"
+    if "forward" in m.__dict__:
+        return "left alone: its forward was replaced"
+    return None
+
+
+def _parts(name: str, container: nn.Sequential) -> list[Part]:
+    names = [f"{name}.{key}" if name else key for key in container._modules]
+    children = list(container._modules.values())
+    parts, layer = [], container.first_layer
+    for item in find(children):
+        if type(item) is Stretch:
+            parts.append(_stretch(item, names, layer))
+            layer += 1
+        else:
+            parts.append(_single(item, names[item.index], layer))
+            layer += item.layers
+    return parts
+
+
+def _single(item: Single, name: str, layer: int) -> Part:
+    text = f"{name} {type(item.module).__name__}"
+    if item.fused:
+        op = "as its own parts" if isinstance(item.module, nn.Sequential) else "as its own op"
+        return Part((name,), text, None, layer, why=f"{op}, with the masks of this container")
+    return Part((name,), text, None, why=why_not(item.module, "alone there is nothing to fuse"))
+
+
+def _stretch(stretch: Stretch, names: list[str], layer: int) -> Part:
+    names = tuple(names[stretch.index : stretch.index + len(stretch.modules)])
+    labels = [type(m).__name__ for m in stretch.modules]
+    text = ", ".join(f"{name} {label}" for name, label in zip(names, labels, strict=True))
+    if len(names) == 1 and stretch.dropout is None:
+        return Part(names, text, None, layer, why="alone there is nothing to fuse")
+    linear, dropout = stretch.linear, stretch.dropout
+    p = dropout.p if dropout is not None else 0.0
+    training = dropout is not None and dropout.training
+    op, dtype, device, k, n = "bias_act_dropout", torch.float32, "cpu", 0, _ROWS
+    if linear is not None:
+        op, (n, k) = "linear_act", linear.weight.shape
+        dtype, device = linear.weight.dtype, linear.weight.device
+    if dtype not in dtypes.SUPPORTED:
+        return Part(names, text, None, layer, why=f"{dtype} is left to plain PyTorch")
+    found = dispatch.explain(
+        op,
+        rows=_ROWS,
+        in_features=k,
+        out_features=n,
+        activation=activations.NAMES[stretch.act],
+        p=p if training else 0.0,
+        dtype=dtype,
+        device=device,
+    )
+    kind = activations.saves(stretch.act, stretch.alpha, dtype, p > 0)
+    return Part(names, text, op, layer, found.choice, found.why, _SAVES[kind])

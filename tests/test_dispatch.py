@@ -1,0 +1,108 @@
+"""The rules of choice: what is named works or raises with every reason; only automatic falls back."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fusedmlp
+import fusedmlp.functional as FF
+from fusedmlp import BackendError, dispatch
+
+
+@pytest.fixture
+def no_native(monkeypatch):
+    """A machine without the extension."""
+    broken = dispatch.Backend("native", lambda d: "not built, and here is why", dispatch.BACKENDS[0]
+                              .dtypes, "fusedmlp.kernels.native")
+    monkeypatch.setattr(dispatch, "BACKENDS", (broken, *dispatch.BACKENDS[1:]))
+    monkeypatch.setitem(dispatch._BY_NAME, "native", broken)
+    monkeypatch.setattr(dispatch, "_usable", {})
+    monkeypatch.setattr(dispatch, "_logged", set())
+
+
+def _select(**change):
+    args = dict(op="linear_act", device_type="cpu", dtype=torch.float32, act=1, dropout=True,
+                rows=256, in_features=784, out_features=256)
+    return dispatch.select(**args | change)
+
+
+def test_a_named_backend_that_cannot_run_raises_with_every_reason(no_native):
+    with pytest.raises(BackendError, match="(?s)'native' was asked for.*not built, and here is why"):
+        _select(backend="native")
+    with pytest.raises(BackendError, match="(?s)not built.*fp64 is not one of its dtypes"):
+        _select(backend="native", dtype=torch.float64)
+    with fusedmlp.use_backend("native"), pytest.raises(BackendError):
+        FF.dropout(torch.ones(3))
+
+
+def test_automatic_choice_falls_back_and_logs_once(no_native, caplog):
+    with caplog.at_level(logging.INFO, logger="fusedmlp"):
+        assert [_select() for _ in range(3)] == ["reference"] * 3
+        assert _select(dropout=False) == dispatch.EAGER
+    messages = [r.getMessage() for r in caplog.records]
+    assert messages == ["linear_act: backend 'native' was passed over: not built, and here is why"]
+
+
+def test_argument_beats_context_beats_environment(monkeypatch):
+    assert _select(backend="reference") == "reference"
+    with fusedmlp.use_backend("reference"):
+        assert _select() == "reference"
+        with pytest.raises(ValueError, match="unknown backend"):
+            _select(backend="nothing")
+        with fusedmlp.use_backend(None):
+            monkeypatch.setattr(dispatch, "_from_environment", "reference")
+            assert _select() == "reference"
+    code = "from fusedmlp import explain; print(explain().choice)"
+    env = os.environ | {"FUSEDMLP_BACKEND": "reference"}
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert out.stdout.strip() == "reference", out.stderr
+    env["FUSEDMLP_BACKEND"] = "cudnn"
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert "FUSEDMLP_BACKEND: unknown backend 'cudnn'" in out.stderr
+
+
+def test_use_backend_is_a_setter_and_a_context():
+    before = dispatch._forced
+    try:
+        fusedmlp.use_backend("reference")
+        assert dispatch._forced == "reference"
+        with fusedmlp.use_backend("native"):
+            assert dispatch._forced == "native"
+        assert dispatch._forced == "reference"
+        with pytest.raises(ValueError, match="use_backend: unknown backend 'x'; known: native"):
+            fusedmlp.use_backend("x")
+        assert dispatch._forced == "reference"
+    finally:
+        fusedmlp.use_backend(before)
+
+
+def test_explain_names_the_choice_and_every_refusal(no_native):
+    e = fusedmlp.explain(p=0.5)
+    assert e.choice == "reference" and e.refusals["native"] == ["not built, and here is why"]
+    assert "not native: not built, and here is why" in str(e)
+    assert fusedmlp.explain(p=0.5, backend="native").choice == "nothing"
+
+
+def test_explain_says_what_select_does():
+    for rows, n, p, act in ((1, 1, 0.0, "relu"), (4096, 4096, 0.0, "gelu"), (256, 256, 0.5, "relu"),
+                            (256, 10, 0.0, "none")):
+        e = fusedmlp.explain(rows=rows, out_features=n, p=p, activation=act)
+        assert e.choice == _select(rows=rows, out_features=n, dropout=p > 0,
+                                   act=fusedmlp.activations.IDS[act])
+
+
+def test_a_fallback_never_computes_another_function(no_native):
+    """Every activation, dtype and op gives the reference's values where native is missing."""
+    for name in fusedmlp.activations.NAMES:
+        for dtype in dispatch._BY_NAME["reference"].dtypes:
+            x = torch.randn(7, 13, dtype=dtype)
+            slope = torch.full((1,), 0.2, dtype=dtype) if name == "prelu" else None
+            for p in (0.0, 0.5):
+                args = dict(slope=slope, p=p, seed=4)
+                got = FF.bias_act_dropout(x, None, name, **args)
+                want = FF.bias_act_dropout(x, None, name, backend="reference", **args)
+                torch.testing.assert_close(got, want)
