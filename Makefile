@@ -2,14 +2,14 @@
 PYTHON  ?= python3
 VENV    ?= .venv
 EXTRAS  ?= all,test
-WORKERS ?= 2
+WORKERS ?= auto
 ARGS    ?=
 RESULTS ?= bench/results/gpu
 PART    ?= all
 
 PY     = $(VENV)/bin/python
 CLANG  = $(shell PATH="$(VENV)/bin:$$PATH" command -v clang-format)
-CSRC   = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+CSRC   = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test train lint format bench kernels readme gpu verify info clean
@@ -23,7 +23,8 @@ setup:  ## make the environment (torch: about 5 GB) and build the package and it
 	@"$(PYTHON)" build_tools/environment.py --venv "$(VENV)" --extras "$(EXTRAS)"
 
 test: setup lint  ## lint, then every test that this machine can run; ARGS go to pytest
-	$(PY) -m pytest -n $(WORKERS) $(ARGS)
+	@# one OpenMP thread a worker: with as many threads as cores in each, two workers took twice as long
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
 
 train: setup  ## train the first MLP on Fashion-MNIST, or on digits without a network; ARGS go to fusedmlp train
 	$(VENV)/bin/fusedmlp train --dataset auto $(ARGS)

@@ -1,10 +1,11 @@
 """Whether a provider computes what its case says; what does not gets no number. Times nothing.
 
 Outputs and gradients are held against an fp64 oracle with the same mask, in relative Frobenius
-norm: at most 2 x plain PyTorch's own error + eps / 2, and 4 times that for PyTorch's other providers. It
-is a guard against another function; the test suite holds the error budget. Our mask is known.
-PyTorch's is read off its output, and its rate must be p within 5 sigma; behind several dropouts,
-where it cannot be read, loss and gradient norms must be near those of plain PyTorch with our mask.
+norm: at most 2 x plain PyTorch's own error + eps / 2, and 4 times that for PyTorch's other
+providers. It is a guard against another function; the test suite holds the error budget. Our mask
+is known. PyTorch's is read off its output, and its rate must be p within 5 sigma; behind several
+dropouts, where it cannot be read, loss and gradient norms must be near those of plain PyTorch with
+our mask.
 """
 
 from __future__ import annotations

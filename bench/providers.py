@@ -22,6 +22,7 @@ from fusedmlp import activations, dispatch
 from fusedmlp import functional as FF
 
 from .cases import Case
+from .saved_bytes import saved_bytes
 
 _EPS_TF32 = 2.0**-10
 _MODULES = {
@@ -42,14 +43,15 @@ class Provider:
     run      what is timed
     results  output and gradients by name, fresh; {} for a floor
     ours     True where the mask is this package's
-    forward  the part of `run` that saves tensors for backward; None where that cannot be seen
+    saved    bytes kept between forward and backward, beyond data and parameters; None where that
+             cannot be seen
     """
 
     name: str
     run: Callable[[], object]
     results: Callable[[], dict[str, Tensor]]
     ours: bool = False
-    forward: Callable[[], Tensor] | None = None
+    saved: int | None = None
 
 
 def default_names(case: Case) -> list[str]:
@@ -134,8 +136,11 @@ class Problem:
         if backend and case.op in ("layer", "net"):
             scope = lambda: fusedmlp.use_backend(backend)  # noqa: E731
         run, results = self._timed(forward, parameters, scope)
-        seen = None if name in ("compile", "max-autotune") or case.mode == "infer" else forward
-        return Provider(name, run, results, ours, seen)
+        saved = None
+        if name not in ("compile", "max-autotune") and case.mode != "infer":
+            kept = [*self.leaves.values(), *(parameters or ())]
+            saved = saved_bytes(lambda *_: forward(), *kept)
+        return Provider(name, run, results, ours, saved)
 
     def _functional(self, name: str, backend: str | None, ours: bool) -> Callable[[], Tensor]:
         x, w, b = (self.leaves.get(n) for n in ("x", "w0", "b0"))

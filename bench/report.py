@@ -144,9 +144,8 @@ def grid_table(found: dict, lowest: int | None) -> str:
     )
     lines = [_call(r) + [r.get("route", ""), _three_decimals(r)] for r in shown]
     lines += [_call(r) + ["", "wrong"] for r in rows if "error" in r]
-    return (
-        text[0].upper() + text[1:] + markdown(_CALL_HEAD + ["runs on", "eager / fused"], lines, 6)
-    )
+    head = [*_CALL_HEAD, "runs on", "eager / fused"]
+    return text[0].upper() + text[1:] + markdown(head, lines, len(head) - 1)
 
 
 def _three_decimals(row: dict) -> str:
@@ -230,6 +229,9 @@ def load(folder: Path) -> dict[Path, dict]:
     return found
 
 
+_PLOTTED_BY = ("device", "op", "mode", "dtype", "act")
+
+
 def plot(results: dict[Path, dict], folder: Path) -> list[Path]:
     """One log-x plot an op, mode and dtype that was timed at 3 sizes or more."""
     import matplotlib
@@ -243,14 +245,7 @@ def plot(results: dict[Path, dict], folder: Path) -> list[Path]:
         series: dict[tuple, dict[str, list[dict]]] = {}
         for row in found["rows"]:
             if "ms" in row and row["group"] != "grid":
-                what = (
-                    row["device"],
-                    row["op"],
-                    row["mode"],
-                    row["dtype"],
-                    row.get("act"),
-                    _p(row),
-                )
+                what = (*(row.get(name) for name in _PLOTTED_BY), _p(row))
                 series.setdefault(what, {}).setdefault(row["provider"], []).append(row)
         for what, providers in series.items():
             if len({row["M"] * row["N"] for row in providers.get("eager", [])}) < 3:
@@ -300,12 +295,8 @@ def main(argv: list[str] | None = None) -> int:
         except ImportError:
             print("report: plots need matplotlib (pip install fusedmlp[bench])", file=sys.stderr)
             return 1
+    told = "differs from the results files; python -m bench.report" if args.check else "written"
     for path in stale:
-        told = (
-            "differs from the results files; run: python -m bench.report"
-            if args.check
-            else "written"
-        )
         print(f"report: {path.relative_to(args.root)}: {told}")
     return 1 if args.check and stale else 0
 

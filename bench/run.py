@@ -27,7 +27,6 @@ from . import cases, record, timing
 from .cases import Case
 from .check import wrong
 from .providers import Problem, Provider, Unavailable, default_names
-from .saved_bytes import saved_bytes
 
 # A cell of the grid below this is measured again, longer, and the new figure replaces the old one.
 REMEASURE_BELOW = 0.99
@@ -151,9 +150,8 @@ def _timed(case: Case, usable: dict[str, Provider], budget_s: float) -> list[dic
                 row["eager_over_this"] = timing.ratio(measured["eager"], t)
             if "floor" in measured and name != "floor":
                 row["over_floor"] = timing.ratio(t, measured["floor"])
-            forward = usable[name].forward
-            if forward is not None and case.group != "grid":
-                row["saved_bytes"] = saved_bytes(forward)
+            if usable[name].saved is not None:
+                row["saved_bytes"] = usable[name].saved
             if name == "auto":
                 row["route"] = _route(case)
             made.append(row | state)

@@ -7,13 +7,21 @@ from . import functional
 from ._version import __version__
 from .dispatch import BackendError, backends, explain, use_backend
 from .functional import dropout_state
+from .nn import FusedDropout, FusedLinear, FusedMLP, FusedSequential
+from .surgery import fuse, unfuse
 
 __all__ = [
     "BackendError",
+    "FusedDropout",
+    "FusedLinear",
+    "FusedMLP",
+    "FusedSequential",
     "__version__",
     "backends",
     "dropout_state",
     "explain",
     "functional",
+    "fuse",
+    "unfuse",
     "use_backend",
 ]

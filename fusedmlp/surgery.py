@@ -1,7 +1,8 @@
 """fuse and unfuse: every nn.Sequential of a model becomes a FusedSequential, and back.
 
-Children are never copied or changed: parameters, hooks, optimisers and initialisers written for the
-plain model work on. Does not look at what is inside a container; nn/stretches.py does, in each call.
+Children are never copied or changed: parameters, hooks, optimisers and initialisers written for
+the plain model work on. Does not look at what is inside a container; nn/stretches.py does, in every
+call.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from torch import nn
 
 from .nn import FusedMLP, FusedSequential
 from .nn.report import Report, of, why_left_alone
-from .nn.stretches import is_fused_module
+from .nn.stretches import Stretch, find, is_fused_module
 
-# Wrappers that are bound to the very module that they were given.
-_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule")
+# Wrappers stay bound to the very module that they were given: a copy would not be fused.
+_WRAPPERS = frozenset(
+    {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "OptimizedModule"}
+)
 
 
 def fuse(module: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -41,8 +44,8 @@ def fuse(module: nn.Module, *, inplace: bool = False) -> nn.Module:
     (`out += x`), write `out = out + x`.
     """
     fused = _convert("fuse", module, inplace, _to_fused)
-    number_layers(fused)
-    if "report" not in fused.__dict__ and not hasattr(type(fused), "report"):
+    _number(fused, 0, leaves=False)
+    if not hasattr(fused, "report") and not isinstance(fused, torch.jit.ScriptModule):
         fused.report = _Reporter(fused)
     return fused
 
@@ -67,19 +70,165 @@ def report(module: nn.Module) -> Report:
 
 
 def number_layers(module: nn.Module, first_layer: int = 0) -> int:
-    """Gives every fused container of a model layer numbers of its own; `fuse` does it.
+    """Gives the fused modules of a model layer numbers of their own, in the order of `modules()`.
 
-    Inside `dropout_state` two containers with the same numbers have equal masks. Those made by hand
-    and put into one model start at 0 each, until this is called.
+    Inside `dropout_state` two fused modules with the same numbers have equal masks. `fuse` numbers
+    the containers that it makes; those made by hand, FusedLinear and FusedDropout start at 0 each
+    until this is called.
 
     returns  the number after the last one: how far the stream may be advanced for the next step
     """
     _check("number_layers", module)
-    inside = set()
+    return _number(module, first_layer, leaves=True)
+
+
+def _check(op: str, module: object) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{op}: module must be an nn.Module, got {type(module).__name__}")
+
+
+def _number(module: nn.Module, first: int, leaves: bool) -> int:
+    seen: set[int] = set()
+
+    def number(m: nn.Module, first: int) -> int:
+        """As Masks counts in one forward of m."""
+        seen.add(id(m))
+        if leaves or isinstance(m, FusedSequential):
+            m.first_layer = first
+        if not isinstance(m, FusedSequential):
+            return first + m.layer_count()
+        for item in find(list(m._modules.values())):
+            if type(item) is Stretch:
+                first += 1
+            elif item.layers:
+                first = number(item.module, first)
+        return first
+
     for m in module.modules():
-        if not is_fused_module(m) or id(m) in inside:
-            continue
-        m.first_layer = first_layer
-        first_layer += m.layer_count()
-        inside.update(_number_inside(m))
-    return first_layer
+        if is_fused_module(m) and id(m) not in seen:
+            if leaves or isinstance(m, FusedSequential):
+                first = number(m, first)
+    return first
+
+
+def _to_fused(m: nn.Module) -> type | None:
+    """The class that m gets, or None where it stays what it is."""
+    if isinstance(m, FusedSequential):
+        return type(m)
+    if type(m) is nn.Sequential and why_left_alone(m) is None:
+        return FusedSequential
+    return None
+
+
+def _to_plain(m: nn.Module) -> type | None:
+    return nn.Sequential if type(m) in (FusedSequential, FusedMLP) else None
+
+
+def _convert(op: str, module: nn.Module, inplace: bool, new_class) -> nn.Module:
+    _check(op, module)
+    if inplace:
+        for m in list(module.modules()):
+            cls = new_class(m)
+            if cls is not None:
+                m.__class__ = cls
+                _forget(m)
+        return module
+    return _Copier(op, new_class).copy(module)
+
+
+def _forget(m: nn.Module) -> None:
+    m.__dict__.pop("_plan", None)
+    if not isinstance(m, FusedSequential):
+        m.__dict__.pop("first_layer", None)
+
+
+class _Copier:
+    """Copies the containers of a model, and what holds them; shares everything else."""
+
+    def __init__(self, op: str, new_class):
+        self.op, self.new_class = op, new_class
+        self.copies: dict[int, nn.Module] = {}  # id of the original -> what stands for it
+
+    def copy(self, root: nn.Module) -> nn.Module:
+        if isinstance(root, torch.jit.ScriptModule):
+            return root
+        result = self._copy(root, is_root=True)
+        for new in {id(m): m for m in self.copies.values()}.values():
+            if id(new) not in self.copies:
+                self._redirect(new)
+        return result
+
+    def _copy(self, m: nn.Module | None, is_root: bool = False) -> nn.Module | None:
+        if m is None:
+            return None
+        if id(m) in self.copies:
+            return self.copies[id(m)]
+        if not is_root and all(self.new_class(inner) is None for inner in m.modules()):
+            self.copies[id(m)] = m
+            return m
+        self._refuse_bound(m)
+        # Not copy.copy: a class may define what that does, DDP for one.
+        new = object.__new__(self.new_class(m) or type(m))
+        self.copies[id(m)] = new
+        new.__dict__.update(m.__dict__)
+        _forget(new)
+        modules = type(m._modules)()
+        for key, child in m._modules.items():
+            modules[key] = self._copy(child)
+        new.__dict__["_modules"] = modules
+        return new
+
+    def _refuse_bound(self, m: nn.Module) -> None:
+        name = next((c.__name__ for c in type(m).__mro__ if c.__name__ in _WRAPPERS), None)
+        if name is None and m._compiled_call_impl is not None:
+            name = f"compiled {type(m).__name__}"
+        if name is not None:
+            raise ValueError(
+                f"{self.op}: module must be a model that is not wrapped or compiled yet, got a "
+                f"{name}; {self.op} it before that, or with inplace=True"
+            )
+
+    def _redirect(self, new: nn.Module) -> None:
+        """Attributes that name a copied module, directly or in a list, name its copy."""
+        for key, value in list(new.__dict__.items()):
+            if key != "_modules":
+                changed = self._changed(value, new)
+                if changed is not value:
+                    new.__dict__[key] = changed
+
+    def _changed(self, value: object, owner: nn.Module, deep: bool = True) -> object:
+        if isinstance(value, nn.Module):
+            return self.copies.get(id(value), value)
+        if isinstance(value, types.MethodType) and id(value.__self__) in self.copies:
+            return types.MethodType(value.__func__, self.copies[id(value.__self__)])
+        if isinstance(value, _Reporter):
+            return _Reporter(owner)
+        if deep and type(value) in (list, tuple):
+            changed = [self._changed(v, owner, False) for v in value]
+            if any(a is not b for a, b in zip(changed, value, strict=True)):
+                return type(value)(changed)
+        if deep and type(value) is dict:
+            changed = {k: self._changed(v, owner, False) for k, v in value.items()}
+            if any(changed[k] is not v for k, v in value.items()):
+                return changed
+        return value
+
+
+class _Reporter:
+    """`model.report()` for a model whose class does not have it.
+
+    Holds the model weakly, and goes with it through copy.deepcopy and pickle.
+    """
+
+    def __init__(self, module: nn.Module):
+        self._module = weakref.ref(module)
+
+    def __call__(self) -> Report:
+        """What runs as one op, what does not, and why. Print it."""
+        return of(self._module())
+
+    def __getstate__(self):
+        return {"module": self._module()}
+
+    def __setstate__(self, state):
+        self._module = weakref.ref(state["module"])

@@ -40,7 +40,6 @@ struct Bwd {
         clear(dslope);
     }
 
-    INLINE VM all() const { return VM{}; }  // not looked at
     INLINE void row(int64_t start) {
         dz = out + start;
         dy = in + start;

@@ -23,7 +23,6 @@ struct Fwd {
         : out(static_cast<T*>(t.out)), in(static_cast<const T*>(t.in)), y(out), x(in),
           bias(t.bias), slope(t.slope), scale(set1(t.scale)), stream_out(t.stream) {}
 
-    INLINE VM all() const { return VM{}; }  // not looked at
     INLINE void row(int64_t start) {
         y = out + start;
         x = in + start;
@@ -33,7 +32,7 @@ struct Fwd {
     INLINE VF value(VF z, const float* s, VM keep) const {
         const VF v = act_fwd<ACT>(z, act_has_slope(ACT) ? load(s) : scale);
         if constexpr (DROP)
-            return keep_if(keep, v * scale);
+            return product_if(keep, v, scale);
         else
             return v;
     }

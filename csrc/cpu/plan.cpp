@@ -36,7 +36,7 @@ Plan make_plan(const EpilogueParams& e, bool sums) {
     p.fold = 1;
     // Rows that waste much of a draw or end in a broken vector: several make one flat row.
     if (e.cols < 256 && e.cols % 64 != 0) {
-        p.fold = std::max<int64_t>(1, std::min(e.rows, Plan::kFlatWidth / e.cols));
+        p.fold = std::max<int64_t>(1, std::min(e.rows, kFlatWidth / e.cols));
         if (p.fold >= 16) p.fold &= ~int64_t(15);
     }
     p.folded = e.cols < 256 && e.cols % 64 != 0;
@@ -131,7 +131,7 @@ Philox make_philox(const DropoutParams& d) {
 Fold make_fold(int64_t fold, int64_t cols) {
     thread_local int64_t known_fold = 0, known_cols = 0;
     const int64_t per_row = ceil_div(cols, kPhiloxColumns), groups = fold * per_row;
-    const int64_t padded = groups + 8;  // whole draws
+    const int64_t padded = groups + 16;  // whole draws
     auto* row = static_cast<uint32_t*>(scratch(kFoldSlot, size_t(3 * padded) * sizeof(uint32_t)));
     uint32_t *group = row + padded, *offset = group + padded;
     if (known_fold != fold || known_cols != cols) {

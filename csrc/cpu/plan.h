@@ -25,8 +25,6 @@ struct Plan {
     bool folded;         // narrow: masks are drawn for a whole flat row
 
     int64_t tiles() const { return row_tiles * col_tiles; }
-
-    static constexpr int64_t kFlatWidth = 1024;
 };
 
 // sums: rows of a tile are a multiple of kSumRows and tiles are few.

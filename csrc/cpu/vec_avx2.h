@@ -32,6 +32,7 @@ FN VM gt(VF a, VF b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
 FN VM le(VF a, VF b) { return _mm256_cmp_ps(a, b, _CMP_LE_OQ); }
 FN VF select(VM m, VF a, VF b) { return _mm256_blendv_ps(b, a, m); }
 FN VF keep_if(VM m, VF a) { return _mm256_and_ps(m, a); }
+FN VF product_if(VM m, VF a, VF b) { return _mm256_and_ps(m, a * b); }
 FN VF drop_if(VM m, VF a) { return _mm256_andnot_ps(m, a); }
 
 FN VF round(VF a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -84,6 +85,7 @@ FN VQ load_q(const uint32_t* p) { return _mm256_cvtepu32_epi64(_mm_loadu_si128((
 FN VQ add_q(VQ a, VQ b) { return _mm256_add_epi64(a, b); }
 FN VQ mul_q(VQ a, VQ b) { return _mm256_mul_epu32(a, b); }
 FN VQ high_q(VQ a) { return _mm256_srli_epi64(a, 32); }
+FN VQ xor_q(VQ a, VQ b) { return _mm256_xor_si256(a, b); }
 FN VQ xor_q(VQ a, VQ b, VQ c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
 
 FN VQ pair_q(VQ w, VQ next) {

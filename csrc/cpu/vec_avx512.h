@@ -37,6 +37,7 @@ FN VM gt(VF a, VF b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 FN VM le(VF a, VF b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
 FN VF select(VM m, VF a, VF b) { return _mm512_mask_blend_ps(m, b, a); }
 FN VF keep_if(VM m, VF a) { return _mm512_maskz_mov_ps(m, a); }
+FN VF product_if(VM m, VF a, VF b) { return _mm512_maskz_mul_ps(m, a, b); }
 FN VF drop_if(VM m, VF a) { return _mm512_maskz_mov_ps(_knot_mask16(m), a); }
 
 FN VF round(VF a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -82,13 +83,15 @@ FN VQ load_q(const uint32_t* p) {
 FN VQ add_q(VQ a, VQ b) { return _mm512_add_epi64(a, b); }
 FN VQ mul_q(VQ a, VQ b) { return _mm512_mul_epu32(a, b); }
 FN VQ high_q(VQ a) { return _mm512_srli_epi64(a, 32); }
+FN VQ xor_q(VQ a, VQ b) { return _mm512_xor_si512(a, b); }
 FN VQ xor_q(VQ a, VQ b, VQ c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
 
 FN VQ pair_q(VQ w, VQ next) {
     const VI twice = _mm512_broadcast_i32x4(
-        _mm_setr_epi8(0, 1, 2, 3, 2, 3, -1, -1, 8, 9, 10, 11, 10, 11, -1, -1)
+        _mm_setr_epi8(0, 1, 2, 3, 2, 3, 0, 1, 8, 9, 10, 11, 10, 11, 8, 9)
     );
-    return _mm512_or_si512(_mm512_shuffle_epi8(w, twice), _mm512_slli_epi64(next, 48));
+    const __mmask64 last = 0xc0c0c0c0c0c0c0c0;  // bytes 6 and 7 of each lane
+    return _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(w, twice), last, next, twice);
 }
 FN void in_order(const VQ pair[4], VI out[4]) {
     const VI a = _mm512_unpacklo_epi64(pair[0], pair[1]), b = _mm512_unpacklo_epi64(pair[2], pair[3]);

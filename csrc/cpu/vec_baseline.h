@@ -62,6 +62,7 @@ FN VM gt(VF a, VF b) { return a > b; }
 FN VM le(VF a, VF b) { return a <= b; }
 FN VF select(VM m, VF a, VF b) { return VF((m & VI(a)) | (~m & VI(b))); }
 FN VF keep_if(VM m, VF a) { return VF(m & VI(a)); }   // else +0
+FN VF product_if(VM m, VF a, VF b) { return VF(m & VI(a * b)); }
 FN VF drop_if(VM m, VF a) { return VF(~m & VI(a)); }  // then +0
 
 // To the nearest integer, for |a| < 2^22.
@@ -137,6 +138,7 @@ FN VQ mul_q(VQ a, VQ b) {
 #endif
 }
 FN VQ high_q(VQ a) { return a >> 32; }
+FN VQ xor_q(VQ a, VQ b) { return a ^ b; }
 FN VQ xor_q(VQ a, VQ b, VQ c) { return a ^ b ^ c; }
 
 // Both windows of a word: w below, (w >> 16) | (next << 16) above. All 64 bits count.

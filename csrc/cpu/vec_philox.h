@@ -3,8 +3,23 @@
 
 namespace fusedmlp::FUSEDMLP_ISA {
 
+#define FN inline __attribute__((always_inline))
 
 constexpr int kDraw = 4 * VL;  // columns of one draw
+
+// What the first rounds make of the column alone; the same for all rows.
+struct DrawColumn {
+    VQ c2;      // after round 1, less what the row adds
+    VQ c0;      // after round 2, less what the row adds
+    VQ c2_two;  // after round 2, less what the row adds
+    VQ c3_two;  // after round 2
+};
+
+// And of the row alone.
+struct DrawRow {
+    VQ product;  // M0 c0 of round 1
+    VQ high;     // its upper words
+};
 
 struct Draw {
     VQ k0[kPhiloxRounds];
@@ -13,47 +28,81 @@ struct Draw {
     VQ stream_high;
     uint64_t row_offset;
 
-    static inline __attribute__((always_inline)) Draw make(const cpu::Philox& p) {
-        Draw d;
+    FN explicit Draw(const cpu::Philox& p) {
         for (int i = 0; i < kPhiloxRounds; ++i) {
-            d.k0[i] = set1_q(p.k0[i]);
-            d.k1[i] = set1_q(p.k1[i]);
+            k0[i] = set1_q(p.k0[i]);
+            k1[i] = set1_q(p.k1[i]);
         }
-        d.product1 = set1_q(uint64_t(kPhiloxM1) * uint32_t(p.stream));
-        d.stream_high = set1_q(p.stream >> 32);
-        d.row_offset = p.row_offset;
-        return d;
+        product1 = set1_q(uint64_t(kPhiloxM1) * uint32_t(p.stream));
+        stream_high = set1_q(p.stream >> 32);
+        row_offset = p.row_offset;
     }
 
-    // 4 VL windows in column order. row, group: one for each lane.
-    inline __attribute__((always_inline)) void windows(VQ row, VQ group, VI out[4]) const {
+    FN DrawColumn column(VQ group) const {
         const VQ m0 = set1_q(kPhiloxM0), m1 = set1_q(kPhiloxM1);
-        VQ c0 = xor_q(high_q(product1), row, k0[0]);
-        VQ c1 = product1;
-        VQ c3 = mul_q(group, m0);
-        VQ c2 = xor_q(high_q(c3), stream_high, k1[0]);
-#pragma GCC unroll 16
-        for (int i = 1; i < kPhiloxRounds; ++i) {
-            const VQ p0 = mul_q(c0, m0), p1 = mul_q(c2, m1);
-            c0 = xor_q(high_q(p1), c1, k0[i]);
-            c2 = xor_q(high_q(p0), c3, k1[i]);
-            c1 = p1;
-            c3 = p0;
+        const VQ first = mul_q(group, m0);
+        const VQ second = mul_q(xor_q(high_q(first), stream_high, k1[0]), m1);
+        const VQ third = mul_q(xor_q(high_q(second), product1, k0[1]), m0);
+        return {xor_q(first, k1[1]), xor_q(second, k0[2]), xor_q(high_q(third), k1[2]), third};
+    }
+
+    FN DrawRow row(VQ row) const {
+        const VQ product = mul_q(xor_q(high_q(product1), row, k0[0]), set1_q(kPhiloxM0));
+        return {product, high_q(product)};
+    }
+
+    // D draws side by side, as a round waits longer for its products than it computes.
+    // out: 4 VL windows of each in column order.
+    template <int D>
+    FN void windows(const DrawRow* row, const DrawColumn* column, VI (*out)[4]) const {
+        const VQ m0 = set1_q(kPhiloxM0), m1 = set1_q(kPhiloxM1);
+        VQ c0[D], c1[D], c2[D], c3[D];
+#pragma GCC unroll 4
+        for (int d = 0; d < D; ++d) {
+            c1[d] = mul_q(xor_q(column[d].c2, row[d].high), m1);
+            c0[d] = xor_q(high_q(c1[d]), column[d].c0);
+            c2[d] = xor_q(column[d].c2_two, row[d].product);
+            c3[d] = column[d].c3_two;
         }
-        const VQ pair[4] = {pair_q(c0, c1), pair_q(c1, c2), pair_q(c2, c3), pair_q(c3, c0)};
-        in_order(pair, out);
+#pragma GCC unroll 16
+        for (int i = 3; i < kPhiloxRounds; ++i) {
+#pragma GCC unroll 4
+            for (int d = 0; d < D; ++d) {
+                const VQ p0 = mul_q(c0[d], m0), p1 = mul_q(c2[d], m1);
+                c0[d] = xor_q(high_q(p1), c1[d], k0[i]);
+                c2[d] = xor_q(high_q(p0), c3[d], k1[i]);
+                c1[d] = p1;
+                c3[d] = p0;
+            }
+        }
+#pragma GCC unroll 4
+        for (int d = 0; d < D; ++d) {
+            const VQ pair[4] = {
+                pair_q(c0[d], c1[d]), pair_q(c1[d], c2[d]), pair_q(c2[d], c3[d]),
+                pair_q(c3[d], c0[d])
+            };
+            in_order(pair, out[d]);
+        }
     }
 };
 
-// The windows of one flat row of a folded matrix, in flat order. out: flat columns + kDraw.
+// The windows of one flat row of a folded matrix, in flat order. out: flat columns + kPad.
 static inline void draw_folded(const Draw& d, const cpu::Fold& f, int64_t flat_row, uint32_t* out) {
     const VQ first = set1_q(uint64_t(flat_row * f.fold) + d.row_offset);
-    for (int64_t q = 0; q < f.groups; q += VL / 2) {
-        VI w[4];
-        d.windows(add_q(first, load_q(f.row + q)), load_q(f.group + q), w);
-        store_groups(out, f.offset + q, w);
+    for (int64_t q = 0; q < f.groups; q += VL) {
+        DrawRow row[2];
+        DrawColumn column[2];
+        VI w[2][4];
+        for (int i = 0; i < 2; ++i) {
+            row[i] = d.row(add_q(first, load_q(f.row + q + i * (VL / 2))));
+            column[i] = d.column(load_q(f.group + q + i * (VL / 2)));
+        }
+        d.windows<2>(row, column, w);
+        store_groups(out, f.offset + q, w[0]);
+        store_groups(out, f.offset + q + VL / 2, w[1]);
     }
 }
 
+#undef FN
 
 }  // namespace fusedmlp::FUSEDMLP_ISA

@@ -12,6 +12,7 @@ from .. import activations, dispatch, dtypes
 from .stretches import Single, Stretch, find, is_fused_module, why_not
 
 _ROWS = 256
+_ALONE = "by itself it is what PyTorch has"
 _SAVES = {
     activations.SAVE_NOTHING: "nothing of its own for backward",
     activations.SAVE_Y: "its output for backward",
@@ -41,7 +42,7 @@ class Part:
 
     def __str__(self) -> str:
         if self.op is None:
-            return f"{self.text}: not fused: {self.why}"
+            return f"{self.text}: {self.why}"
         return f"{self.text}: {self.op} on {self.backend!r} ({self.why}); keeps {self.keeps}"
 
 
@@ -87,9 +88,7 @@ def of(module: nn.Module) -> Report:
             else:
                 notes.append(f"{name or 'the module itself'}: {reason or 'call fusedmlp.fuse'}")
     outside = [
-        name
-        for name, m in module.named_modules()
-        if type(m) is nn.Linear and id(m) not in covered
+        name for name, m in module.named_modules() if type(m) is nn.Linear and id(m) not in covered
     ]
     if outside:
         shown = ", ".join(name or "the module itself" for name in outside[:4])
@@ -126,9 +125,9 @@ def _parts(name: str, container: nn.Sequential) -> list[Part]:
 def _single(item: Single, name: str, layer: int) -> Part:
     text = f"{name} {type(item.module).__name__}"
     if item.fused:
-        op = "as its own parts" if isinstance(item.module, nn.Sequential) else "as its own op"
-        return Part((name,), text, None, layer, why=f"{op}, with the masks of this container")
-    return Part((name,), text, None, why=why_not(item.module, "alone there is nothing to fuse"))
+        own = "parts" if isinstance(item.module, nn.Sequential) else "op"
+        return Part((name,), text, None, layer, why=f"its own {own}, masks of this container")
+    return Part((name,), text, None, why=f"not fused, {why_not(item.module, _ALONE)}")
 
 
 def _stretch(stretch: Stretch, names: list[str], layer: int) -> Part:
@@ -136,7 +135,7 @@ def _stretch(stretch: Stretch, names: list[str], layer: int) -> Part:
     labels = [type(m).__name__ for m in stretch.modules]
     text = ", ".join(f"{name} {label}" for name, label in zip(names, labels, strict=True))
     if len(names) == 1 and stretch.dropout is None:
-        return Part(names, text, None, layer, why="alone there is nothing to fuse")
+        return Part(names, text, None, layer, why=f"not fused, {_ALONE}")
     linear, dropout = stretch.linear, stretch.dropout
     p = dropout.p if dropout is not None else 0.0
     training = dropout is not None and dropout.training
@@ -145,7 +144,7 @@ def _stretch(stretch: Stretch, names: list[str], layer: int) -> Part:
         op, (n, k) = "linear_act", linear.weight.shape
         dtype, device = linear.weight.dtype, linear.weight.device
     if dtype not in dtypes.SUPPORTED:
-        return Part(names, text, None, layer, why=f"{dtype} is left to plain PyTorch")
+        return Part(names, text, None, layer, why=f"not fused, {dtype} is left to PyTorch")
     found = dispatch.explain(
         op,
         rows=_ROWS,

@@ -177,7 +177,7 @@ def _choose(x, w, b, act: int, slope, drops: bool, named: str | None) -> str | N
 
 def _can_run(x, w, b, act: int, slope, *, traced: bool) -> bool:
     """True if the op takes these tensors and gives what the modules would give, errors included."""
-    if type(x) not in _TENSORS or x.dtype not in dtypes.SUPPORTED or x.layout != _STRIDED:
+    if type(x) not in _TENSORS or x.dtype not in dtypes.SUPPORTED or x.layout != torch.strided:
         return False
     device = x.device
     cast = dtypes.autocast_dtype(device.type) if traced else None
@@ -201,7 +201,7 @@ def _can_run(x, w, b, act: int, slope, *, traced: bool) -> bool:
 
 def _belongs(x: Tensor, t: Tensor, cast: torch.dtype | None) -> bool:
     """Parameters in the dtype of x, as PyTorch wants them, or about to be cast."""
-    if type(t) not in _TENSORS or t.layout != _STRIDED or t.device != x.device:
+    if type(t) not in _TENSORS or t.layout != torch.strided or t.device != x.device:
         return False
     return t.dtype == x.dtype if cast is None else t.dtype in dtypes.KERNEL
 

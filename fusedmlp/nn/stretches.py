@@ -1,6 +1,6 @@
 """Finds the stretches [Linear] [activation] [Dropout] among the children of a container.
 
-A stretch becomes one op only where that gives what its modules would give by themselves: their exact
+A stretch becomes one op only where that gives what its modules would give by themselves: exact
 classes, no hooks, nothing replaced, parameters that the op has. All else runs through its own
 __call__. Does not change a module, and does not run anything.
 """
@@ -51,7 +51,7 @@ ACTIVATIONS = {
 }
 CANDIDATES = (nn.Linear, nn.Dropout, *ACTIVATIONS)
 
-# PyTorch's own derivative reads the input of these, the op's reads the output: it must stay as it is.
+# PyTorch's derivative reads the input of these, the op's reads the output: nobody may change it.
 _ONLY_WE_READ_Y = (
     activations.LEAKY_RELU,
     activations.ELU,
@@ -73,7 +73,7 @@ def is_tampered(m: nn.Module) -> bool:
 
 
 def is_fused_module(m: nn.Module) -> bool:
-    """True for FusedLinear, FusedSequential, ...: these take the masks of the container around them."""
+    """True for FusedLinear, FusedSequential, ...: they take the masks of the container around."""
     cls = type(m)
     return hasattr(cls, "fused_forward") and cls.forward is cls.fused_forward
 
@@ -101,7 +101,15 @@ class Stretch:
     """
 
     __slots__ = (
-        "act", "activation", "alpha", "dropout", "index", "linear", "memo", "modules", "route"
+        "act",
+        "activation",
+        "alpha",
+        "dropout",
+        "index",
+        "linear",
+        "memo",
+        "modules",
+        "route",
     )
 
     def __init__(self, index, linear, activation, dropout, act, alpha):

@@ -1,6 +1,6 @@
 """Data: a data set as tensors, how its rows become inputs, and how rows are held out.
 
-Rows stay as they came (uint8 images stay uint8); `Scaling` turns a gathered batch into float inputs.
+Rows stay as they came (uint8 images stay uint8); `Scaling` makes float inputs of a gathered batch.
 Reading files is in idx.py (images) and tables.py (npz, csv), the download in fetch.py.
 """
 
@@ -125,24 +125,21 @@ class Data:
 
 
 def seeded(purpose: str, seed: int, index: int = 0) -> torch.Generator:
-    """A CPU generator for one purpose of one run: independent of the global one and of the
-    device."""
+    """A CPU generator for one purpose of one run; the global one has no part in it."""
     text = f"{purpose}:{seed}:{index}".encode()
     number = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
     return torch.Generator().manual_seed(number >> 1)
 
 
 def permutation(seed: int, epoch: int, rows: int) -> Tensor:
-    """The order of the training rows in one epoch, on the CPU: (rows,) int64, the same for every
-    engine."""
+    """The order of training rows in one epoch, the same for every engine: (rows,) int64, CPU."""
     return torch.randperm(rows, generator=seeded("order", seed, epoch))
 
 
 def hold_out(
     rows: int, share: float, labels: Tensor | None = None, seed: int = SPLIT_SEED
 ) -> tuple[Tensor, Tensor]:
-    """(kept, held) row numbers, each in rising order; the same share of every class where labels
-    are given.
+    """(kept, held) row numbers, each in rising order; with labels the same share of every class.
 
     labels (rows,) int64
     """
@@ -150,8 +147,7 @@ def hold_out(
     order = torch.randperm(rows, generator=generator)
     if labels is not None:
         by_class = order[torch.argsort(labels.cpu()[order], stable=True)]
-        # Every class is spread evenly over the whole list, so a cut of it holds the same share of
-        # each.
+        # Every class is spread evenly over the list, so any cut of it holds the same share of each.
         counts = torch.bincount(labels.cpu())
         counts = counts[counts > 0]
         place = torch.cat([(torch.arange(int(n)) + 0.5) / n for n in counts])
@@ -198,8 +194,10 @@ def with_test(data: Data) -> Data:
 
 
 def standardized(data: Data) -> Data:
-    """Inputs of mean 0 and deviation 1: one pair of numbers for images, one a feature for tables;
-    a float target too."""
+    """Inputs, and a float target, of mean 0 and deviation 1 over the training rows.
+
+    Images have one pair of numbers, tables one for each feature.
+    """
     rows = data.x_train
     if data.image_shape is not None:
         counts = (
@@ -304,8 +302,7 @@ def digits(config, notes: tuple[str, ...] = ()) -> Data:
 
 
 def synthetic(config) -> Data:
-    """10 classes in 20 dimensions, 3 clusters each: needs no file, no network and no other
-    package."""
+    """10 classes in 20 dimensions, 3 clusters each; needs no file, network or other package."""
     generator = seeded("synthetic", 0)
     centres = 1.5 * torch.randn(10, 3, 20, generator=generator)
     labels = torch.arange(12_000) % 10

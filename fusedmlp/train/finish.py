@@ -34,7 +34,7 @@ def config_json(config: TrainConfig) -> str:
     return config.replace(resume=None, overwrite=False, debug=False).to_json()
 
 
-def describe(model: nn.Module, data, config: TrainConfig) -> dict:
+def describe(model: nn.Module, data) -> dict:
     """{"model": ..., "data": ...} in plain values, as checkpoint.pt and model.safetensors hold
     it."""
     about = {"kind": type(model).__name__, "dims": dims_of(model)}

@@ -1,15 +1,16 @@
-"""Step engines: how one training step is run. One interface, chosen by `choose`, which gives its
-reasons.
+"""Step engines: how one training step is run. One interface; `choose` picks, `why` says why.
 
 An engine is made from a Task and has
-    name                    as in --engine
-    refuses(task)           reasons why it cannot run this task; an empty list where it can (static)
-    step(indices)           one step on these rows of the task's data; returns nothing and waits for nothing
-    steps(order, batch)     one step for each slice of `batch` rows of order; engines that run many steps in
-                            one call do it here
-    set_step(number)        the global step that comes next: it decides the masks
-    read()                  (sum of losses, number right, rows) since the last read; waits for the device
-    sync()                  the parameters and the optimiser's state, written back into the task's objects
+    name                 as in --engine
+    refuses(task)        reasons why it cannot run this task, empty where it can (static)
+    step(indices)        one step on these rows of the task's data; waits for nothing
+    steps(order, batch)  one step for each slice of `batch` rows of order; an engine that runs many
+                         steps in one call does it here
+    step_on(x, y)        one step on inputs and targets from elsewhere (a loader)
+    set_step(number)     the global step that comes next: it decides the masks
+    read()               (sum of losses, number right, rows) since the last read; waits for them
+    sync()               parameters and optimiser state, written back into the task's objects
+    scaler_state(), load_scaler_state(state)   of fp16's loss scale, None without one
 Every engine gives the trajectory of plain PyTorch with the same masks.
 """
 
@@ -104,8 +105,7 @@ class Meter:
 
 
 def judge(loss: str, outputs: Tensor, targets: Tensor) -> Tensor:
-    """(sum of losses, number right, rows) in fp64; fp64 makes the sum independent of how rows are
-    grouped."""
+    """(sum of losses, number right, rows) in fp64: the grouping of rows leaves no trace in it."""
     with torch.no_grad():
         if outputs.dtype in (torch.float16, torch.bfloat16):
             outputs = outputs.float()
@@ -137,8 +137,7 @@ class Autograd:
             devices = [task.device] if task.device.type == "cuda" else None
             self.forward = nn.parallel.DistributedDataParallel(task.model, device_ids=devices)
         fp16 = task.precision == "fp16"
-        # Its step() looks at the gradients' finiteness on the host: fp16 waits for the device
-        # each step.
+        # Its step() asks on the host whether gradients are finite: fp16 waits for the device there.
         self.scaler = torch.amp.GradScaler(task.device.type, enabled=fp16) if fp16 else None
         self.layers = task.mask_layers
         self.state = torch.tensor([task.seed, 0], dtype=torch.int64, device=task.device)
@@ -170,8 +169,7 @@ class Autograd:
     def step_on(
         self, inputs: Tensor, targets: Tensor, first_row: int = 0, rows: int | None = None
     ) -> None:
-        """inputs (b, ...) and targets of this process, which begin at first_row of a batch of
-        `rows`."""
+        """inputs (b, ...), targets: this process's rows, first_row on, of a batch of `rows`."""
         task = self.task
         with self._masks(first_row):
             with autocast(task.device, task.precision):
@@ -179,8 +177,7 @@ class Autograd:
                 if task.world.size == 1:
                     loss = loss_of(task.loss, outputs, targets)
                 else:
-                    # DDP averages over processes; shares of a batch differ in size, so weigh by
-                    # rows.
+                    # DDP averages over processes, whose shares may differ: weigh by rows.
                     loss = loss_of(task.loss, outputs, targets, "sum") * (task.world.size / rows)
             self.optimizer.zero_grad(set_to_none=True)
             if self.scaler is None:

@@ -6,21 +6,22 @@ settings, signal handlers. Writes only into the run folder, and only on rank 0.
 
 import math
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import checkpoint, distributed, finish, source, step
 from .config import TrainConfig
-from .data import Data, permutation, resolved, seeded
+from .data import Data, permutation, resolved
 from .distributed import World
 from .errors import TrainError, UsageError
 from .folder import RunFolder, create
 from .model import evaluate, evaluate_batches, optimizer_for
 from .progress import Quiet
-from .surroundings import StopRequest, pick_device, surroundings
+from .state import Run, check_loss, restore, rng_seed, save, set_rng
+from .surroundings import pick_device, surroundings
 
 READ_SECONDS = 0.1  # between two reads of the losses; each waits for the device
 SAVE_SECONDS = 1.0  # between two checkpoints at the end of short epochs
@@ -39,70 +40,22 @@ class Result:
     summary: dict = field(default_factory=dict)
 
 
-@dataclass
-class Position:
-    """How far a run is; the sums are those of the epoch under way."""
-
-    epoch: int = 0  # epochs that are done
-    step: int = 0  # steps of this epoch that are done
-    global_step: int = 0
-    loss: float = 0.0
-    right: float = 0.0
-    rows: int = 0
-    seconds: float = 0.0
-    total_seconds: float = 0.0
-    total_rows: int = 0
-
-    def advance(self, steps: int, loss: float, right: float, rows: int, seconds: float) -> None:
-        self.step += steps
-        self.global_step += steps
-        self.loss += loss
-        self.right += right
-        self.rows += rows
-        self.total_rows += rows
-        self.seconds += seconds
-        self.total_seconds += seconds
-
-    def next_epoch(self) -> None:
-        self.epoch += 1
-        self.step, self.loss, self.right, self.rows, self.seconds = 0, 0.0, 0.0, 0, 0.0
-
-
-@dataclass
-class Run:
-    """All that the loop works on."""
-
-    config: TrainConfig
-    world: World
-    task: step.Task
-    engine: object
-    data: Data | source.Loaders
-    progress: Quiet
-    stop: StopRequest
-    about: dict  # what evaluate and predict need later
-    folder: RunFolder | None = None
-    history: list[dict] = field(default_factory=list)
-    position: Position = field(default_factory=Position)
-    saved_at: float = -math.inf
-    saved_step: int = -1
-    halted: bool = False  # all processes have agreed to stop
-
-
 def fit(
     model: nn.Module, data, config: TrainConfig | None = None, *, progress: Quiet | None = None
 ) -> Result:
-    """Train a model in place; PyTorch's own loop of shuffle, forward, loss, backward, update.
+    """Train a model in place, as PyTorch's own loop of shuffle, forward, loss, backward, update.
 
-    model    any nn.Module that maps (B, ...) inputs to (B, classes) or the targets' shape
-    data     (x, y) or (x, y, x_test, y_test): tensors of n rows, integer classes or float targets; a Data;
-             a loader of (x, y) batches, or (loader, test_loader), for data larger than memory
-    config   a TrainConfig; its dataset, hidden, activation, dropout and init describe a model
-    that you
-             have made already and are not read. With `out` (or `resume`) a run folder is written.
+    model    any nn.Module that maps (B, ...) inputs to (B, classes), or to the targets' shape
+    data     (x, y) or (x, y, x_test, y_test): tensors of n rows, integer classes or float targets;
+             or a Data; or, for data larger than memory, a loader of (x, y) batches or a pair
+             (loader, test_loader)
+    config   a TrainConfig. Its dataset, hidden, activation, dropout and init describe what is
+             here already and are not read. A run folder is written where `out` or `resume` is set
     returns  a Result; Ctrl-C ends the loop after the step under way and returns what there is
+    raises   UsageError (a ValueError), TrainError (a RuntimeError), TypeError
 
-    uint8 rows are divided by 255. The order of rows, and the masks of a FusedMLP, follow
-    config.seed alone.
+    uint8 rows are divided by 255. The order of rows, and the masks of a FusedMLP, follow from
+    config.seed alone; other models draw from torch's generator, seeded by it each epoch.
     """
     return _fit(model, data, config or TrainConfig(), progress or Quiet(), None)
 
@@ -181,22 +134,16 @@ def _prepare(model, given, config, device, world, stop, progress) -> Run:
         task.loss = "cross_entropy" if data.is_classes else "mse"
     else:
         task.scaling, task.loss = source.of_loader(given, model, config)
-    torch.manual_seed(_rng_seed(config, world, 0))
-    about = finish.describe(model, data, config)
+    torch.manual_seed(rng_seed(config, world, 0))
+    about = finish.describe(model, data)
     return Run(config, world, task, step.choose(config.engine, task), data, progress, stop, about)
-
-
-def _rng_seed(config: TrainConfig, world: World, epoch: int) -> int:
-    """For models that draw from torch's generator: other numbers each epoch, and on each
-    process."""
-    return seeded("model", config.seed, epoch * world.size + world.rank).initial_seed()
 
 
 def _open(run: Run, saved: dict | None, parent: Path | None) -> None:
     """Make or reopen the run folder; take over what the checkpoint holds."""
     config, world = run.config, run.world
     if saved is not None:
-        _restore(run, saved)
+        restore(run, saved)
         run.folder = RunFolder(Path(config.resume), is_new=False)
     elif config.out is not None or parent is not None:
         finish.need_packages()
@@ -206,44 +153,32 @@ def _open(run: Run, saved: dict | None, parent: Path | None) -> None:
     run.progress.start(run)
 
 
-def _restore(run: Run, saved: dict) -> None:
-    where = f"{run.config.resume}/checkpoint.pt"
-    checkpoint.check_same_model(run.task.model, saved["model"], where)
-    was, now = saved["about"]["data"].get("digest"), run.about["data"].get("digest")
-    if was != now:
-        raise TrainError(
-            f"--resume: the data must be those of the run in {run.config.resume}, got other "
-            "training rows"
-        )
-    run.task.model.load_state_dict(saved["model"])
-    run.task.optimizer.load_state_dict(saved["optimizer"])
-    run.engine.load_scaler_state(saved["scaler"])
-    run.history[:] = saved["history"]
-    run.position = Position(**saved["position"])
-
-
 def _loop(run: Run, saved: dict | None) -> None:
     position = run.position
-    if saved is not None and position.step:
-        _set_rng(run, saved["rng"])
+    rng = saved["rng"] if saved is not None and position.step else None
     while position.epoch < run.config.epochs and not run.halted:
-        if position.step == 0:
-            torch.manual_seed(_rng_seed(run.config, run.world, position.epoch))
+        torch.manual_seed(rng_seed(run.config, run.world, position.epoch))
         run.task.model.train()
-        done = _train_epoch(run) if isinstance(run.data, Data) else _train_loader(run)
-        if not done:
+        train_epoch = _train_epoch if isinstance(run.data, Data) else _train_loader
+        if not train_epoch(run, rng):
             break
+        rng = None
         run.history.append(_row(run))
         position.next_epoch()
         run.progress.epoch(run.history[-1])
-        if time.monotonic() - run.saved_at >= SAVE_SECONDS:
-            _save(run)
+        if any(run.world.most(int(time.monotonic() - run.saved_at >= SAVE_SECONDS))):
+            save(run)
     if run.saved_step != position.global_step:
-        _save(run)
+        save(run)
 
 
-def _train_epoch(run: Run) -> bool:
-    """Steps to the end of the epoch; False when asked to stop before it."""
+def _train_epoch(run: Run, rng: dict | None) -> bool:
+    """Steps to the end of the epoch; False when asked to stop before it.
+
+    rng  states of torch's generators where a resumed epoch goes on
+    """
+    if rng is not None:
+        set_rng(run, rng)
     position, batch = run.position, run.config.batch_size
     rows = len(run.task.x)
     order = permutation(run.config.seed, position.epoch, rows).to(run.task.device)
@@ -256,15 +191,12 @@ def _train_epoch(run: Run) -> bool:
         loss, right, seen = run.engine.read()
         seconds = time.perf_counter() - started
         position.advance(last - position.step, loss, right, seen, seconds)
-        _check_loss(run, loss)
+        check_loss(run, loss)
         run.progress.steps(position, steps)
-        chunk = (
-            chunk * 2
-            if seconds < READ_SECONDS / 2
-            else max(1, chunk // 2)
-            if seconds > READ_SECONDS
-            else chunk
-        )
+        if seconds < READ_SECONDS / 2:
+            chunk *= 2
+        elif seconds > READ_SECONDS:
+            chunk = max(1, chunk // 2)
         stop, chunk = run.world.most(int(run.stop.asked), chunk)
         run.halted = bool(stop)
         if run.halted and position.step < steps:
@@ -272,7 +204,7 @@ def _train_epoch(run: Run) -> bool:
     return True
 
 
-def _train_loader(run: Run) -> bool:
+def _train_loader(run: Run, rng: dict | None) -> bool:
     """As _train_epoch, for batches that come from an iterable."""
     position, task = run.position, run.task
     skip, read_at = position.step, time.perf_counter()
@@ -280,6 +212,8 @@ def _train_loader(run: Run) -> bool:
     for number, batch in enumerate(run.data.train):
         if number < skip:
             continue  # of a resumed epoch: the loader has to run through what was seen
+        if number == skip and rng is not None:
+            set_rng(run, rng)
         inputs, targets = source.batch_on(batch, task)
         run.engine.step_on(inputs, targets)
         pending += 1
@@ -301,21 +235,8 @@ def _train_loader(run: Run) -> bool:
 
 def _read_checked(run: Run) -> tuple[float, float, int]:
     loss, right, rows = run.engine.read()
-    _check_loss(run, loss)
+    check_loss(run, loss)
     return loss, right, rows
-
-
-def _check_loss(run: Run, loss: float) -> None:
-    if math.isfinite(loss):
-        return
-    kept = ""
-    if run.folder is not None and run.saved_step >= 0:
-        kept = f"; the last good checkpoint, of step {run.saved_step}, is in {run.folder.path}"
-    raise TrainError(
-        f"the loss is no longer finite in epoch {run.position.epoch + 1}, by step "
-        f"{run.position.global_step}; "
-        f"take a smaller --lr than {run.config.learning_rate():g}, or --standardize{kept}"
-    )
 
 
 def _row(run: Run) -> dict:
@@ -336,7 +257,7 @@ def _row(run: Run) -> dict:
         row[name] = float(f"{value:.9g}") if isinstance(value, float) else value
     for part in ("val", "test"):
         if row[f"{part}_loss"] is not None:
-            _check_loss(run, row[f"{part}_loss"])
+            check_loss(run, row[f"{part}_loss"])
     return row
 
 
@@ -352,45 +273,6 @@ def _evaluate(run: Run, part: str) -> tuple[float | None, float | None]:
     return evaluate(
         task.model, x, y, task.scaling, task.loss, precision=task.precision, world=task.world
     )
-
-
-def _set_rng(run: Run, rng: dict[str, Tensor]) -> None:
-    torch.set_rng_state(rng["cpu"])
-    if run.task.device.type == "cuda" and "cuda" in rng:
-        torch.cuda.set_rng_state(rng["cuda"], run.task.device)
-
-
-def _save(run: Run) -> None:
-    """Checkpoint and metrics, of rank 0, in the order in which a crash between them does no
-    harm."""
-    if run.folder is None:
-        return
-    run.engine.sync()
-    if not all(bool(torch.isfinite(p).all()) for p in run.task.model.parameters()):
-        _check_loss(run, math.nan)
-    rng = {"cpu": torch.get_rng_state()}
-    if run.task.device.type == "cuda":
-        rng["cuda"] = torch.cuda.get_rng_state(run.task.device)
-    content = {
-        "config": replace(
-            run.config, resume=None, out=None, overwrite=False, debug=False
-        ).to_dict(),
-        "about": run.about,
-        "model": run.task.model.state_dict(),
-        "optimizer": run.task.optimizer.state_dict(),
-        "scaler": run.engine.scaler_state(),
-        "position": asdict(run.position),
-        "history": run.history,
-        "rng": rng,
-        "torch": str(torch.__version__),
-    }
-
-    def write():
-        checkpoint.save(run.folder.file("checkpoint.pt"), content)
-        run.folder.write_metrics(run.history)
-
-    run.world.lead(write)
-    run.saved_at, run.saved_step = time.monotonic(), run.position.global_step
 
 
 def _close(run: Run) -> Result:

@@ -68,6 +68,12 @@ class Tile(NamedTuple):
     descriptors: bool = False  # tensor descriptors (TMA) where device and operands allow them
     splits: int = 1  # along K
 
+    @property
+    def parts(self) -> int:
+        """Into how many parts the epilogue cuts a tile's columns: about 16 elements a thread each."""
+        wanted = self.m * self.n // (16 * 32 * self.warps)
+        return max(1, min(4, wanted, self.n // 16))
+
 
 class Target(NamedTuple):
     """What the choice of a tile needs to know of a device."""

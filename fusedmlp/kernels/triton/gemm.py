@@ -80,6 +80,23 @@ def product_tile(
     return acc
 
 
+@triton.jit
+def column_parts(t, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The 1, 2 or 4 equal parts of t's columns, left to right. Costs nothing: registers are named."""
+    if PARTS == 1:
+        parts = (t,)
+    else:
+        left, right = t.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+        if PARTS == 2:
+            parts = (left, right)
+        else:
+            tl.static_assert(PARTS == 4, "1, 2 or 4 parts")
+            a, b = left.reshape(BLOCK_M, 2, BLOCK_N // 4).permute(0, 2, 1).split()
+            c, d = right.reshape(BLOCK_M, 2, BLOCK_N // 4).permute(0, 2, 1).split()
+            parts = (a, b, c, d)
+    return parts
+
+
 def kind_of(dtype: torch.dtype) -> str:
     """'half', or for fp32 'ieee' or 'tf32' as torch's setting says at this moment."""
     return dtypes.fp32_matmul_mode() if dtype == torch.float32 else "half"

@@ -46,13 +46,17 @@ def slopes(act: int, slope: Tensor | None) -> int:
     return 1 if slope.numel() == 1 else 2
 
 
+# Asked for by name: multiplications and additions may be joined, as in PyTorch's own kernels.
+_OPTIONS = {"enable_fp_fusion": True}
+
+
 def launch(kernel, programs: int, like: Tensor, *args, warps: int, stages: int = 1, **constants):
     """Runs `programs` programs of a kernel on like's device and its current stream."""
     if like.is_cuda and like.device.index != torch.cuda.current_device():
         with torch.cuda.device(like.device):
-            kernel[(programs,)](*args, **constants, num_warps=warps, num_stages=stages)
+            kernel[(programs,)](*args, **constants, **_OPTIONS, num_warps=warps, num_stages=stages)
     else:
-        kernel[(programs,)](*args, **constants, num_warps=warps, num_stages=stages)
+        kernel[(programs,)](*args, **constants, **_OPTIONS, num_warps=warps, num_stages=stages)
 
 
 @functools.cache

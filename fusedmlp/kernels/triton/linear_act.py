@@ -11,12 +11,12 @@ import triton.language as tl
 
 from . import bias_act_dropout, configs
 from .device import act_fwd, drop, load_slope, load_stream, tile_of
-from .gemm import Product, product_tile, use_library
+from .gemm import Product, column_parts, product_tile, use_library
 from .launch import dropout_arguments, launch, rows_view, slopes, vector
 
 
 @triton.jit
-def _store_outputs(
+def _store_part(
     y_ptr,
     h_ptr,
     h,
@@ -52,8 +52,9 @@ def _store_outputs(
     y = act_fwd(z, load_slope(slope_ptr, alpha, column, inside_n, SLOPES), ACT)
     if DROPOUT != 0:
         seed, stream = load_stream(state_ptr, layer, DROPOUT)
+        # Rounded before the selection: then only y changes its layout for the store, not the mask.
         y = drop(
-            y * scale,
+            (y * scale).to(y_ptr.dtype.element_ty),
             seed,
             stream,
             first_row + row_offset,
@@ -64,6 +65,62 @@ def _store_outputs(
             BLOCK_N,
         )
     tl.store(y_ptr + at, y, mask=inside)
+
+
+@triton.jit
+def _store_outputs(
+    y_ptr,
+    h_ptr,
+    h,
+    b_ptr,
+    slope_ptr,
+    state_ptr,
+    first_row,
+    first_column,
+    M,
+    N,
+    alpha,
+    threshold,
+    scale,
+    layer,
+    row_offset,
+    ACT: tl.constexpr,
+    SLOPES: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """_store_part on PARTS parts of h's columns, one after the other.
+
+    A wide tile's accumulator fills half of a thread's registers: with the whole of it in flight
+    the epilogue spills (128 x 256, gelu, dropout: 648 bytes a thread).
+    """
+    WIDTH: tl.constexpr = BLOCK_N // PARTS
+    parts = column_parts(h, PARTS, BLOCK_M, BLOCK_N)
+    for i in tl.static_range(PARTS):
+        _store_part(
+            y_ptr,
+            h_ptr,
+            parts[i],
+            b_ptr,
+            slope_ptr,
+            state_ptr,
+            first_row,
+            first_column + i * WIDTH,
+            M,
+            N,
+            alpha,
+            threshold,
+            scale,
+            layer,
+            row_offset,
+            ACT,
+            SLOPES,
+            DROPOUT,
+            BLOCK_M,
+            WIDTH,
+        )
 
 
 @triton.jit(do_not_specialize=["threshold", "layer", "row_offset"])
@@ -95,6 +152,7 @@ def linear_act_fwd_kernel(
     EVEN_K: tl.constexpr,
     UPCAST: tl.constexpr,
     GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -145,6 +203,7 @@ def linear_act_fwd_kernel(
         ACT,
         SLOPES,
         DROPOUT,
+        PARTS,
         BLOCK_M,
         BLOCK_N,
     )
@@ -241,7 +300,7 @@ def linear_act_merge_kernel(
     for _ in range(splits):
         h += tl.load(at, mask=inside, other=0.0)
         at += M.to(tl.int64) * N
-    _store_outputs(
+    _store_part(
         y_ptr,
         h_ptr,
         h,
@@ -344,6 +403,7 @@ def run(x, w, b, slope, state, act, alpha, threshold, scale, layer, row_offset, 
             *p.strides,
             *numbers,
             **constants,
+            PARTS=p.tile.parts,
             **p.constants,
         )
     return y, h

@@ -1,0 +1,75 @@
+"""What the documentation states is what the code does."""
+
+import re
+from pathlib import Path
+
+import torch
+
+from fusedmlp import info, rng
+
+ROOT = Path(__file__).parent.parent
+DROPOUT = (ROOT / "docs" / "dropout.md").read_text()
+
+# seed, stream, row, first column
+KNOWN = [
+    (0, 0, 0, 0),
+    (42, 7, 0, 0),
+    (42, 7, 3, 8),
+    (-1, -1, 2**32 - 1, 0),
+    (0x0123456789ABCDEF, -(2**63), 1000, 8 * (2**20)),
+]
+
+
+def _table() -> str:
+    lines = ["| seed | stream | row | columns | windows |", "|---|---|---|---|---|"]
+    for seed, stream, row, column in KNOWN:
+        group, state = column // 8, torch.tensor([seed, stream])
+        words = rng.philox(
+            (torch.tensor(group), torch.tensor(row), state[1] & rng._LOW32,
+             state[1] >> 32 & rng._LOW32),
+            (state[0] & rng._LOW32, state[0] >> 32 & rng._LOW32),
+        )
+        w = [int(x) for x in words]
+        both = [(w[k], (w[k] >> 16 | w[(k + 1) % 4] << 16) & rng._LOW32) for k in range(4)]
+        shown = " ".join(f"{x:08x}" for pair in both for x in pair)
+        lines.append(f"| {seed} | {stream} | {row} | {column} to {column + 7} | `{shown}` |")
+    return "\n".join(lines)
+
+
+def _mask() -> str:
+    keep = rng.dropout_mask(42, 7, 4, 32, 0.5)
+    rows = ["".join("1" if k else "0" for k in row) for row in keep.tolist()]
+    return "\n".join(["```", *rows, "```"])
+
+
+def _between(text: str, name: str) -> str:
+    return re.search(f"<!-- {name} -->\n(.*?)<!-- /{name} -->", text, re.S).group(1).strip()
+
+
+def test_the_known_answers_are_those_of_the_code():
+    assert _between(DROPOUT, "known-answers") == _table()
+    assert _between(DROPOUT, "known-mask") == _mask()
+
+
+def test_windows_of_a_whole_row_are_the_known_answers():
+    """The table is made word by word; a row of rng.windows must hold the same."""
+    for seed, stream, row, column in KNOWN[:4]:
+        got = rng.windows(torch.tensor([seed, stream]), 0, 1, column + 8, row)[0, column:]
+        shown = " ".join(f"{x:08x}" for x in got.tolist())
+        assert shown in _between(DROPOUT, "known-answers")
+
+
+def test_the_readme_lists_every_environment_variable():
+    readme = (ROOT / "README.md").read_text()
+    used = set()
+    for folder in ("fusedmlp", "csrc", "build_tools", "bench"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".cpp", ".h", ".cu", ".sh"):
+                used |= set(re.findall(r"\bFUSEDMLP_[A-Z]+(?:_[A-Z]+)*\b(?!_[A-Z])", path.read_text()))
+    # Macros of the C++ code are not environment variables.
+    read = {v for v in used if v in info.ENVIRONMENT}
+    assert read == set(info.ENVIRONMENT)
+    missing = [v for v in info.ENVIRONMENT if v not in readme]
+    assert not missing
+
+
