@@ -143,6 +143,7 @@ def _timed(case: Case, usable: dict[str, Provider], budget_s: float) -> list[dic
             row["clock"] = "wall" if case.device == "cpu" else clock
             ms, p20, p80 = timing.spread(t.ms)
             row |= {"ms": ms, "ms_p20": p20, "ms_p80": p80, "rounds": len(t.ms)}
+            row["rounds_left_out"] = t.left_out
             if case.device == "cuda":
                 row |= {"host_ms": timing.spread(t.host_ms)[0], "peak_mb": _peak(name, runs[name])}
             row |= _counted(case, ms)

@@ -9,7 +9,10 @@
 5. Figures are the median, p20 and p80 over rounds. A ratio is taken within each round, and its
    median, p20 and p80 over rounds are given: on a shared machine read the ratios, not the times.
 6. Rounds go on until a time budget is spent, at least `min_rounds`. One sample calls a function as
-   often as fills `sample_ms`, so that reading the clock costs nothing.
+   often as fills `sample_ms`: long beside reading the clock, short beside a time slice. On a CPU a
+   round during which the kernel took a processor away from this process (getrusage counts that) is
+   left out whole, for all functions, if `min_rounds` remain (on a busy machine it goes on for up to
+   4 times the budget to get them); both numbers are in the row.
 7. Warm: the same tensors each call, in whichever cache they fit. Cold: a buffer larger than the
    last cache is written before each call, outside the clock. Which one it was is in the row.
 8. CUDA: device events around the calls, with the queue kept full: the device is first put to sleep
@@ -23,12 +26,21 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None
+
+
+_PATIENCE = 4
 
 
 def percentile(values: Sequence[float], q: float) -> float:
@@ -49,10 +61,14 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
 
 @dataclass
 class Timing:
-    """Milliseconds per call, one entry a round; host_ms is the time until the call returned."""
+    """Milliseconds per call, one entry a round; host_ms is the time until the call returned.
+
+    left_out  rounds that were disturbed and are not in the lists
+    """
 
     ms: list[float] = field(default_factory=list)
     host_ms: list[float] = field(default_factory=list)
+    left_out: int = 0
 
 
 def ratio(above: Timing, below: Timing) -> tuple[float, float, float]:
@@ -68,6 +84,7 @@ class CpuTimer:
     """
 
     max_calls = 2000
+    sample_ms = 0.25
 
     def __init__(self, cold: bool = False, sync: Callable[[], None] | None = None):
         self._sync = sync
@@ -89,10 +106,16 @@ class CpuTimer:
         taken = time.perf_counter() - start
         return taken / calls * 1e3, host / calls * 1e3
 
+    @staticmethod
+    def disturbances() -> int:
+        """How often the kernel has taken a processor away from a thread of this process."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource else 0
+
 
 class CudaTimer:
     """Device time of `calls` calls by events, the queue kept full."""
 
+    sample_ms = 1.0
     max_calls = 20  # about a thousand launches fit in the queue; then the host would wait
 
     def __init__(self, cold: bool = False):
@@ -121,6 +144,11 @@ class CudaTimer:
             self._sleep = min(self._sleep * 2, 1_000_000_000)
         taken = sum(start.elapsed_time(end) for start, end in pairs)
         return taken / calls, host / calls * 1e3
+
+    @staticmethod
+    def disturbances() -> int:
+        """The device does not mind what the host is doing."""
+        return 0
 
     def _events(self, calls: int):
         n = 1 if self._flush is None else calls
@@ -162,8 +190,7 @@ def measure(
     *,
     budget_s: float = 1.0,
     min_rounds: int = 10,
-    max_rounds: int = 500,
-    sample_ms: float = 1.0,
+    max_rounds: int = 2000,
     seed: int = 0,
 ) -> dict[str, Timing]:
     """Times functions in interleaved rounds; entry i of every Timing is of the same round.
@@ -173,31 +200,36 @@ def measure(
     """
     order, shuffle = list(functions), random.Random(seed).shuffle
     timings = {name: Timing() for name in functions}
+    clean: list[bool] = []
     with _no_garbage_collection():
-        calls = {name: _calls(function, timer, sample_ms) for name, function in functions.items()}
-        end = time.perf_counter() + budget_s
+        calls = {name: _calls(function, timer) for name, function in functions.items()}
+        start = time.perf_counter()
         for done in range(max_rounds):
-            if done >= min_rounds and time.perf_counter() >= end:
+            spent = time.perf_counter() - start
+            enough = sum(clean) >= min_rounds or spent >= _PATIENCE * budget_s
+            if done >= min_rounds and spent >= budget_s and enough:
                 break
             shuffle(order)
+            disturbances = timer.disturbances()
             for name in order:
                 ms, host_ms = timer.sample(functions[name], calls[name])
                 timings[name].ms.append(ms)
                 timings[name].host_ms.append(host_ms)
-    return timings
+            clean.append(timer.disturbances() == disturbances)
+    if sum(clean) < min_rounds:
+        return timings
+    return {name: _only(t, clean) for name, t in timings.items()}
 
 
-def _calls(function: Callable[[], object], timer: CpuTimer | CudaTimer, sample_ms: float) -> int:
+def _only(t: Timing, clean: list[bool]) -> Timing:
+    ms = list(itertools.compress(t.ms, clean))
+    host_ms = list(itertools.compress(t.host_ms, clean))
+    return Timing(ms, host_ms, clean.count(False))
+
+
+def _calls(function: Callable[[], object], timer: CpuTimer | CudaTimer) -> int:
     """How many calls fill a sample; runs the function until it is warm."""
     for _ in range(3):
         function()
     fastest = min(timer.sample(function, 1)[0] for _ in range(3))
-    return max(1, min(timer.max_calls, round(sample_ms / max(fastest, 1e-6))))
-
-
-def pooled(first: dict[str, Timing], second: dict[str, Timing]) -> dict[str, Timing]:
-    """The rounds of two measurements of the same functions, one after the other."""
-    return {
-        name: Timing(t.ms + second[name].ms, t.host_ms + second[name].host_ms)
-        for name, t in first.items()
-    }
+    return max(1, min(timer.max_calls, round(timer.sample_ms / max(fastest, 1e-6))))

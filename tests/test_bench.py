@@ -28,9 +28,18 @@ class CountingTimer:
     """Takes no time; says which function it was given, and how long that one pretends to take."""
 
     max_calls = 4
+    sample_ms = 1.0
 
-    def __init__(self, ms: dict):
-        self.ms, self.seen = ms, []
+    def __init__(self, ms: dict, disturbed_rounds: tuple = ()):
+        self.ms, self.seen, self.disturbed = ms, [], disturbed_rounds
+        self.asked = self.count = 0
+
+    def disturbances(self):
+        """Asked before and after each round."""
+        self.asked += 1
+        if self.asked % 2 == 0 and self.asked // 2 - 1 in self.disturbed:
+            self.count += 1
+        return self.count
 
     def sample(self, function, calls):
         self.seen.append(function)
@@ -69,6 +78,20 @@ def test_every_round_times_every_function_once_in_changing_order():
         "a": [1.0] * 12, "b": [2.0] * 12, "c": [4.0] * 12,
     }  # fmt: skip
     assert timings["c"].host_ms == [2.0] * 12
+
+
+def test_a_disturbed_round_is_left_out_for_all_functions():
+    def a(): ...
+
+    def b(): ...
+
+    ms = {a: 1.0, b: 2.0}
+    clock = CountingTimer(ms, disturbed_rounds=(3, 7))
+    found = timing.measure({"a": a, "b": b}, clock, budget_s=0, min_rounds=5, max_rounds=5)
+    assert len(found["a"].ms) == 5, "with too few rounds left, all are kept"
+    clock = CountingTimer(ms, disturbed_rounds=(0, 2))
+    found = timing.measure({"a": a, "b": b}, clock, budget_s=9, min_rounds=5, max_rounds=8)
+    assert [(len(t.ms), len(t.host_ms), t.left_out) for t in found.values()] == [(6, 6, 2)] * 2
 
 
 def test_the_cpu_timer_reads_the_time_of_one_call():

@@ -77,15 +77,13 @@ class Plan:
         return dispatch.explicit(None) is None and list(map(type, self.children)) == self.types
 
     def run(self, x, masks: Masks):
-        start = x
-        x = run(self.items, x, masks)
-        if type(start) is Tensor and not self.nested:
+        y = run(self.items, x, masks)
+        if type(x) is Tensor and not self.nested and not masks.traced:
             for item in self.items:
-                if type(item) is Stretch and item.route is not None:
-                    self.quiet = None
-                    return x
-            self.quiet = (start.shape, start.dtype, start.device)
-        return x
+                if type(item) is Stretch and item.memo is not None and item.memo[1] is not None:
+                    return y
+            self.quiet = (x.shape, x.dtype, x.device)
+        return y
 
 
 def _parameters_of(m: nn.Module) -> object:
@@ -123,6 +121,7 @@ def _run_stretch(stretch: Stretch, x, masks: Masks):
                 return _run_plain(stretch, x)  # F.dropout says what is wrong.
             threshold, scale = rng.threshold_and_scale(float(p))
     if act == _NONE and threshold == 0:
+        stretch.memo = None
         return _run_plain(stretch, x)
     w = b = slope = None
     if linear is not None:
@@ -138,14 +137,16 @@ def _run_stretch(stretch: Stretch, x, masks: Masks):
             return _run_plain(stretch, x)
     else:
         if type(x) not in _TENSORS:
+            _refuse(x, linear)
             return _run_plain(stretch, x)
         named = dispatch.explicit(None)
         # The tensors of a module by identity: a changed dtype or shape is found by the op itself.
         key = (x.shape, x.dtype, x.layout, x.device, threshold != 0, named, id(w), id(b), id(slope))
-        if key != stretch.memo:
-            stretch.route = _choose(x, w, b, act, slope, threshold != 0, named)
-            stretch.memo = key
-        if stretch.route is None:
+        memo = stretch.memo
+        if memo is None or memo[0] != key:
+            memo = stretch.memo = key, _choose(x, w, b, act, slope, threshold != 0, named)
+        route = memo[1]
+        if route is None:
             return _run_plain(stretch, x)
     state = masks.draw(x) if threshold else None
     numbers = (act, stretch.alpha, threshold, scale, layer, masks.row_offset)
@@ -154,8 +155,8 @@ def _run_stretch(stretch: Stretch, x, masks: Masks):
             return functional.run_bias_act_dropout(x, None, slope, state, *numbers, None)
         return functional.run_linear_act(x, w, b, slope, state, *numbers, None)
     if linear is None:
-        return functional.bias_act_dropout_on(stretch.route, (x, None, slope, state, *numbers))
-    return functional.linear_act_on(stretch.route, (x, w, b, slope, state, *numbers))
+        return functional.bias_act_dropout_on(route, (x, None, slope, state, *numbers))
+    return functional.linear_act_on(route, (x, w, b, slope, state, *numbers))
 
 
 def _choose(x, w, b, act: int, slope, drops: bool, named: str | None) -> str | None:
@@ -216,6 +217,12 @@ def _slope_fits(x: Tensor, slope: Tensor, columns: int, cast: torch.dtype | None
 def _refuse(x, linear) -> None:
     """BackendError if a backend was asked for by name that does not take x; else nothing."""
     named = dispatch.explicit(None)
-    if named is not None and isinstance(x, Tensor):
-        op = "bias_act_dropout" if linear is None else "linear_act"
-        dispatch.require(named, x.device.type, x.dtype, op)
+    if named is None or not isinstance(x, Tensor):
+        return
+    op = "bias_act_dropout" if linear is None else "linear_act"
+    dispatch.require(named, x.device.type, x.dtype, op)
+    if type(x) not in _TENSORS or x.layout != torch.strided:
+        raise dispatch.BackendError(
+            f"{op}: backend {named!r} was asked for but cannot be used:\n"
+            f"    input is a {type(x).__name__} of layout {x.layout}, not a dense torch.Tensor"
+        )

@@ -97,7 +97,7 @@ class Stretch:
     index       position of the first one among the children
     modules     all of them, in order
     act, alpha  of the op
-    route       the backend that ran the call described by `memo`, None for plain PyTorch
+    memo        (what a call was like, the backend that suits it or None for plain PyTorch)
     """
 
     __slots__ = (
@@ -109,7 +109,6 @@ class Stretch:
         "linear",
         "memo",
         "modules",
-        "route",
     )
 
     def __init__(self, index, linear, activation, dropout, act, alpha):
@@ -117,7 +116,7 @@ class Stretch:
         self.modules = [m for m in (linear, activation, dropout) if m is not None]
         self.linear, self.activation, self.dropout = linear, activation, dropout
         self.act, self.alpha = act, alpha
-        self.memo = self.route = None
+        self.memo = None
 
     @property
     def pays(self) -> bool:

@@ -198,13 +198,14 @@ def column_sum(partial, out):
 class SlopeAndBiasSums:
     """Where a backward kernel puts its sums over rows: the results themselves or partial sums."""
 
-    def __init__(self, like, b, slope, need_db, need_dslope, splits, tiles_n, n):
+    def __init__(self, like, b, slope, need_db, need_dslope, splits, slope_width, n):
         self.db = torch.empty_like(b) if need_db else like.new_empty(0)
         self.dslope = torch.empty_like(slope) if need_dslope else like.new_empty(0)
         self._reduce = []
         self.db_partial = self._partial(self.db, splits, n) if need_db else None
-        width = tiles_n if need_dslope and slope.numel() == 1 else n
-        self.dslope_partial = self._partial(self.dslope, splits, width) if need_dslope else None
+        self.dslope_partial = (
+            self._partial(self.dslope, splits, slope_width) if need_dslope else None
+        )
 
     def _partial(self, out, splits, width):
         if splits == 1 and out.numel() == width and out.is_contiguous():
@@ -306,7 +307,8 @@ def bias_act_dropout_bwd(
         block_m, block_n, warps = configs.elementwise_tile(m, n)
     tiles_n = triton.cdiv(n, block_n)
     steps, splits = configs.row_splits(m, block_m, tiles_n, sums)
-    out = SlopeAndBiasSums(dy, b, slope, need_db, need_dslope, splits, tiles_n, n)
+    slope_width = n if slope_count == 2 else tiles_n
+    out = SlopeAndBiasSums(dy, b, slope, need_db, need_dslope, splits, slope_width, n)
     launch(
         bias_act_dropout_bwd_kernel,
         splits * tiles_n,

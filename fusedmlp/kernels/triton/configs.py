@@ -187,7 +187,9 @@ def cycles(tile: Tile, kind: str, m: int, n: int, k: int, itemsize: int, target:
 
 
 @functools.lru_cache(maxsize=4096)
-def default_tile(kind: str, m: int, n: int, k: int, itemsize: int, target: Target) -> Tile:
+def default_tile(
+    op: str, kind: str, m: int, n: int, k: int, itemsize: int, target: Target
+) -> Tile:
     """The tile that the model ranks first: what is used where nothing was tuned."""
     candidates = []
     for tile in fitting(kind, itemsize, target):
@@ -195,7 +197,7 @@ def default_tile(kind: str, m: int, n: int, k: int, itemsize: int, target: Targe
         if tile.descriptors and m * n * k < 1 << 30:
             continue
         candidates.append(tile)
-        for splits in (2, 4, 8, 16, 32):
+        for splits in (2, 4, 8, 16, 32) if op == "linear_act" else ():
             if not tile.descriptors and k >= splits * max(256, 2 * tile.k) and m * n <= 1 << 20:
                 candidates.append(tile._replace(splits=splits))
     return min(candidates, key=lambda t: cycles(t, kind, m, n, k, itemsize, target))
@@ -203,4 +205,4 @@ def default_tile(kind: str, m: int, n: int, k: int, itemsize: int, target: Targe
 
 def choose(op: str, kind: str, m: int, n: int, k: int, itemsize: int, target: Target) -> Tile:
     """The tile for one call."""
-    return default_tile(kind, m, n, k, itemsize, target)
+    return default_tile(op, kind, m, n, k, itemsize, target)

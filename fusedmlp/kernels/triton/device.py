@@ -214,7 +214,7 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def keep_tile(
+def keep_words(
     seed,
     stream,
     first_row,
@@ -223,10 +223,10 @@ def keep_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """(BLOCK_M, BLOCK_N) of rng.keep_mask, one Philox call for eight columns.
+    """Eight (BLOCK_M, BLOCK_N // 8) masks: the c-th holds the columns with column mod 8 = c.
 
     seed, stream, first_row, first_column  int64; row_offset is part of first_row
-    first_column, BLOCK_N                  multiples of 8
+    first_column, BLOCK_N                  multiples of 8: eight columns share one Philox call
     threshold                              int32 with the bits of T < 2^32
     """
     tl.static_assert(BLOCK_N % 8 == 0, "eight columns share one Philox call")
@@ -240,13 +240,100 @@ def keep_tile(
         (stream >> 32).to(tl.uint32),
         seed.to(tl.uint32),
         (seed >> 32).to(tl.uint32),
-    )  # (BLOCK_M, BLOCK_N // 8) each
-    # Column 4 i + 2 j + k of a group: k picks the even or odd window, 2 i + j the word. Compared
-    # before they are joined: if layouts differ, a bit travels and not a word.
-    even = tl.join(tl.join(w0 >= t, w2 >= t), tl.join(w1 >= t, w3 >= t))
-    odd0 = tl.join(((w0 >> 16) | (w1 << 16)) >= t, ((w2 >> 16) | (w3 << 16)) >= t)
-    odd1 = tl.join(((w1 >> 16) | (w2 << 16)) >= t, ((w3 >> 16) | (w0 << 16)) >= t)
-    return tl.join(even, tl.join(odd0, odd1)).reshape(BLOCK_M, BLOCK_N)
+    )
+    return (
+        w0 >= t,
+        ((w0 >> 16) | (w1 << 16)) >= t,
+        w1 >= t,
+        ((w1 >> 16) | (w2 << 16)) >= t,
+        w2 >= t,
+        ((w2 >> 16) | (w3 << 16)) >= t,
+        w3 >= t,
+        ((w3 >> 16) | (w0 << 16)) >= t,
+    )
+
+
+@triton.jit
+def join8(a, b, c, d, e, f, g, h, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(BLOCK_M, BLOCK_N) from its columns mod 8 = 0 to 7; the inverse of split8."""
+    even = tl.join(tl.join(a, e), tl.join(c, g))
+    odd = tl.join(tl.join(b, f), tl.join(d, h))
+    return tl.join(even, odd).reshape(BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def split8(t, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Eight (BLOCK_M, BLOCK_N // 8): the columns of t with column mod 8 = 0 to 7."""
+    # column = 8 group + 4 i + 2 j + k. The dimension i is split first: after a product it lies
+    # across lanes, so the layout changes here, to eight columns a thread, which is the store's.
+    cube = t.reshape(BLOCK_M, BLOCK_N // 8, 2, 2, 2).permute(0, 1, 4, 3, 2)
+    low, high = cube.split()
+    low_even, low_odd = low.split()
+    high_even, high_odd = high.split()
+    a, b = low_even.split()
+    c, d = low_odd.split()
+    e, f = high_even.split()
+    g, h = high_odd.split()
+    return a, b, c, d, e, f, g, h
+
+
+@triton.jit
+def in_store_layout(t, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """t itself, moved once from a product's layout to the one of masks, loads and stores."""
+    a, b, c, d, e, f, g, h = split8(t, BLOCK_M, BLOCK_N)
+    return join8(a, b, c, d, e, f, g, h, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def drop_after_product(
+    y,
+    seed,
+    stream,
+    first_row,
+    first_column,
+    threshold,
+    DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """`drop` for the result of a GEMM, in its final dtype: y moves to the masks, not they to it."""
+    if DROPOUT == KEEP_SOME:
+        k0, k1, k2, k3, k4, k5, k6, k7 = keep_words(
+            seed, stream, first_row, first_column, threshold, BLOCK_M, BLOCK_N
+        )
+        y0, y1, y2, y3, y4, y5, y6, y7 = split8(y, BLOCK_M, BLOCK_N)
+        y = join8(
+            tl.where(k0, y0, 0.0),
+            tl.where(k1, y1, 0.0),
+            tl.where(k2, y2, 0.0),
+            tl.where(k3, y3, 0.0),
+            tl.where(k4, y4, 0.0),
+            tl.where(k5, y5, 0.0),
+            tl.where(k6, y6, 0.0),
+            tl.where(k7, y7, 0.0),
+            BLOCK_M,
+            BLOCK_N,
+        )
+    elif DROPOUT == KEEP_NONE:
+        y = tl.zeros_like(y)
+    return y
+
+
+@triton.jit
+def keep_tile(
+    seed,
+    stream,
+    first_row,
+    first_column,
+    threshold,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """(BLOCK_M, BLOCK_N) of rng.keep_mask."""
+    k0, k1, k2, k3, k4, k5, k6, k7 = keep_words(
+        seed, stream, first_row, first_column, threshold, BLOCK_M, BLOCK_N
+    )
+    return join8(k0, k1, k2, k3, k4, k5, k6, k7, BLOCK_M, BLOCK_N)
 
 
 @triton.jit

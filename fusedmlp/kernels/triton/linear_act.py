@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import bias_act_dropout, configs
-from .device import act_fwd, drop, load_slope, load_stream, tile_of
+from .device import act_fwd, drop_after_product, load_slope, load_stream, tile_of
 from .gemm import Product, column_parts, product_tile, use_library
 from .launch import dropout_arguments, launch, rows_view, slopes, vector
 
@@ -22,7 +22,8 @@ def _store_part(
     h,
     b_ptr,
     slope_ptr,
-    state_ptr,
+    seed,
+    stream,
     first_row,
     first_column,
     M,
@@ -30,8 +31,7 @@ def _store_part(
     alpha,
     threshold,
     scale,
-    layer,
-    row_offset,
+    counter_row,
     ACT: tl.constexpr,
     SLOPES: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -51,13 +51,12 @@ def _store_part(
         z += tl.load(b_ptr + column, mask=inside_n, other=0.0).to(tl.float32)[None, :]
     y = act_fwd(z, load_slope(slope_ptr, alpha, column, inside_n, SLOPES), ACT)
     if DROPOUT != 0:
-        seed, stream = load_stream(state_ptr, layer, DROPOUT)
         # Rounded before the selection: then only y changes its layout for the store, not the mask.
-        y = drop(
+        y = drop_after_product(
             (y * scale).to(y_ptr.dtype.element_ty),
             seed,
             stream,
-            first_row + row_offset,
+            counter_row,
             first_column,
             threshold,
             DROPOUT,
@@ -74,7 +73,8 @@ def _store_outputs(
     h,
     b_ptr,
     slope_ptr,
-    state_ptr,
+    seed,
+    stream,
     first_row,
     first_column,
     M,
@@ -82,8 +82,7 @@ def _store_outputs(
     alpha,
     threshold,
     scale,
-    layer,
-    row_offset,
+    counter_row,
     ACT: tl.constexpr,
     SLOPES: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -105,7 +104,8 @@ def _store_outputs(
             parts[i],
             b_ptr,
             slope_ptr,
-            state_ptr,
+            seed,
+    stream,
             first_row,
             first_column + i * WIDTH,
             M,
@@ -113,8 +113,7 @@ def _store_outputs(
             alpha,
             threshold,
             scale,
-            layer,
-            row_offset,
+            counter_row,
             ACT,
             SLOPES,
             DROPOUT,
@@ -184,13 +183,15 @@ def linear_act_fwd_kernel(
         BLOCK_N,
         BLOCK_K,
     )
+    seed, stream = load_stream(state_ptr, layer, DROPOUT)
     _store_outputs(
         y_ptr,
         h_ptr,
         h,
         b_ptr,
         slope_ptr,
-        state_ptr,
+        seed,
+        stream,
         first_row,
         first_column,
         M,
@@ -198,8 +199,7 @@ def linear_act_fwd_kernel(
         alpha,
         threshold,
         scale,
-        layer,
-        row_offset,
+        first_row + row_offset,
         ACT,
         SLOPES,
         DROPOUT,
@@ -300,13 +300,15 @@ def linear_act_merge_kernel(
     for _ in range(splits):
         h += tl.load(at, mask=inside, other=0.0)
         at += M.to(tl.int64) * N
+    seed, stream = load_stream(state_ptr, layer, DROPOUT)
     _store_part(
         y_ptr,
         h_ptr,
         h,
         b_ptr,
         slope_ptr,
-        state_ptr,
+        seed,
+        stream,
         first_row,
         first_column,
         M,
@@ -314,8 +316,7 @@ def linear_act_merge_kernel(
         alpha,
         threshold,
         scale,
-        layer,
-        row_offset,
+        first_row + row_offset,
         ACT,
         SLOPES,
         DROPOUT,
