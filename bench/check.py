@@ -32,15 +32,14 @@ def wrong(problem: Problem, provider: Provider) -> str | None:
         got = provider.results()
     dropouts = sum(p > 0 for *_, p in problem.case.layers)
     if provider.ours or dropouts == 0:
-        masks = _our_masks(problem)
+        oracle, plain = _truth(problem)
     elif len(problem.case.layers) == 1:
         masks, reason = _seen_mask(problem, got["y"])
         if reason:
             return reason
+        oracle, plain = _of_masks(problem, masks)
     else:
-        return _far_from_plain(problem, got)
-    oracle = _plain(problem, masks, torch.float64)
-    plain = _plain(problem, masks, problem.case.torch_dtype)
+        return _far_from_plain(got, _truth(problem)[1])
     slack = 1 if provider.ours else 4
     for name, t in got.items():
         limit = slack * (2 * _error(plain[name], oracle[name]) + problem.eps / 2)
@@ -50,6 +49,18 @@ def wrong(problem: Problem, provider: Provider) -> str | None:
         if not error <= limit:
             return f"{name} is wrong: relative error {error:.1e}, at most {limit:.1e} allowed"
     return None
+
+
+def _truth(problem: Problem):
+    """(fp64 oracle, plain PyTorch in the case's dtype) with our mask."""
+    if "ours" not in problem.truth:
+        problem.truth["ours"] = _of_masks(problem, _our_masks(problem))
+    return problem.truth["ours"]
+
+
+def _of_masks(problem: Problem, masks):
+    oracle = _plain(problem, masks, torch.float64)
+    return oracle, _plain(problem, masks, problem.case.torch_dtype)
 
 
 def _our_masks(problem: Problem) -> list[Tensor | None]:
@@ -70,8 +81,7 @@ def _seen_mask(problem: Problem, y: Tensor) -> tuple[list[Tensor | None], str | 
     return [kept], None
 
 
-def _far_from_plain(problem: Problem, got: dict[str, Tensor]) -> str | None:
-    plain = _plain(problem, _our_masks(problem), problem.case.torch_dtype)
+def _far_from_plain(got: dict[str, Tensor], plain: dict[str, Tensor]) -> str | None:
     for name, t in got.items():
         is_loss = name == "y" and t.dim() == 0
         size, want = t.double().norm().item(), plain[name].double().norm().item()

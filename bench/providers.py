@@ -56,19 +56,18 @@ class Provider:
 
 def default_names(case: Case) -> list[str]:
     """The providers of a case, the baseline first."""
-    ours = ["auto", *dispatch.backends()]
     if case.group == "grid":
-        return ["eager", "auto", "native" if case.device == "cpu" else "triton"]
-    names = ["eager", "compile"]
-    if case.device == "cuda":
-        # Tuned kernels take half a minute a shape: left out where the whole product is run.
-        names += [] if case.group == "shapes" else ["max-autotune"]
-        names += ["graph", "auto graph"] if case.op == "net" else []
+        return ["eager", "auto"]
+    names, cuda, modules = ["eager"], case.device == "cuda", case.op in ("net", "layer")
+    # What compiling costs: seconds a shape, and half a minute a shape for tuned GEMMs.
+    if case.group != "shapes":
+        names += ["compile"] + ["max-autotune"] * (cuda and not case.elementwise)
+    if cuda and case.op == "net":
+        names += ["graph", "auto graph"]
     if case.mode == "infer" and case.op == "linear_act":
         names.append("addmm")
-    if case.op in ("net", "layer"):
-        ours.remove("reference")
-    return names + ours + ["floor"]
+    ours = [name for name in dispatch.backends() if name != "reference" or not (cuda or modules)]
+    return [*names, "auto", *ours, "floor"]
 
 
 class Problem:
@@ -76,11 +75,11 @@ class Problem:
 
     def __init__(self, case: Case, seed: int = 1):
         self.case = case
-        g = torch.Generator().manual_seed(seed)
+        g = torch.Generator(case.device).manual_seed(seed)
 
         def randn(*shape: int, scale: float = 1.0) -> Tensor:
-            t = torch.randn(*shape, generator=g)
-            return (t * scale).to(case.device, case.torch_dtype)
+            t = torch.randn(*shape, generator=g, device=case.device)
+            return (t * scale).to(case.torch_dtype)
 
         first = case.layers[0]
         self.leaves = {"x": randn(case.m, first[0] or first[1])}
@@ -93,9 +92,11 @@ class Problem:
             t.requires_grad_(name != "x" or case.mode != "step")
         self.wanted = [name for name, t in self.leaves.items() if t.requires_grad]
         classes = case.layers[-1][1]
-        self.targets = torch.randint(classes, (case.m,), generator=g).to(case.device)
+        self.targets = torch.randint(classes, (case.m,), generator=g, device=case.device)
         self.dy = randn(case.m, classes)
         self._zero_near_kink()
+        # check.py keeps here what it has worked out for one mask.
+        self.truth: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
 
     def _zero_near_kink(self) -> None:
         """Where rounding decides the side of 0 that z is on, either derivative of relu is right."""

@@ -29,7 +29,7 @@ from .check import wrong
 from .providers import Problem, Provider, Unavailable, default_names
 
 # A cell of the grid below this is measured again, longer, and the new figure replaces the old one.
-REMEASURE_BELOW = 0.99
+REMEASURE_BELOW = 0.98
 NEVER_BELOW = 0.97
 
 
@@ -48,7 +48,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--cache", choices=("warm", "cold"), default="warm")
     p.add_argument("--providers", nargs="+", help="only these, eager first")
     p.add_argument("--threads", type=int, help="torch.set_num_threads")
-    p.add_argument("--budget", type=float, default=1.0, help="seconds a case, times the providers")
+    p.add_argument(
+        "--budget", type=float, help="seconds a provider and case (1; GPU 0.2; grid 0.15 of it)"
+    )
     p.add_argument("--seconds", type=float, help="start no new case after this many")
     p.add_argument("--resume", action="store_true", help="keep the rows that --out already has")
     p.add_argument(
@@ -56,10 +58,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     p.add_argument("--out", type=Path, help="results file (JSON); none: only print")
     args = p.parse_args(argv)
+    if args.suite and args.suite.startswith("gpu"):
+        args.device = "cuda"
     if args.suite is None and args.op is None:
         if args.device == "cpu":
             p.error("--suite or --op must be given")
         args.suite = "gpu"
+    if args.budget is None:
+        args.budget = 1.0 if args.device == "cpu" else 0.2
     return args
 
 
@@ -257,7 +263,7 @@ def measure_all(args: argparse.Namespace, todo: list[Case], found: dict) -> list
         rows = run_case(case, args.providers, budget * len(names))
         cell = grid_row(rows) if case.group == "grid" else None
         if cell and cell["eager_over_this"][0] < REMEASURE_BELOW:
-            rows = run_case(case, args.providers, 6 * budget * len(names))
+            rows = run_case(case, args.providers, 4 * budget * len(names))
             rows = [row | {"remeasured": True} for row in rows]
         if case.group == "grid" and args.suite:
             cell = grid_row(rows)
@@ -277,7 +283,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     todo = wanted(args)
-    device = todo[0].device if todo else args.device
+    device = args.device
     if device == "cuda" and not torch.cuda.is_available():
         print(
             "bench: --device cuda was asked for, but no GPU is available to torch", file=sys.stderr

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import activations, dtypes, rng
 
 _INT64_MIN, _INT64_MAX = -(1 << 63), (1 << 63) - 1
-_DEFAULT_LEAKY_SLOPE = 0.01
+DEFAULT_LEAKY_SLOPE = 0.01
 
 
 def rows(t: Tensor) -> int:
@@ -115,7 +115,7 @@ def slope(op: str, act: int, value: object, columns: int) -> tuple[float, object
             )
         return 0.0, value
     if value is None:
-        return _DEFAULT_LEAKY_SLOPE, None
+        return DEFAULT_LEAKY_SLOPE, None
     if act != activations.LEAKY_RELU:
         name = activations.NAMES[act]
         raise ValueError(f"{op}: slope is for leaky_relu and prelu, got one for {name!r}")
@@ -155,8 +155,35 @@ def vector_dtype(op: str, name: str, value: Tensor, like: Tensor) -> None:
                         f"got {value.dtype}")
 
 
+def _is_plain_linear(x: object, w: object, b: object) -> bool:
+    """True for the usual right arguments. The full checks cost as much as a small layer's GEMM."""
+    try:
+        return (
+            x.shape[-1] == w.shape[1]
+            and w.dim() == 2
+            and x.dtype is w.dtype
+            and x.dtype in dtypes.SUPPORTED
+            and x.device == w.device
+            and x.layout is w.layout is torch.strided
+            and (
+                b is None
+                or (
+                    b.dtype is x.dtype
+                    and b.dim() == 1
+                    and b.shape[0] == w.shape[0]
+                    and b.device == x.device
+                    and b.layout is torch.strided
+                )
+            )
+        )
+    except (AttributeError, IndexError):
+        return False
+
+
 def linear(op: str, x: object, w: object, b: object) -> None:
     """Shapes, dtypes and devices of a linear map."""
+    if _is_plain_linear(x, w, b):
+        return
     x, w = tensor(op, "input", x), tensor(op, "weight", w)
     if x.dim() == 0:
         raise ValueError(f"{op}: input must be (..., K), got a 0-D tensor")

@@ -155,7 +155,8 @@ for _op, _schema in SCHEMAS.items():
         torch.library.register_fake(f"fusedmlp::{_name}", _CHECKS_AND_FAKES[_op][1], lib=_lib)
 
 
-def _draw_seed(like: Tensor) -> Tensor:
+def draw_seed_eager(like: Tensor) -> Tensor:
+    """What draw_seed does: (2,) int64, a seed and a stream from torch's generator of the device."""
     # Both words are random: one kernel on a GPU, where filling the stream with 0 takes a second.
     return torch.empty(2, dtype=torch.int64, device=like.device).random_()
 
@@ -165,7 +166,7 @@ _lib.define(
     # Without this tag Inductor merges two draws, or replays one.
     tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag),
 )
-_lib.impl("draw_seed", _draw_seed, "CompositeExplicitAutograd")
+_lib.impl("draw_seed", draw_seed_eager, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "fusedmlp::draw_seed", lambda like: like.new_empty(2, dtype=torch.int64), lib=_lib
 )

@@ -113,7 +113,8 @@ def judge(loss: str, outputs: Tensor, targets: Tensor) -> Tensor:
             each = F.cross_entropy(outputs, targets, reduction="none")
             right = (outputs.argmax(1) == targets).sum()
         else:
-            each = (outputs - targets).square().flatten(1).mean(1)
+            each = (outputs - targets).square()
+            each = each if each.dim() == 1 else each.flatten(1).mean(1)
             right = torch.zeros((), device=outputs.device)
         rows = torch.tensor(len(targets), device=outputs.device)
         return torch.stack([each.double().sum(), right.double(), rows.double()])

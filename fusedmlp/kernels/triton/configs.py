@@ -57,6 +57,13 @@ def column_sum_tile(s: int, n: int) -> tuple[int, int, int]:
     return block_s, block_n, 4
 
 
+def row_tile(m: int, n: int) -> tuple[int, int, int]:
+    """(BLOCK_M, BLOCK_N, warps) for kernels that reduce whole rows of an (m, n) tensor."""
+    block_n = min(_power_of_two(n), 4096)
+    block_m = max(1, min(_power_of_two(m), 1024 // block_n))
+    return block_m, block_n, 8 if block_n >= 2048 else 4
+
+
 class Tile(NamedTuple):
     """One configuration of a GEMM kernel."""
 

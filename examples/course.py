@@ -1,0 +1,48 @@
+"""What the lessons share: their command line, the images, and where pictures go."""
+
+import argparse
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from fusedmlp.train import TrainConfig
+from fusedmlp.train import data as datasets
+
+BLUE, RED, GREEN, GREY = "#1f6fb4", "#c0261c", "#1a7f37", "#808080"
+
+
+def arguments(argv, doc, *, epochs=None, dataset=None):
+    """--out and --seed, and --epochs and --dataset for the lessons that have defaults for them."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/examples"), help="for the picture")
+    parser.add_argument("--seed", type=int, default=0)
+    if epochs is not None:
+        parser.add_argument("--epochs", type=int, default=epochs, help=f"default {epochs}")
+    if dataset is not None:
+        parser.add_argument("--dataset", default=dataset, help=f"default {dataset}")
+    return parser.parse_args(argv)
+
+
+def images(args):
+    """The data set of --dataset; 'auto' is Fashion-MNIST, or scikit-learn's digits without it."""
+    data = datasets.load(TrainConfig(dataset=args.dataset))
+    for note in data.notes:
+        print(note)
+    print(f"{data.name}: {len(data.x_train)} training rows, {len(data.x_test)} test rows")
+    return data
+
+
+def inputs(data, rows):
+    """Rows (n, ...) of pixels as they are stored -> inputs (n, pixels) from 0 to 1."""
+    return data.scaling(rows).flatten(1)
+
+
+def figure(width, height):
+    return Figure((width, height), layout="constrained")
+
+
+def save(picture, args, name):
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{name}.png"
+    picture.savefig(path, dpi=80)
+    print(f"picture: {path}")

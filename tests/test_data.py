@@ -1,0 +1,471 @@
+"""Data sets: what is read, how rows are held out, and what every damaged file is told."""
+
+from __future__ import annotations
+
+import gzip
+import socket
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fusedmlp.train import TrainConfig, TrainError, UsageError, data, fetch, idx, tables
+
+from . import made_data
+
+made_data.need("numpy")
+import numpy as np  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch, tmp_path):
+    """No test downloads, and no data set of this machine is found by accident."""
+    monkeypatch.setattr(fetch, "fetch", lambda name, root, **_: "no network in tests")
+    monkeypatch.setattr(idx, "DEBIAN_FOLDER", tmp_path / "debian")
+    fashion = idx.IMAGE_SETS["fashion_mnist"]
+    monkeypatch.setitem(
+        idx.IMAGE_SETS,
+        "fashion_mnist",
+        replace(fashion, system_folders=(tmp_path / "debian",)),
+    )
+    monkeypatch.setenv("FUSEDMLP_DATA", str(tmp_path / "cache"))
+
+
+def load(**settings) -> data.Data:
+    return data.load(TrainConfig(**settings))
+
+
+# image sets
+
+
+@pytest.mark.parametrize("compress", [True, False], ids=["gz", "unpacked"])
+@pytest.mark.parametrize("place", ["FashionMNIST/raw", "FashionMNIST", "raw", "."])
+def test_image_files_are_found_in_torchvision_roots_and_plain_folders(tmp_path, place, compress):
+    parts = made_data.idx_parts()
+    made_data.write_idx(tmp_path / place, parts, compress)
+    found = load(dataset="fashion_mnist", data_dir=tmp_path)
+    assert found.x_train.dtype == torch.uint8 and found.image_shape == (28, 28)
+    assert torch.equal(found.x_train.view(-1, 28, 28), parts["train-images-idx3-ubyte"].byte())
+    assert torch.equal(found.y_test, parts["t10k-labels-idx1-ubyte"])
+    assert found.classes[9] == "Ankle boot"
+
+
+def test_the_debian_package_and_the_environment_are_looked_into(tmp_path, monkeypatch):
+    made_data.write_idx(tmp_path / "debian")
+    assert load(dataset="auto").name == "fashion_mnist"
+    made_data.write_idx(tmp_path / "cache" / "MNIST" / "raw")
+    assert load(dataset="mnist").name == "mnist"
+
+
+def test_a_read_only_folder_serves(tmp_path):
+    folder = made_data.write_idx(tmp_path / "ro" / "FashionMNIST" / "raw")
+    folder.chmod(0o555)
+    try:
+        assert load(dataset="fashion_mnist", data_dir=tmp_path / "ro").name == "fashion_mnist"
+    finally:
+        folder.chmod(0o755)
+
+
+def test_auto_without_files_or_network_takes_the_digits_and_says_so():
+    pytest.importorskip("sklearn", reason="needs scikit-learn of the train extra")
+    found = load(dataset="auto")
+    assert found.name == "digits"
+    assert len(found.notes) == 1 and "\n" not in found.notes[0]
+    for said in ("no network in tests", "--data-dir", "FUSEDMLP_DATA", "dataset-fashion-mnist"):
+        assert said in found.notes[0]
+
+
+def test_a_set_asked_for_by_name_is_not_replaced_by_another(tmp_path):
+    with pytest.raises(TrainError, match="MNIST is not in .* could not be fetched"):
+        load(dataset="mnist", data_dir=tmp_path)
+
+
+_IMAGES, _LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+
+
+def _damaged(name, content) -> dict:
+    return made_data.idx_parts() | {name: content}
+
+
+_PARTS = made_data.idx_parts()
+DAMAGE = {
+    "header_of_labels": (
+        _damaged(_IMAGES, made_data.idx_bytes(_PARTS[_IMAGES], magic=0x801)),
+        "magic number 2051.*got magic number 2049",
+    ),
+    "header_says_more": (
+        _damaged(_IMAGES, made_data.idx_bytes(_PARTS[_IMAGES], sizes=[41, 28, 28])),
+        "header says 41x28x28 = 32144 values, but it holds 31360",
+    ),
+    "header_says_less": (
+        _damaged(_LABELS, made_data.idx_bytes(_PARTS[_LABELS], sizes=[39])),
+        "header says 39 = 39 values, but it holds 40",
+    ),
+    "header_says_gigabytes": (
+        _damaged(_IMAGES, made_data.idx_bytes(_PARTS[_IMAGES], sizes=[2**31, 28, 28])),
+        "header says 2147483648x28x28",
+    ),
+    "only_half_a_header": (_damaged(_LABELS, b"\0\0\x08"), "truncated: an IDX header has 8"),
+    "empty": (_damaged(_LABELS, b""), "truncated"),
+    "no_idx_file": (_damaged(_IMAGES, b"<html>not found</html>"), "magic number"),
+    "label_11": (
+        _damaged(_LABELS, made_data.idx_bytes(torch.full((40,), 11))),
+        "labels must be 0 to 9, got 11",
+    ),
+    "fewer_labels": (
+        _damaged(_LABELS, made_data.idx_bytes(_PARTS[_LABELS][:30])),
+        "holds 40 images, but .* holds 30 labels",
+    ),
+    "no_rows": (
+        _damaged(_IMAGES, made_data.idx_bytes(torch.empty(0, 28, 28)))
+        | {_LABELS: made_data.idx_bytes(torch.empty(0))},
+        "holds no images",
+    ),
+    "other_image_size": (
+        _damaged("t10k-images-idx3-ubyte", made_data.idx_bytes(torch.zeros(20, 27, 28))),
+        "images of 28x28, but .* of 27x28",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_image_file_is_named_with_what_is_wrong(tmp_path, case):
+    parts, message = DAMAGE[case]
+    made_data.write_idx(tmp_path, parts)
+    with pytest.raises(TrainError, match=message):
+        load(dataset="fashion_mnist", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("cut", [5, 200, -4], ids=["in_the_header", "in_the_data", "in_the_crc"])
+def test_a_truncated_gz_is_a_clear_error(tmp_path, cut):
+    made_data.write_idx(tmp_path)
+    path = tmp_path / f"{_IMAGES}.gz"
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(TrainError, match=f"{_IMAGES}.gz is truncated or corrupted .*get it again"):
+        load(dataset="auto", data_dir=tmp_path)
+
+
+def test_a_flipped_byte_in_a_gz_is_a_clear_error(tmp_path):
+    made_data.write_idx(tmp_path)
+    path = tmp_path / f"{_IMAGES}.gz"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(TrainError, match="truncated or corrupted"):
+        load(dataset="auto", data_dir=tmp_path)
+
+
+def test_a_missing_file_of_four_is_named(tmp_path):
+    made_data.write_idx(tmp_path)
+    (tmp_path / f"{_LABELS}.gz").unlink()
+    with pytest.raises(TrainError, match=f"not complete: {_LABELS} .*is missing"):
+        load(dataset="fashion_mnist", data_dir=tmp_path)
+
+
+def test_files_of_another_set_are_refused_and_unknown_ones_noted(tmp_path, monkeypatch):
+    import hashlib
+
+    folder = made_data.write_idx(tmp_path)
+    digest = hashlib.md5((folder / f"{_LABELS}.gz").read_bytes()).hexdigest()
+    assert "not Fashion-MNIST's official file" in load(dataset="auto", data_dir=tmp_path).notes[0]
+    foreign = replace(idx.IMAGE_SETS["kmnist"], md5=(digest,))
+    monkeypatch.setitem(idx.IMAGE_SETS, "kmnist", foreign)
+    with pytest.raises(
+        TrainError, match="must belong to Fashion-MNIST, but it is a file of KMNIST"
+    ):
+        load(dataset="fashion_mnist", data_dir=tmp_path)
+
+
+def test_a_torchvision_that_fails_to_import_does_not_matter_for_files_on_disk(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    made_data.write_idx(tmp_path)
+    assert load(dataset="fashion_mnist", data_dir=tmp_path).name == "fashion_mnist"
+
+
+def test_the_real_fashion_mnist_is_recognised():
+    found = load(dataset="fashion_mnist", data_dir=made_data.fashion_folder())
+    assert found.x_train.shape == (60_000, 784) and found.x_test.shape == (10_000, 784)
+    assert found.notes == ()
+    assert torch.bincount(found.y_train).tolist() == [6000] * 10
+
+
+# the download
+
+
+@pytest.fixture
+def silent_server():
+    """Accepts connections and never says a word, as a network that swallows packets looks."""
+    server = socket.create_server(("127.0.0.1", 0))
+    yield f"http://127.0.0.1:{server.getsockname()[1]}/"
+    server.close()
+
+
+_fetch = fetch.fetch  # the fixture above replaces it
+
+
+def test_a_download_that_is_never_answered_is_cut_off(tmp_path, silent_server):
+    started = time.monotonic()
+    reason = _fetch("MNIST", tmp_path / "new" / "root", mirror=silent_server, connect_seconds=0.5)
+    assert reason is not None
+    assert time.monotonic() - started < 60
+    assert list(tmp_path.iterdir()) == []  # also the folders are gone that the attempt made
+
+
+def test_a_download_that_stalls_in_the_middle_is_cut_off_and_removed(tmp_path):
+    """The first request is answered, all others hang: what the total limit is for."""
+    made_data.need("torchvision")
+    server = socket.create_server(("127.0.0.1", 0))
+    held = []
+
+    def serve():
+        first = True
+        while True:
+            try:
+                connection, _ = server.accept()
+            except OSError:
+                return
+            held.append(connection)
+            if first:
+                connection.recv(4096)
+                connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 1\r\n\r\nx")
+                connection.close()
+                first = False
+            else:
+                connection.recv(4096)
+                connection.sendall(
+                    b"HTTP/1.0 200 OK\r\nContent-Length: 99999999\r\n\r\n" + b"x" * 9
+                )
+
+    threading.Thread(target=serve, daemon=True).start()
+    mirror = f"http://127.0.0.1:{server.getsockname()[1]}/"
+    started = time.monotonic()
+    # No limit for silence on the connection in this one: only the limit for all of it can end it.
+    reason = _fetch("MNIST", tmp_path, mirror=mirror, connect_seconds=60.0, total_seconds=4.0)
+    server.close()
+    assert reason == "not done within 4 s"
+    assert time.monotonic() - started < 60
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_connection_is_reported_at_once(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    reason = _fetch("MNIST", tmp_path, mirror=f"http://127.0.0.1:{port}/")
+    assert "refused" in reason
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_download_puts_complete_files_in_place(tmp_path, monkeypatch):
+    """A child that makes files where torchvision would: what is checked is all around it."""
+    code = (
+        "import sys, pathlib\nprint('started')\nprint('connected')\n"
+        "raw = pathlib.Path(sys.argv[2], sys.argv[1], 'raw'); raw.mkdir(parents=True)\n"
+        "(raw / 'file').write_text('x')\nprint('fetched', flush=True)\n"
+    )
+    monkeypatch.setattr(fetch, "_CHILD", code)
+    assert _fetch("MNIST", tmp_path / "root") is None
+    assert (tmp_path / "root" / "MNIST" / "raw" / "file").read_text() == "x"
+    assert [entry.name for entry in (tmp_path / "root").iterdir()] == ["MNIST"]
+
+
+def test_a_folder_that_cannot_be_made_is_a_reason_not_a_crash(tmp_path):
+    (tmp_path / "file").write_text("x")
+    assert "cannot write to" in _fetch("MNIST", tmp_path / "file" / "below")
+
+
+# npz and csv
+
+
+def _npz(path, **arrays):
+    np.savez(path, **arrays)
+    return str(path)
+
+
+def test_npz_classes_images_and_test_rows(tmp_path):
+    x = np.arange(6 * 4 * 4, dtype=np.uint8).reshape(6, 4, 4)
+    y = np.array(["cat", "dog", "cat", "eel", "dog", "eel"])
+    file = _npz(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x[:2], y_test=y[:2])
+    found = load(dataset=file)
+    assert found.x_train.dtype == torch.uint8 and found.image_shape == (4, 4)
+    assert found.classes == ("cat", "dog", "eel")
+    assert found.y_train.tolist() == [0, 1, 0, 2, 1, 2]
+    assert found.scaling(found.x_train).max() < 1
+
+
+def test_npz_float_target_is_regression_and_a_test_set_is_held_out(tmp_path):
+    x, y = np.random.rand(50, 3), np.random.rand(50)
+    found = load(dataset=_npz(tmp_path / "a.npz", x_train=x, y_train=y))
+    assert not found.is_classes and found.y_train.shape == (40, 1) and len(found.x_test) == 10
+    assert "held out" in found.notes[0]
+
+
+_X = np.random.default_rng(0).random((6, 2))
+_Y = np.array([0, 1, 0, 1, 0, 1])
+BAD_NPZ = {
+    "without_y": (dict(x_train=_X), "must hold x_train and y_train, got x_train"),
+    "other_rows": (dict(x_train=_X, y_train=_Y[:4]), "y_train must have 6 rows"),
+    "half_a_test_set": (dict(x_train=_X, y_train=_Y, x_test=_X), "x_test without y_test"),
+    "nan": (dict(x_train=_X * [[1, np.nan]], y_train=_Y), r"finite fp32 .* nan at \[0, 1\]"),
+    "too_large": (dict(x_train=_X * 1e300, y_train=_Y), "finite fp32"),
+    "strings": (dict(x_train=_X.astype(str), y_train=_Y), "must hold numbers"),
+    "one_class": (dict(x_train=_X, y_train=_Y * 0), "at least two classes"),
+    "objects": (dict(x_train=np.array([{}] * 6), y_train=_Y), "Python objects"),
+    "unknown_class": (
+        dict(x_train=_X, y_train=_Y, x_test=_X[:1], y_test=np.array([7])),
+        "classes of the training rows, got 7",
+    ),
+    "other_features": (
+        dict(x_train=_X, y_train=_Y, x_test=_X[:, :1], y_test=_Y),
+        r"rows of x_test must be \(2,\)",
+    ),
+    "no_rows": (dict(x_train=_X[:0], y_train=_Y[:0]), "at least one row"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_NPZ)
+def test_a_bad_npz_is_a_clear_error(tmp_path, case):
+    arrays, message = BAD_NPZ[case]
+    with pytest.raises(TrainError, match=message):
+        load(dataset=_npz(tmp_path / "a.npz", **arrays))
+
+
+def test_missing_truncated_and_foreign_npz_files_are_clear_errors(tmp_path):
+    with pytest.raises(TrainError, match="does not exist"):
+        load(dataset=str(tmp_path / "none.npz"))
+    whole = tmp_path / "a.npz"
+    _npz(whole, x_train=_X, y_train=_Y)
+    whole.write_bytes(whole.read_bytes()[:-40])
+    with pytest.raises(TrainError, match="truncated, corrupted or no .npz"):
+        load(dataset=str(whole))
+    (tmp_path / "text.npz").write_text("hello")
+    with pytest.raises(TrainError):
+        load(dataset=str(tmp_path / "text.npz"))
+
+
+def _csv(tmp_path, text: str) -> str:
+    path = tmp_path / "a.csv"
+    path.write_text(text)
+    return str(path)
+
+
+def _lines(target: str) -> str:
+    return "".join(f"{i},{i * 0.5},{target.format(i=i)}\n" for i in range(20))
+
+
+def test_csv_targets_are_classes_or_numbers(tmp_path):
+    floats = load(dataset=_csv(tmp_path, "a,b,price\n" + _lines("{i}.5")))
+    assert not floats.is_classes and floats.target == "price" and floats.features == ("a", "b")
+    text = "".join(f"{i},{'xy'[i % 2]}\n" for i in range(20))
+    assert load(dataset=_csv(tmp_path, "a,kind\n" + text)).classes == ("x", "y")
+    whole = _csv(tmp_path, "a,b,n\n" + _lines("{i}"))
+    assert load(dataset=whole).is_classes
+    assert not load(dataset=whole, loss="mse").is_classes
+    named = load(dataset=whole, target="b")
+    assert named.features == ("a", "n") and not named.is_classes
+
+
+BAD_CSV = {
+    "empty": ("", "must start with a header line"),
+    "only_a_header": ("a,b\n", "must have rows below"),
+    "no_header": ("1,2\n3,4\n", "line of column names"),
+    "nan": ("a,b\n1,2\nnan,3\n", "column 'a' must hold finite fp32 numbers, got nan in row 2"),
+    "hole": ("a,b\n1,2\n,3\n", "column 'a' must hold numbers, got an empty cell in row 2"),
+    "word": ("a,b\n1,2\nhello,3\n", "column 'a' must hold numbers, got hello in row 2"),
+    "short_row": ("a,b\n1,2\n3\n", "line 3: a row must have 2 values as the header, got 1"),
+    "twice": ("a,a\n1,2\n", "name each column once, got 'a' twice"),
+    "one_column": ("a\n1\n2\n", "must have a column besides"),
+    "hole_in_target": ("a,b\n1,2\n3,\n", "column 'b' must have a value in every row"),
+    "bytes": ("a,b\n\0\0", "must|csv"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CSV)
+def test_a_bad_csv_is_a_clear_error(tmp_path, case):
+    text, message = BAD_CSV[case]
+    with pytest.raises(TrainError, match=message):
+        load(dataset=_csv(tmp_path, text))
+
+
+def test_an_unknown_target_column_is_a_usage_error(tmp_path):
+    with pytest.raises(UsageError, match="--target must be a column of .*: a, b; got 'c'"):
+        load(dataset=_csv(tmp_path, "a,b\n1,2\n"), target="c")
+
+
+def test_integers_without_end_are_no_classes(tmp_path):
+    text = "a,n\n" + "".join(f"{i},{i * 7}\n" for i in range(2000))
+    with pytest.raises(TrainError, match="2000 different integers; .*--loss mse"):
+        tables.read_csv(_csv(tmp_path, text), None)
+
+
+# splits and scaling
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.5])
+def test_a_split_is_stratified_disjoint_complete_and_fixed(share):
+    labels = torch.cat([torch.full((n,), i) for i, n in enumerate((500, 60, 40))])
+    kept, held = data.hold_out(600, share, labels)
+    assert torch.equal(torch.cat([kept, held]).sort().values, torch.arange(600))
+    for label, count in enumerate((500, 60, 40)):
+        assert abs(int((labels[held] == label).sum()) - share * count) <= 1
+    assert torch.equal(held, data.hold_out(600, share, labels)[1])
+
+
+def test_a_validation_set_is_taken_from_the_training_rows():
+    made_data.need("sklearn")
+    whole, split = load(dataset="digits"), load(dataset="digits", val_split=0.25)
+    assert len(split.x_train) + len(split.x_val) == len(whole.x_train)
+    assert torch.equal(split.x_test, whole.x_test)
+
+
+def test_a_split_that_leaves_nothing_is_a_clear_error():
+    with pytest.raises(TrainError, match="leaves no rows on one side"):
+        data.hold_out(3, 0.01)
+
+
+def test_standardized_inputs_have_mean_0_and_deviation_1():
+    for made in (made_data.blobs(), made_data.pictures()):
+        scaled = data.standardized(made)
+        inputs = scaled.scaling(scaled.x_train)
+        by = None if made.image_shape else 0
+        mean = inputs.mean() if by is None else inputs.mean(by)
+        std = inputs.std(correction=0) if by is None else inputs.std(by, correction=0)
+        torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-5, rtol=0)
+        torch.testing.assert_close(std, torch.ones_like(std))
+
+
+def test_a_constant_feature_stays_finite_when_standardized():
+    made = made_data.blobs()
+    made.x_train[:, 0] = 3.0
+    scaled = data.standardized(made)
+    assert torch.isfinite(scaled.scaling(scaled.x_train)).all()
+
+
+def test_scaling_survives_its_way_through_json():
+    made = data.standardized(made_data.blobs())
+    again = data.Scaling.from_dict(made.scaling.to_dict())
+    assert torch.equal(again(made.x_train), made.scaling(made.x_train))
+
+
+def test_pixels_are_scaled_as_torchvision_does():
+    rows = torch.arange(256, dtype=torch.uint8).view(1, 256)
+    assert torch.equal(data.Scaling(255.0)(rows), rows.float().div(255))
+
+
+def test_orders_of_epochs_and_seeds_differ_and_repeat():
+    orders = [data.permutation(seed, epoch, 100) for seed in (0, 1) for epoch in (0, 1, 2)]
+    assert len({tuple(order.tolist()) for order in orders}) == 6
+    assert torch.equal(orders[4], data.permutation(1, 1, 100))
+    assert torch.equal(orders[0].sort().values, torch.arange(100))
+
+
+def test_gz_reading_needs_no_second_copy_of_the_file(tmp_path):
+    """The tensor is a view of the bytes that were read."""
+    content = bytearray(gzip.decompress(gzip.compress(made_data.idx_bytes(_PARTS[_IMAGES]))))
+    images = idx.parse(content, tmp_path / "x", "train images", 3)
+    content[16] ^= 1
+    assert images[0, 0, 0] == content[16]
