@@ -1,11 +1,11 @@
 """Whether a provider computes what its case says; what does not gets no number. Times nothing.
 
 Outputs and gradients are held against an fp64 oracle with the same mask, in relative Frobenius
-norm: at most 2 x plain PyTorch's own error + eps / 2, and 4 times that for PyTorch's other
-providers. It is a guard against another function; the test suite holds the error budget. Our mask
-is known. PyTorch's is read off its output, and its rate must be p within 5 sigma; behind several
-dropouts, where it cannot be read, loss and gradient norms must be near those of plain PyTorch with
-our mask.
+norm: at most 2 x plain PyTorch's own error + eps / 2 (2 eps for a few elements), and 4 times that
+for PyTorch's other providers. It is a guard against another function; the test suite holds the
+error budget. Our mask is known. PyTorch's is read off its output, and its rate must be p within
+5 sigma; behind several dropouts, where it cannot be read, loss and gradient norms must be near
+those of plain PyTorch with our mask.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def wrong(problem: Problem, provider: Provider) -> str | None:
         return _far_from_plain(got, _truth(problem)[1])
     slack = 1 if provider.ours else 4
     for name, t in got.items():
-        limit = slack * (2 * _error(plain[name], oracle[name]) + problem.eps / 2)
+        # Of a few elements plain PyTorch's own error may by chance be next to nothing.
+        rounding = problem.eps * (0.5 if t.numel() > 64 else 2)
+        limit = slack * (2 * _error(plain[name], oracle[name]) + rounding)
         if len(problem.case.layers) > 1:
             limit = max(limit, 1e-3)  # one hidden unit on the other side of relu's kink
         error = _error(t, oracle[name])

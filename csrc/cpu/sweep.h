@@ -23,28 +23,17 @@ static FN void sweep_draws(
     Op& op, const Draw& draw, const DrawRow& row, const DrawColumn* columns, VI threshold, int64_t i, int64_t end
 ) {
     const DrawRow rows[2] = {row, row};
-    VQ pair[D][4];
-    draw.draw<D>(rows, columns + i / kDraw, pair);
-    if (i + D * kDraw <= end) {
-        VM keep[D][4];
-#pragma GCC unroll 2
-        for (int d = 0; d < D; ++d) keep_masks(pair[d], threshold, keep[d]);
-        if constexpr (LIGHT) {
+    VI w[D][4];
+    draw.windows<D>(rows, columns + i / kDraw, w);
+    if (LIGHT && i + D * kDraw <= end) {
 #pragma GCC unroll 8
-            for (int j = 0; j < 4 * D; ++j) op.full(i + j * VL, keep[j / 4][j % 4]);
-        } else {
-#pragma GCC unroll 1
-            for (int j = 0; j < 4 * D; ++j) op.full(i + j * VL, keep[j / 4][j % 4]);
-        }
+        for (int j = 0; j < 4 * D; ++j)
+            op.full(i + j * VL, not_below(w[j / 4][j % 4], threshold));
     } else {
         alignas(64) uint32_t windows[D * kDraw];
-#pragma GCC unroll 2
-        for (int d = 0; d < D; ++d) {
-            VI w[4];
-            in_order(pair[d], w);
-            for (int j = 0; j < 4; ++j) store_bits(windows + d * kDraw + j * VL, w[j]);
-        }
-        sweep_drawn(op, windows, threshold, i, end);
+#pragma GCC unroll 8
+        for (int j = 0; j < 4 * D; ++j) store_bits(windows + j * VL, w[j / 4][j % 4]);
+        sweep_drawn(op, windows, threshold, i, end < i + D * kDraw ? end : i + D * kDraw);
     }
 }
 

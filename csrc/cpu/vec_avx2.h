@@ -103,11 +103,6 @@ FN void in_order(const VQ pair[4], VI out[4]) {
     out[2] = _mm256_permute2x128_si256(a, b, 0x31);
     out[3] = _mm256_permute2x128_si256(c, d, 0x31);
 }
-FN void keep_masks(const VQ pair[4], VI threshold, VM out[4]) {
-    VI w[4];
-    in_order(pair, w);
-    for (int i = 0; i < 4; ++i) out[i] = not_below(w[i], threshold);
-}
 FN void store_groups(uint32_t* out, const uint32_t* offset, const VI v[4]) {
     for (int i = 0; i < 4; ++i) store_bits(out + offset[i], v[i]);
 }

@@ -72,10 +72,13 @@ FN void store_bits(uint32_t* p, VI v) { _mm512_storeu_si512(p, v); }
 FN VI set1_bits(uint32_t v) { return _mm512_set1_epi32(int(v)); }
 FN VM not_below(VI w, VI threshold) { return _mm512_cmpge_epu32_mask(w, threshold); }
 
+// The lane order that makes in_order() cheap: lanes 0, 2, 4, 6 hold groups 0 to 3.
 FN VQ set1_q(uint64_t v) { return _mm512_set1_epi64((long long)v); }
-FN VQ lanes_q() { return _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7); }
+FN VQ lanes_q() { return _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7); }
 FN VQ load_q(const uint32_t* p) {
-    return _mm512_cvtepu32_epi64(_mm256_loadu_si256((const __m256i*)p));
+    return _mm512_permutexvar_epi64(
+        lanes_q(), _mm512_cvtepu32_epi64(_mm256_loadu_si256((const __m256i*)p))
+    );
 }
 FN VQ add_q(VQ a, VQ b) { return _mm512_add_epi64(a, b); }
 FN VQ mul_q(VQ a, VQ b) { return _mm512_mul_epu32(a, b); }
@@ -91,26 +94,14 @@ FN VQ pair_q(VQ w, VQ next) {
     return _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(w, twice), last, next, twice);
 }
 FN void in_order(const VQ pair[4], VI out[4]) {
-    // Groups 0 to 3 to the even lanes first, so that two sources make each output.
-    const VI even = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-    const VI p0 = _mm512_permutexvar_epi64(even, pair[0]), p1 = _mm512_permutexvar_epi64(even, pair[1]);
-    const VI p2 = _mm512_permutexvar_epi64(even, pair[2]), p3 = _mm512_permutexvar_epi64(even, pair[3]);
-    const VI a = _mm512_unpacklo_epi64(p0, p1), b = _mm512_unpacklo_epi64(p2, p3);
-    const VI c = _mm512_unpackhi_epi64(p0, p1), d = _mm512_unpackhi_epi64(p2, p3);
+    const VI a = _mm512_unpacklo_epi64(pair[0], pair[1]), b = _mm512_unpacklo_epi64(pair[2], pair[3]);
+    const VI c = _mm512_unpackhi_epi64(pair[0], pair[1]), d = _mm512_unpackhi_epi64(pair[2], pair[3]);
     const VI first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
     const VI second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
     out[0] = _mm512_permutex2var_epi64(a, first, b);
     out[1] = _mm512_permutex2var_epi64(a, second, b);
     out[2] = _mm512_permutex2var_epi64(c, first, d);
     out[3] = _mm512_permutex2var_epi64(c, second, d);
-}
-// Compared as they lie, then the bits put in order: fewer shuffles, which limit the loop.
-FN void keep_masks(const VQ pair[4], VI threshold, VM out[4]) {
-    const uint64_t bits = _pdep_u64(not_below(pair[0], threshold), 0x0303030303030303) |
-                          _pdep_u64(not_below(pair[1], threshold), 0x0c0c0c0c0c0c0c0c) |
-                          _pdep_u64(not_below(pair[2], threshold), 0x3030303030303030) |
-                          _pdep_u64(not_below(pair[3], threshold), 0xc0c0c0c0c0c0c0c0);
-    for (int i = 0; i < 4; ++i) out[i] = VM(bits >> (16 * i));
 }
 FN void store_groups(uint32_t* out, const uint32_t* offset, const VI v[4]) {
     for (int i = 0; i < 4; ++i) {

@@ -153,12 +153,6 @@ FN void in_order(const VQ pair[4], VI out[4]) {
         out[2 * lane + 1] = VI(VQ{pair[2][lane], pair[3][lane]});
     }
 }
-// The masks of the same, from the windows that are not below the threshold.
-FN void keep_masks(const VQ pair[4], VI threshold, VM out[4]) {
-    VI w[4];
-    in_order(pair, w);
-    for (int i = 0; i < 4; ++i) out[i] = not_below(w[i], threshold);
-}
 // Group i of v, 8 windows, to out + offset[i]; in ascending order, as they may overlap.
 FN void store_groups(uint32_t* out, const uint32_t* offset, const VI v[4]) {
     for (int i = 0; i < 4; ++i) store_bits(out + offset[i / 2] + 4 * (i % 2), v[i]);

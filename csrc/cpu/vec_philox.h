@@ -52,9 +52,9 @@ struct Draw {
     }
 
     // D draws side by side, as a round waits longer for its products than it computes.
-    // pair: of each, columns 2k and 2k + 1 of every lane's group in pair[k].
+    // out: 4 VL windows of each in column order.
     template <int D>
-    FN void draw(const DrawRow* row, const DrawColumn* column, VQ (*pair)[4]) const {
+    FN void windows(const DrawRow* row, const DrawColumn* column, VI (*out)[4]) const {
         const VQ m0 = set1_q(kPhiloxM0), m1 = set1_q(kPhiloxM1);
         VQ c0[D], c1[D], c2[D], c3[D];
 #pragma GCC unroll 4
@@ -77,10 +77,11 @@ struct Draw {
         }
 #pragma GCC unroll 4
         for (int d = 0; d < D; ++d) {
-            pair[d][0] = pair_q(c0[d], c1[d]);
-            pair[d][1] = pair_q(c1[d], c2[d]);
-            pair[d][2] = pair_q(c2[d], c3[d]);
-            pair[d][3] = pair_q(c3[d], c0[d]);
+            const VQ pair[4] = {
+                pair_q(c0[d], c1[d]), pair_q(c1[d], c2[d]), pair_q(c2[d], c3[d]),
+                pair_q(c3[d], c0[d])
+            };
+            in_order(pair, out[d]);
         }
     }
 };
@@ -91,17 +92,14 @@ static inline void draw_folded(const Draw& d, const cpu::Fold& f, int64_t flat_r
     for (int64_t q = 0; q < f.groups; q += VL) {
         DrawRow row[2];
         DrawColumn column[2];
-        VQ pair[2][4];
+        VI w[2][4];
         for (int i = 0; i < 2; ++i) {
             row[i] = d.row(add_q(first, load_q(f.row + q + i * (VL / 2))));
             column[i] = d.column(load_q(f.group + q + i * (VL / 2)));
         }
-        d.draw<2>(row, column, pair);
-        for (int i = 0; i < 2; ++i) {
-            VI w[4];
-            in_order(pair[i], w);
-            store_groups(out, f.offset + q + i * (VL / 2), w);
-        }
+        d.windows<2>(row, column, w);
+        store_groups(out, f.offset + q, w[0]);
+        store_groups(out, f.offset + q + VL / 2, w[1]);
     }
 }
 

@@ -141,7 +141,7 @@ def confusion(data: Data, outputs: Tensor) -> bytes:
     side = min(14.0, 2.5 + 0.55 * count)
     figure, axes = _figure(side + 1, side)
     axis = axes[0, 0]
-    picture = axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    picture = axis.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
     axis.set(
         xlabel="predicted",
         ylabel="true",
@@ -183,7 +183,8 @@ def scatter(data: Data, outputs: Tensor) -> bytes:
     axis = axes[0, 0]
     for column in range(true.shape[1]):
         label = f"output {column}" if true.shape[1] > 1 else None
-        axis.plot(true[:, column], predicted[:, column], ".", markersize=4, alpha=0.5, label=label)
+        values = true[:, column].numpy(), predicted[:, column].numpy()
+        axis.plot(*values, ".", markersize=4, alpha=0.5, label=label)
     ends = [float(true.min()), float(true.max())]
     axis.plot(ends, ends, color="black", linewidth=1)
     error = (true - predicted).square().mean().sqrt()

@@ -71,6 +71,7 @@ def cross_entropy_kernel(
         inside = inside_m[:, None] & (column < C)[None, :]
         at = z_ptr + row[:, None] * stride_zm + column[None, :] * stride_zc
         z = tl.load(at, mask=inside, other=float("-inf")).to(tl.float32)
+        z = tl.where(inside_m[:, None], z, 0.0)
         top = tl.max(z, axis=1)
         total = tl.sum(tl.exp(z - top[:, None]), axis=1)
         sum_z = tl.sum(tl.where(inside, z, 0.0), axis=1)
@@ -82,6 +83,7 @@ def cross_entropy_kernel(
             inside = inside_m[:, None] & (column < C)[None, :]
             at = z_ptr + row[:, None] * stride_zm + column[None, :] * stride_zc
             z = tl.load(at, mask=inside, other=float("-inf")).to(tl.float32)
+            z = tl.where(inside_m[:, None], z, 0.0)
             higher = tl.maximum(top, tl.max(z, axis=1))
             # A stretch of -inf only: nothing to add, and -inf - -inf would be NaN.
             base = tl.where(higher == float("-inf"), 0.0, higher)
