@@ -46,12 +46,11 @@ Tensor empty_vector(const char* op, int64_t n, int32_t dtype) { return empty(op,
 // A 2-D view of memory that `base` keeps alive, without autograd.
 Tensor view_2d(const char* op, const View& base, int64_t m, int64_t n, int64_t step_m, int64_t step_n) {
     const int64_t sizes[2] = {m, n}, strides[2] = {step_m, step_n};
-    int64_t offset = 0;
     AtenTensorHandle result = nullptr;
+    // The offset is added to that of the base.
     check_call(
-        aoti_torch_get_storage_offset(base.handle, &offset) ||
-            aoti_torch__reinterpret_tensor(base.handle, 2, sizes, strides, offset, &result),
-        op, "making a view"
+        aoti_torch__reinterpret_tensor(base.handle, 2, sizes, strides, 0, &result), op,
+        "making a view"
     );
     return Tensor(result);
 }

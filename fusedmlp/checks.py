@@ -80,6 +80,8 @@ def row_range(op: str, m: int, columns: int, row_offset: object) -> int:
     row_offset = int64(op, "row_offset", row_offset)
     if row_offset < 0:
         raise ValueError(f"{op}: row_offset must be >= 0, got {row_offset}")
+    if torch.compiler.is_compiling() or isinstance(m, torch.SymInt):
+        return row_offset  # A bound on a symbolic size would end up in the graph; kernels check.
     if m + row_offset > rng.TWO32:
         raise ValueError(
             f"{op}: rows + row_offset must be at most 2^32 for dropout, got {m} + {row_offset}"

@@ -27,7 +27,8 @@ def compute(dtype: torch.dtype) -> torch.dtype:
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast asks for on this device type, or None when autocast is off."""
-    if not torch.is_autocast_enabled(device_type):
+    # torch raises for a device type that has no autocast, such as meta.
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import activations, checks, differentiable, dispatch, dtypes, ops, rng
 from .autograd import BiasActDropout, LinearAct
@@ -87,6 +88,11 @@ def _in_functorch() -> bool:
     return torch._C._functorch.maybe_current_level() is not None
 
 
+def _transformed() -> bool:
+    """True where autograd.Function will not do: torch.func, and forward mode without it."""
+    return _in_functorch() or forward_ad._current_level >= 0
+
+
 def _call_state(op: str, like: Tensor, seed, stream, row_offset) -> tuple[Tensor, int, int]:
     """(state, layer, row_offset) for one functional call that drops."""
     stream = checks.int64(op, "stream", stream)
@@ -138,7 +144,7 @@ def run_linear_act(
     route = dispatch.select(
         "linear_act", device_type, x.dtype, act, threshold != 0, rows, k, n, backend
     )
-    if _in_functorch():
+    if _transformed():
         route = _functorch_route("linear_act", backend)
     if cast is not None:
         with torch.autocast(device_type, enabled=False):
@@ -179,7 +185,7 @@ def run_bias_act_dropout(
     route = dispatch.select(
         op, x.device.type, x.dtype, act, threshold != 0, rows, 0, columns, backend
     )
-    if _in_functorch():
+    if _transformed():
         route = _functorch_route(op, backend)
     return bias_act_dropout_on(route, args)
 
@@ -201,7 +207,7 @@ def _functorch_route(op: str, backend: str | None) -> str:
         return dispatch.EAGER
     raise dispatch.BackendError(
         f"{op}: backend {named!r} was asked for but cannot be used:\n"
-        "    inside torch.func transforms (vmap, grad, jvp, ...) only 'reference' runs"
+        "    inside torch.func transforms (vmap, grad, ...) and forward mode only 'reference' runs"
     )
 
 

@@ -82,7 +82,7 @@ def test_digits_are_learned_with_the_defaults(flags, wanted, seed, tmp_path):
 def test_the_defaults_are_the_first_mlp():
     made = TrainConfig()
     assert made.hidden == (256,) and made.activation == "relu" and made.dropout == (0.0,)
-    assert made.optimizer == "sgd" and made.learning_rate() == 0.1
+    assert made.optimizer == "sgd" and made.learning_rate("cross_entropy") == 0.1
     assert made.init == "normal" and made.init_std == 0.01 and made.dataset == "auto"
     images = data.resolved(made, made_data.pictures())
     assert (images.batch_size, images.epochs) == (256, 10)
@@ -212,7 +212,7 @@ def test_what_is_no_picture_is_named(trained_on_pictures, tmp_path, capsys):
 def test_csv_regression_from_flags_to_numbers(tmp_path, capsys):
     lines = [f"{i / 50},{(i * 7) % 13},{1000 + 20 * i}.0\n" for i in range(100)]
     (tmp_path / "a.csv").write_text("a,b,price\n" + "".join(lines))
-    flags = ("--dataset", "a.csv", "--standardize", "--epochs", "60", "--batch-size", "16")
+    flags = ("--dataset", "a.csv", "--standardize", "--epochs", "80", "--batch-size", "8")
     assert run("train", *flags, "--init", "default", "--out", "run", "--device", "cpu") == 0
     capsys.readouterr()
     assert run("predict", "run") == 0

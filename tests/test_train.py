@@ -131,7 +131,9 @@ def engine_for(net: FusedMLP, data, settings: TrainConfig):
     """The autograd engine on all of the data, before its first step."""
     cpu = torch.device("cpu")
     data = source.on_device(data, net, cpu)
-    task = step.Task(net.train(), model.optimizer_for(net, settings), "cross_entropy", cpu)
+    task = step.Task(
+        net.train(), model.optimizer_for(net, settings, "cross_entropy"), "cross_entropy", cpu
+    )
     task.x, task.y, task.scaling, task.seed = (
         data.x_train,
         data.y_train,

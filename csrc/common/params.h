@@ -73,4 +73,49 @@ int launch_bias_act_dropout_fwd(const BiasActDropoutFwdParams& p, ParallelFor pa
 int launch_bias_act_dropout_bwd(const BiasActDropoutBwdParams& p, ParallelFor parallel);
 
 }  // namespace cpu
+
+// y = drop(act(x w^T + b)), and h = x w^T where it is not null. Pointers and row strides are multiples
+// of 16 bytes, elements of a row are neighbours.
+struct LinearActParams {
+    void* y;           // (M, N)
+    void* h;           // (M, N) or null
+    const void* x;     // (M, K)
+    const void* w;     // (N, K)
+    int64_t x_stride;  // elements from row to row
+    int64_t w_stride;  //
+    int64_t k;         // K
+    EpilogueParams e;  //
+};
+
+// loss = mean over rows of the cross-entropy of softmax(x) with the smoothed target, and its gradient.
+// A target outside of [0, C) makes the loss and its row of dx NaN.
+struct CrossEntropyParams {
+    void* loss;             // () fp32
+    void* dx;               // (M, C) of dtype, or null
+    const void* x;          // (M, C) logits
+    const int64_t* target;  // (M,)
+    float smoothing;        // label smoothing, in [0, 1]
+    Dtype dtype;            //
+    int64_t rows;           // M
+    int64_t cols;           // C
+};
+
+namespace cuda {
+
+// Launchers return a cudaError_t, 0 on success; stream is a cudaStream_t. They only enqueue. What
+// they need of scratch memory, in floats, comes from the function beside them.
+
+int launch_bias_act_dropout_fwd(const BiasActDropoutFwdParams& p, void* stream);
+
+int64_t bias_act_dropout_bwd_scratch(const BiasActDropoutBwdParams& p);
+int launch_bias_act_dropout_bwd(const BiasActDropoutBwdParams& p, float* scratch, void* stream);
+
+// Whether the tensor-core kernel takes the call: dtype, alignment, and a size it is meant for.
+bool linear_act_takes(const LinearActParams& p);
+int launch_linear_act(const LinearActParams& p, void* stream);
+
+int64_t cross_entropy_scratch(const CrossEntropyParams& p);
+int launch_cross_entropy(const CrossEntropyParams& p, float* scratch, void* stream);
+
+}  // namespace cuda
 }  // namespace fusedmlp

@@ -84,9 +84,14 @@ FN VQ lanes_q() { return _mm256_setr_epi64x(0, 1, 2, 3); }
 FN VQ load_q(const uint32_t* p) { return _mm256_cvtepu32_epi64(_mm_loadu_si128((const __m128i*)p)); }
 FN VQ add_q(VQ a, VQ b) { return _mm256_add_epi64(a, b); }
 FN VQ mul_q(VQ a, VQ b) { return _mm256_mul_epu32(a, b); }
-FN VQ high_q(VQ a) { return _mm256_srli_epi64(a, 32); }
+FN VQ high_q(VQ a) { return _mm256_shuffle_epi32(a, 0xf5); }
 FN VQ xor_q(VQ a, VQ b) { return _mm256_xor_si256(a, b); }
-FN VQ xor_q(VQ a, VQ b, VQ c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
+FN VQ xor_q(VQ a, VQ b, VQ c) {
+    VQ known = _mm256_xor_si256(b, c);
+    // a comes last and is waited for; gcc would put a key after it.
+    asm("" : "+x"(known));
+    return _mm256_xor_si256(a, known);
+}
 
 FN VQ pair_q(VQ w, VQ next) {
     const VI twice = _mm256_setr_epi8(

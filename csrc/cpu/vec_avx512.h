@@ -82,7 +82,7 @@ FN VQ load_q(const uint32_t* p) {
 }
 FN VQ add_q(VQ a, VQ b) { return _mm512_add_epi64(a, b); }
 FN VQ mul_q(VQ a, VQ b) { return _mm512_mul_epu32(a, b); }
-FN VQ high_q(VQ a) { return _mm512_srli_epi64(a, 32); }
+FN VQ high_q(VQ a) { return _mm512_shuffle_epi32(a, _MM_PERM_DDBB); }
 FN VQ xor_q(VQ a, VQ b) { return _mm512_xor_si512(a, b); }
 FN VQ xor_q(VQ a, VQ b, VQ c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
 

@@ -139,7 +139,7 @@ FN VQ mul_q(VQ a, VQ b) {
 }
 FN VQ high_q(VQ a) { return a >> 32; }
 FN VQ xor_q(VQ a, VQ b) { return a ^ b; }
-FN VQ xor_q(VQ a, VQ b, VQ c) { return a ^ b ^ c; }
+FN VQ xor_q(VQ a, VQ b, VQ c) { return a ^ (b ^ c); }
 
 // Both windows of a word: w below, (w >> 16) | (next << 16) above. All 64 bits count.
 FN VQ pair_q(VQ w, VQ next) {

@@ -57,7 +57,7 @@ struct Draw {
     FN void windows(const DrawRow* row, const DrawColumn* column, VI (*out)[4]) const {
         const VQ m0 = set1_q(kPhiloxM0), m1 = set1_q(kPhiloxM1);
         VQ c0[D], c1[D], c2[D], c3[D];
-#pragma GCC unroll 4
+#pragma GCC unroll 16
         for (int d = 0; d < D; ++d) {
             c1[d] = mul_q(xor_q(column[d].c2, row[d].high), m1);
             c0[d] = xor_q(high_q(c1[d]), column[d].c0);
@@ -66,7 +66,7 @@ struct Draw {
         }
 #pragma GCC unroll 16
         for (int i = 3; i < kPhiloxRounds; ++i) {
-#pragma GCC unroll 4
+#pragma GCC unroll 16
             for (int d = 0; d < D; ++d) {
                 const VQ p0 = mul_q(c0[d], m0), p1 = mul_q(c2[d], m1);
                 c0[d] = xor_q(high_q(p1), c1[d], k0[i]);
@@ -75,7 +75,7 @@ struct Draw {
                 c3[d] = p0;
             }
         }
-#pragma GCC unroll 4
+#pragma GCC unroll 16
         for (int d = 0; d < D; ++d) {
             const VQ pair[4] = {
                 pair_q(c0[d], c1[d]), pair_q(c1[d], c2[d]), pair_q(c2[d], c3[d]),

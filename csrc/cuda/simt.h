@@ -19,6 +19,8 @@
 #define FUSEDMLP_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define FUSEDMLP_UNROLL _Pragma("unroll")
 #define FUSEDMLP_NO_UNROLL _Pragma("unroll 1")
+#define FUSEDMLP_UNROLL_BY(n) FUSEDMLP_PRAGMA(unroll n)
+#define FUSEDMLP_PRAGMA(text) _Pragma(#text)
 
 namespace fusedmlp::cuda {
 
@@ -31,6 +33,9 @@ FUSEDMLP_DEVICE void sync_block() { __syncthreads(); }
 FUSEDMLP_DEVICE void sync_warp() { __syncwarp(); }
 FUSEDMLP_DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
 FUSEDMLP_DEVICE uint64_t multiply_high(uint64_t a, uint64_t b) { return __umul64hi(a, b); }
+
+// Hides where v comes from, so that nothing made of it is kept in registers over a loop.
+FUSEDMLP_DEVICE void forget_origin(uint64_t& v) { asm volatile("" : "+l"(v)); }
 
 // Every access to global memory goes through these two (and cp_async16 of mma.h).
 template <class V>

@@ -145,7 +145,7 @@ Exchange exchange(const void* mine, size_t bytes) {
     Exchange all;
     for (size_t lane = 0; lane < 32; ++lane) {
         const Fiber& other = fibers[first + lane];
-        if (((other.collectives - 1) & 1) != place && other.collectives != f.collectives + 1)
+        if (other.collectives != f.collectives && other.collectives != f.collectives + 1)
             fail(kLaunchFailure, "the threads of a warp are at different collectives");
         all.lane[lane] = other.handed_in[place];
     }
@@ -225,7 +225,7 @@ EXPORT void fusedmlp_emulation_set(int order, int late) {
     fusedmlp::emulation::late_copies = late != 0;
 }
 
-// Names memory that kernels may use; n = 0 bytes at null forgets all of it.
+// Names memory that kernels may use; null forgets all of it.
 EXPORT void fusedmlp_emulation_memory(const void* at, int64_t bytes, int writable) {
     if (!at) return fusedmlp::emulation::ranges.clear();
     const auto begin = reinterpret_cast<uintptr_t>(at);

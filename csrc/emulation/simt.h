@@ -19,6 +19,7 @@
 #define FUSEDMLP_KERNEL(threads, blocks) void
 #define FUSEDMLP_UNROLL
 #define FUSEDMLP_NO_UNROLL
+#define FUSEDMLP_UNROLL_BY(n)
 
 namespace fusedmlp::cuda {
 
@@ -75,6 +76,8 @@ FUSEDMLP_DEVICE float shuffle_xor(float v, int mask) {
 FUSEDMLP_DEVICE uint64_t multiply_high(uint64_t a, uint64_t b) {
     return uint64_t((static_cast<unsigned __int128>(a) * b) >> 64);
 }
+
+FUSEDMLP_DEVICE void forget_origin(uint64_t&) {}
 
 template <class V>
 FUSEDMLP_DEVICE V load(const V* at) {

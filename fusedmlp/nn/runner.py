@@ -119,7 +119,9 @@ def _run_stretch(stretch: Stretch, x, masks: Masks):
         if p != 0:
             if not 0 < p <= 1:
                 return _run_plain(stretch, x)  # F.dropout says what is wrong.
-            threshold, scale = rng.threshold_and_scale(float(p))
+            if stretch.dropping[0] != p:
+                stretch.dropping = p, *rng.threshold_and_scale(float(p))
+            _, threshold, scale = stretch.dropping
     if act == _NONE and threshold == 0:
         stretch.memo = None
         return _run_plain(stretch, x)
@@ -181,8 +183,10 @@ def _can_run(x, w, b, act: int, slope, *, traced: bool) -> bool:
     if type(x) not in _TENSORS or x.dtype not in dtypes.SUPPORTED or x.layout != torch.strided:
         return False
     device = x.device
+    if device.type == "meta":
+        return False
     cast = dtypes.autocast_dtype(device.type) if traced else None
-    if device.type == "meta" or (cast is not None and x.dtype == torch.float64):
+    if cast is not None and x.dtype == torch.float64:
         return False
     if act == _SOFTPLUS and cast is not None and device.type != "cpu":
         return False  # Autocast runs softplus in fp32 there.

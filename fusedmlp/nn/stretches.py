@@ -97,6 +97,7 @@ class Stretch:
     index       position of the first one among the children
     modules     all of them, in order
     act, alpha  of the op
+    dropping    (p, threshold, scale) of the last call that dropped
     memo        (what a call was like, the backend that suits it or None for plain PyTorch)
     """
 
@@ -105,6 +106,7 @@ class Stretch:
         "activation",
         "alpha",
         "dropout",
+        "dropping",
         "index",
         "linear",
         "memo",
@@ -116,6 +118,7 @@ class Stretch:
         self.modules = [m for m in (linear, activation, dropout) if m is not None]
         self.linear, self.activation, self.dropout = linear, activation, dropout
         self.act, self.alpha = act, alpha
+        self.dropping = 0.0, 0, 1.0
         self.memo = None
 
     @property

@@ -38,7 +38,7 @@ class TrainConfig:
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """update rule"""
     lr: float | None = None
-    """learning rate; default 0.1 for sgd, 0.001 for adamw"""
+    """learning rate; default 0.1 for sgd (0.01 with mse), 0.001 for adamw"""
     momentum: float = 0.0
     """momentum of sgd"""
     weight_decay: float = 0.0
@@ -91,8 +91,11 @@ class TrainConfig:
     def dropout_per_layer(self) -> tuple[float, ...]:
         return self.dropout * len(self.hidden) if len(self.dropout) == 1 else self.dropout
 
-    def learning_rate(self) -> float:
-        return self.lr if self.lr is not None else {"sgd": 0.1, "adamw": 1e-3}[self.optimizer]
+    def learning_rate(self, loss: str) -> float:
+        """loss: cross_entropy or mse, whose gradient grows with the error and needs shorter steps."""
+        if self.lr is not None:
+            return self.lr
+        return 1e-3 if self.optimizer == "adamw" else {"cross_entropy": 0.1, "mse": 0.01}[loss]
 
     def replace(self, **changes) -> "TrainConfig":
         return dataclasses.replace(self, **changes)

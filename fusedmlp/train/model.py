@@ -83,18 +83,12 @@ def shape_of(model: FusedMLP) -> dict | None:
     return {"dims": dims_of(model), "activation": hidden.pop(), "dropout": dropout[:-1]}
 
 
-def optimizer_for(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def optimizer_for(model: nn.Module, config: TrainConfig, loss: str) -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
+    settings = {"lr": config.learning_rate(loss), "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(
-            parameters, lr=config.learning_rate(), weight_decay=config.weight_decay
-        )
-    return torch.optim.SGD(
-        parameters,
-        lr=config.learning_rate(),
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-    )
+        return torch.optim.AdamW(parameters, **settings)
+    return torch.optim.SGD(parameters, momentum=config.momentum, **settings)
 
 
 def predict(model: nn.Module, x: Tensor, scaling: Scaling, precision: str = "fp32") -> Tensor:

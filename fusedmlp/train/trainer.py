@@ -126,14 +126,15 @@ def _check_world(config: TrainConfig, world: World, data) -> None:
 def _prepare(model, given, config, device, world, stop, progress) -> Run:
     model.to(device)
     data = given
-    task = step.Task(model, optimizer_for(model, config), config.loss, device)
-    task.precision, task.seed, task.world = config.precision, config.seed, world
     if isinstance(given, Data):
         data = source.on_device(given, model, device)
-        task.x, task.y, task.scaling = data.x_train, data.y_train, data.scaling
-        task.loss = "cross_entropy" if data.is_classes else "mse"
+        loss, scaling = "cross_entropy" if data.is_classes else "mse", data.scaling
     else:
-        task.scaling, task.loss = source.of_loader(given, model, config)
+        scaling, loss = source.of_loader(given, model, config)
+    task = step.Task(model, optimizer_for(model, config, loss), loss, device, scaling=scaling)
+    task.precision, task.seed, task.world = config.precision, config.seed, world
+    if isinstance(given, Data):
+        task.x, task.y = data.x_train, data.y_train
     torch.manual_seed(rng_seed(config, world, 0))
     about = finish.describe(model, data)
     return Run(config, world, task, step.choose(config.engine, task), data, progress, stop, about)

@@ -69,5 +69,6 @@ def _capability(index: int) -> configs.Target:
 
 
 def capability(t: Tensor) -> configs.Target:
-    """What tiles are chosen for: the device of t, or in the interpreter a Hopper GPU."""
-    return _capability(t.device.index) if t.is_cuda else configs.target(90)
+    """What tiles are chosen for: the device of t; in the interpreter a Hopper GPU, but with one
+    multiprocessor, as it runs one program at a time."""
+    return _capability(t.device.index) if t.is_cuda else configs.target(90, 1)

@@ -1,0 +1,457 @@
+"""FusedSequential: the numbers of its modules one by one, whatever happens to them or around them."""
+
+import pytest
+import torch
+import torch._dynamo
+from torch import nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+import fusedmlp
+from fusedmlp import FusedLinear, FusedMLP, FusedSequential, dispatch, fuse, surgery
+from fusedmlp.nn import ReLUSquared
+
+from .nets import SEED, assert_same, by_hand, in_state, mlp, on_backend, ops_called  # noqa: F401
+
+ACTIVATIONS = [
+    nn.ReLU(),
+    nn.ReLU(inplace=True),
+    nn.LeakyReLU(0.2),
+    nn.LeakyReLU(-0.1),
+    nn.PReLU(),
+    nn.PReLU(16),
+    nn.ELU(),
+    nn.Sigmoid(),
+    nn.Tanh(),
+    nn.Softplus(),
+    nn.GELU(),
+    nn.GELU("tanh"),
+    nn.SiLU(),
+    ReLUSquared(),
+]
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS, ids=repr)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
+def test_every_activation_is_fused_and_equal(act, bias, backend):
+    net = nn.Sequential(nn.Linear(6, 16, bias=bias), act, nn.Dropout(0.5), nn.Linear(16, 3))
+    fused = fuse(net)
+    assert len(fused.report().fused) == 1
+    assert_same(net, fused, torch.randn(5, 6))
+
+
+@pytest.mark.parametrize(
+    "modules, ops",
+    [
+        ([nn.Linear(6, 6), nn.ReLU()], 1),
+        ([nn.Linear(6, 6), nn.Dropout(0.5)], 1),
+        ([nn.ReLU(), nn.Dropout(0.5)], 1),
+        ([nn.Dropout(0.5)], 1),
+        ([nn.Linear(6, 6)], 0),
+        ([nn.ReLU()], 0),
+        ([nn.Dropout(0.5), nn.ReLU()], 1),
+        ([nn.ReLU(), nn.Identity(), nn.Dropout(0.5)], 1),
+        ([nn.ReLU(), nn.ReLU(), nn.Dropout(0.5)], 1),
+        ([], 0),
+    ],
+    ids=lambda v: "-".join(type(m).__name__ for m in v) if isinstance(v, list) else "",
+)
+def test_any_part_of_a_stretch_may_be_missing(modules, ops, backend):
+    net = nn.Sequential(*modules)
+    fused = fuse(net)
+    assert len(fused.report().fused) == ops
+    torch.testing.assert_close(in_state(fused, torch.ones(5, 6)), by_hand(net, torch.ones(5, 6)))
+
+
+@pytest.mark.parametrize("shape", [(6,), (0, 6), (1, 6), (2, 3, 6)])
+def test_any_leading_shape(shape, backend):
+    net = mlp()
+    torch.testing.assert_close(in_state(fuse(net), x := torch.randn(shape)), by_hand(net, x))
+
+
+def test_flatten_in_between(backend):
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), *mlp()).train()
+    net[2] = nn.Linear(2 * 4 * 4, 16)
+    x = torch.randn(3, 1, 6, 6)
+    torch.testing.assert_close(in_state(fuse(net), x), by_hand(net, x))
+
+
+# Everything is looked at in each call.
+
+
+def test_changes_are_seen_at_the_next_call(backend):
+    net, x = fuse(mlp()), torch.randn(4, 6)
+
+    def check(fused, *layers):
+        assert len(net.report().fused) == fused
+        torch.testing.assert_close(in_state(net, x), by_hand(net, x, layers))
+
+    check(2, 0, 1)
+    net[1] = nn.Tanh()
+    check(2, 0, 1)
+    net[1].__class__ = nn.Sigmoid
+    check(2, 0, 1)
+    net[1] = nn.ELU()
+    check(2, 0, 1)
+    net[1].alpha = 3.0
+    check(2, 1, 2)  # Linear / ELU / Dropout
+    net[1] = nn.LeakyReLU()
+    check(2, 0, 1)
+    net[1].negative_slope = 0.7
+    check(2, 0, 1)
+    net[2].p = 0.25
+    check(2, 0, 1)
+    net[2].eval()
+    check(2, 1)
+    net.eval()
+    check(2)
+    net[2].train()
+    check(2, 0)
+    net[2].p = 0
+    check(2)
+    net[2].p = 0.5
+    net.train()
+    net[0].weight = nn.Parameter(torch.randn(16, 6))
+    check(2, 0, 1)
+    net[0] = nn.Linear(6, 16, bias=False)
+    check(2, 0, 1)
+    handle = net[0].register_forward_hook(lambda m, a, y: 2 * y)
+    check(2, 0, 1)
+    handle.remove()
+    net[3].forward = lambda t: t[:, :9]
+    check(2, 0, 1)
+    del net[3].forward
+    parametrizations.weight_norm(net[0])
+    check(2, 0, 1)
+    net[2] = nn.Identity()
+    check(1, 0)
+
+
+def test_a_child_hooked_after_a_call_is_called(backend):
+    net, x, seen = fuse(mlp()), torch.randn(4, 6), []
+    net(x)
+    net[1].register_forward_hook(lambda m, a, y: seen.append(y.shape))
+    net(x)
+    assert seen == [(4, 16)]
+
+
+def test_small_calls_without_dropout_see_changes_too():
+    """Such calls go to the modules at once when the last one did."""
+    net, x = fuse(mlp()).eval(), torch.randn(4, 6)
+    for _ in range(3):
+        assert ops_called(lambda: net(x)) == set()
+    net[2].train()
+    assert ops_called(lambda: net(x)) == {"fusedmlp::linear_act_infer"} or net(x).requires_grad
+    torch.testing.assert_close(in_state(net, x), by_hand(net, x))
+    net[2].eval()
+    net(x), net(x)
+    with fusedmlp.use_backend("reference"):
+        assert ops_called(lambda: net(x.requires_grad_())) == {"fusedmlp::linear_act_infer"}
+    net[1] = nn.Dropout(0.5)
+    torch.testing.assert_close(in_state(net, x), by_hand(net, x))
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.ELU, nn.Softplus, nn.LeakyReLU, ReLUSquared, nn.GELU])
+@pytest.mark.parametrize("drop", [[], [nn.Dropout(0.5)], [nn.Dropout(0.5, inplace=True)]], ids=len)
+def test_a_module_that_works_in_place_may_follow(act, drop, backend):
+    """The op keeps its output where PyTorch would not, and nn.Hardtanh writes into it."""
+    net = nn.Sequential(nn.Linear(6, 6), act(), *drop, nn.Hardtanh(-0.5, 0.5, inplace=True))
+    x = torch.randn(5, 6)
+    try:
+        net(x).sum().backward()
+    except RuntimeError:
+        pytest.skip("plain PyTorch cannot do it either")
+    fuse(net)(x).sum().backward()
+
+
+def test_in_place_on_the_input_is_kept(backend):
+    net = nn.Sequential(nn.ReLU(inplace=True), nn.Dropout(0.5))
+    x = torch.randn(4, 6)
+    fuse(net).eval()(x)
+    assert (x >= 0).all()
+
+
+# Inputs that no op takes.
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules")
+@pytest.mark.parametrize(
+    "dtype, device",
+    [(torch.float64, "cpu"), (torch.complex64, "cpu"), (torch.float32, "meta")],
+    ids=str,
+)
+def test_automatic_choice_does_what_plain_pytorch_can(dtype, device):
+    net = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).to(device, dtype)
+    x = torch.randn(4, 6, dtype=torch.float32).to(device, dtype)
+    y = fuse(net)(x)
+    assert y.dtype == dtype and y.device.type == device and y.shape == (4, 3)
+    if device != "meta":
+        assert torch.equal(y, net(x))
+
+
+def test_a_named_backend_refuses_what_it_cannot_do(device):
+    if dispatch._BY_NAME["native"].refuses(device, torch.float32):
+        pytest.skip("native cannot run here")
+    net = fuse(mlp()).double()
+    with fusedmlp.use_backend("native"), pytest.raises(fusedmlp.BackendError, match="fp64"):
+        net(torch.randn(4, 6, dtype=torch.float64))
+    assert net(torch.randn(4, 6, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_errors_are_those_of_the_modules(backend):
+    net = fuse(mlp())
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        net(torch.randn(4, 5))
+    with pytest.raises(TypeError):
+        net(None)
+    net[2].p = 1.5
+    with pytest.raises(ValueError, match="dropout probability"):
+        net(torch.randn(4, 6))
+
+
+def test_tuples_integers_and_other_inputs_flow_through(backend):
+    class Second(nn.Module):
+        def forward(self, pair):
+            return pair[1]
+
+    net = fuse(nn.Sequential(Second(), nn.Embedding(10, 6), nn.Linear(6, 4), nn.ReLU()))
+    assert net((None, torch.arange(3))).shape == (3, 4)
+    assert fuse(nn.Sequential())("as it is") == "as it is"
+
+
+def test_subclasses_of_tensor_go_to_the_modules():
+    class Tagged(torch.Tensor):
+        pass
+
+    net = fuse(mlp()).eval()
+    y = net(torch.randn(4, 6).as_subclass(Tagged))
+    assert type(y) is Tagged
+    sparse = torch.eye(6).to_sparse()
+    assert fuse(nn.Sequential(nn.Linear(6, 4), nn.ReLU()))(sparse).shape == (6, 4)
+
+
+# Masks.
+
+
+def test_one_seed_a_forward_and_none_without_dropout(backend):
+    net, x = fuse(mlp()), torch.randn(4, 6)
+    torch.manual_seed(1)
+    a = net(x)
+    torch.manual_seed(1)
+    assert torch.equal(a, net(x)) and not torch.equal(a, net(x))
+    net.eval()
+    before = torch.get_rng_state()
+    net(x)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_layers_go_on_counting_through_nested_containers(backend):
+    flat, x = mlp(), torch.randn(4, 6)
+    for nested in (
+        nn.Sequential(flat[:3], *flat[3:]),
+        nn.Sequential(nn.Sequential(nn.Sequential(flat[:3])), flat[3:]),
+    ):
+        torch.testing.assert_close(in_state(fuse(nested), x), by_hand(flat, x))
+    by_hand_nested = FusedSequential(FusedSequential(*flat[:3]), FusedSequential(*flat[3:]))
+    torch.testing.assert_close(in_state(by_hand_nested, x), by_hand(flat, x))
+    hooked = fuse(nn.Sequential(flat[:3], flat[3:]))
+    hooked[1].register_forward_hook(lambda *a: None)
+    torch.testing.assert_close(in_state(hooked, x), by_hand(flat, x))
+    mixed = FusedSequential(FusedLinear(6, 16, dropout=0.5), *flat[3:])
+    mixed[0].load_state_dict(flat[0].state_dict(), strict=False)
+    torch.testing.assert_close(in_state(mixed, x), by_hand(flat, x))
+
+
+def test_containers_of_one_model_have_layers_of_their_own(backend):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = mlp(), mlp()
+
+        def forward(self, x):
+            return self.a(x), self.b(x)
+
+    model, x = fuse(Two()), torch.randn(4, 6)
+    a, b = in_state(model, x)
+    torch.testing.assert_close(a, by_hand(model.a, x))
+    torch.testing.assert_close(b, by_hand(model.b, x, (3, 4)))
+    assert surgery.number_layers(model, 10) == 16 and model.b.first_layer == 13
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("part", ["whole", "inner"])
+def test_checkpointing_recomputes_the_same_masks(part, reentrant, backend):
+    class Checkpointed(nn.Sequential):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=reentrant)
+
+    torch.manual_seed(2)
+    inner = fuse(mlp())
+    plain = FusedSequential(nn.Linear(6, 6), nn.Dropout(0.5), Checkpointed(inner)[0])
+    again = FusedSequential(plain[0], plain[1], Checkpointed(inner))
+    outer = Checkpointed(plain) if part == "whole" else again
+
+    def run(f):
+        """Separate containers draw separate seeds, so `plain` has to call inner as `again` does."""
+        torch.manual_seed(2)
+        x = torch.ones(4, 6, requires_grad=True)
+        f.zero_grad()
+        y = f(x)
+        y.square().sum().backward()
+        return [y, x.grad, *(p.grad for p in f.parameters())]
+
+    plain[2] = nn.Sequential(inner)
+    torch.testing.assert_close(run(outer), run(plain))
+
+
+def test_double_backward(backend):
+    net = fuse(mlp(act=nn.Tanh)).double() if backend == "reference" else fuse(mlp(act=nn.Tanh))
+    x = torch.randn(4, 6, dtype=net[0].weight.dtype, requires_grad=True)
+    grad = [
+        torch.autograd.grad(f(x).square().sum(), x, create_graph=True)[0]
+        for f in (lambda t: in_state(net, t), lambda t: by_hand(net, t))
+    ]
+    leaves = [x, net[0].weight]
+    torch.testing.assert_close(
+        torch.autograd.grad(grad[0].square().sum(), leaves),
+        torch.autograd.grad(grad[1].square().sum(), leaves),
+    )
+
+
+# What PyTorch wraps around a module.
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiled_in_one_graph_with_the_masks_of_eager(compiler, backend):
+    net = nn.Sequential(
+        mlp(act=nn.ReLU), nn.BatchNorm1d(3), nn.Linear(3, 8), nn.PReLU(), nn.Dropout(0.3)
+    )
+    net = fuse(net)
+    x = torch.randn(8, 6, requires_grad=True)
+
+    def run(f):
+        torch.manual_seed(3)
+        y = f(x)
+        return [y, *torch.autograd.grad(y.square().sum(), [x, *net.parameters()])]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend=compiler, fullgraph=True)
+    got, want = run(compiled), run(net)
+    assert torch.equal(got[0] == 0, want[0] == 0)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    net.eval()
+    torch.testing.assert_close(compiled(x), net(x))
+
+
+def test_the_list_operations_of_a_sequential():
+    net, x = fuse(mlp()), torch.randn(4, 6)
+    assert type(net[:3]) is FusedSequential and net[:3][0] is net[0]
+    assert type(FusedMLP(6, [4], 3)[1:]) is FusedSequential
+    assert len(net + net) == 14 and type(net + net) is FusedSequential
+    assert len(net * 2) == 14 and type(net * 2) is FusedSequential
+    whole = net[:3] + net[3:]
+    assert torch.equal(in_state(whole, x), in_state(net, x))
+    net.append(nn.Dropout(0.5)).insert(0, nn.Identity())
+    torch.testing.assert_close(in_state(net, x), by_hand(net, x, (0, 1, 2)))
+    del net[0]
+    net.pop(-1)
+    assert len(net) == 7 and [type(m) for m in net] == [type(m) for m in mlp()]
+
+
+def test_global_hooks_see_every_module(backend):
+    net, seen = fuse(mlp()), []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, a, y: seen.append(m))
+    try:
+        net(torch.randn(4, 6))
+        assert "global module hook" in str(net.report())
+    finally:
+        handle.remove()
+    assert seen == [*net, net]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_exported_with_any_batch_size(training, strict, backend):
+    net, batch = fuse(mlp()).train(training), torch.export.Dim("batch")
+    shapes = ({0: batch},)
+    program = torch.export.export(net, (torch.randn(4, 6),), strict=strict, dynamic_shapes=shapes)
+    x = torch.randn(9, 6)
+    torch.manual_seed(1)
+    got = program.module()(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(got, net(x))
+
+
+def test_under_autocast(backend, device):
+    net, x = fuse(mlp()), torch.randn(4, 6)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        got, want = in_state(net, x), by_hand(net, x)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, want)
+    got.float().sum().backward()
+    assert net[0].weight.grad.dtype == torch.float32
+
+
+def test_autocast_of_a_slope_alone_is_left_to_the_module():
+    net = fuse(nn.Sequential(nn.PReLU(), nn.Dropout(0.5)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert net(torch.randn(4, 6)).dtype == nn.PReLU()(torch.randn(4, 6)).dtype
+
+
+@pytest.mark.parametrize("named", [None, "reference"])
+def test_torch_func(named):
+    net, x = fuse(mlp()), torch.randn(4, 6)
+    params = dict(net.named_parameters())
+    with fusedmlp.use_backend(named), fusedmlp.dropout_state(SEED):
+        got = grad(lambda p: functional_call(net, p, (x,)).sum())(params)
+        want = torch.autograd.grad(net(x).sum(), list(params.values()))
+        torch.testing.assert_close(tuple(got.values()), want)
+        params, _ = stack_module_state([net, fuse(mlp())])
+        both = vmap(lambda p: functional_call(net, p, (x,)))(params)
+        torch.testing.assert_close(both[0], net(x))
+
+
+def test_torch_func_obeys_randomness():
+    net, x = fuse(nn.Sequential(nn.Dropout(0.5))), torch.ones(2, 1, 64)
+    same = vmap(net, randomness="same")(x)
+    assert torch.equal(same[0], same[1])
+    different = vmap(net, randomness="different")(x)
+    assert not torch.equal(different[0], different[1])
+    with pytest.raises(RuntimeError, match="random"):
+        vmap(net)(x)
+
+
+def test_a_named_kernel_backend_refuses_torch_func():
+    net = fuse(mlp())
+    if dispatch._BY_NAME["native"].refuses("cpu", torch.float32):
+        pytest.skip("native cannot run here")
+    with fusedmlp.use_backend("native"), pytest.raises(fusedmlp.BackendError, match="torch.func"):
+        vmap(net.eval())(torch.randn(4, 1, 6))
+
+
+def test_forward_mode_derivatives():
+    net, x, dx = fuse(mlp(act=nn.Tanh)), torch.randn(4, 6), torch.randn(4, 6)
+    with forward_ad.dual_level():
+        got = forward_ad.unpack_dual(in_state(net, forward_ad.make_dual(x, dx))).tangent
+        want = forward_ad.unpack_dual(by_hand(net, forward_ad.make_dual(x, dx))).tangent
+    torch.testing.assert_close(got, want)
+
+
+def test_traced_by_fx_as_its_modules():
+    net, x = fuse(mlp()).eval(), torch.randn(4, 6)
+    graph = torch.fx.symbolic_trace(net)
+    assert torch.equal(graph(x), net(x))
+    assert {str(node.target) for node in graph.graph.nodes} >= {"0", "1", "2"}
+
+
+def test_used_from_threads():
+    """Each thread has its own shapes, so that none may act on what another has found out."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    net = fuse(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.GELU())).eval()
+    inputs = [torch.randn(m, 64) for m in (1, 2, 3, 700, 900)] * 20
+    want = [by_hand(net, x) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        torch.testing.assert_close(list(pool.map(net, inputs)), want)

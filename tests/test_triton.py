@@ -1,0 +1,281 @@
+"""The Triton kernels: in the interpreter where there is no GPU, else on the device.
+
+The promises of test_ops.py, kept by this backend, and those that only it makes: tiles, splits along
+K, descriptors, dgrad_act and cross_entropy. bf16 products are upcast in the interpreter, which
+cannot multiply bf16; on a GPU they are not.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fusedmlp.functional as FF
+from fusedmlp import activations, rng
+from fusedmlp.kernels import reference
+from fusedmlp.verify import excess
+
+from . import test_ops
+from .check_op import DTYPES, SEED, STREAM
+from .conftest import _skip_unless_usable
+from .test_ops import (  # noqa: F401  the same promises, with this file's `backend`
+    test_a_dropped_element_is_plus_zero_with_zero_gradient,
+    test_backward_twice_gives_the_same_and_changes_nothing_saved,
+    test_corners_are_those_of_torch,
+    test_empty_sizes,
+    test_eval_and_p_0_are_no_dropout_and_take_no_seed,
+    test_every_shape_is_within_the_error_budget,
+    test_expanded_input_and_gradient,
+    test_fp32_bias_beside_a_16_bit_input,
+    test_outputs_and_gradients_are_within_the_error_budget,
+    test_variants_are_within_the_error_budget,
+)
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    # The interpreter computes both sides of a selection, also the one that overflows.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+]
+
+
+@pytest.fixture
+def backend(device, monkeypatch) -> str:
+    _skip_unless_usable("triton", device)
+    if device == "cpu":
+        from fusedmlp.kernels.triton import configs
+
+        # The interpreter runs one program after the other: fewer and larger ones.
+        monkeypatch.setattr(configs, "_SMALL_TILE", 4096)
+    return "triton"
+
+
+@pytest.fixture(autouse=True)
+def _no_bf16_denormals_in_the_interpreter(request, device, monkeypatch):
+    """It makes zeros of them; a GPU's conversion is a shift of bits."""
+    if device == "cpu" and request.node.callspec.params.get("dtype") == "bf16":
+        normal = [c for c in test_ops.CORNERS if not 0 < abs(c) < 1e-38]
+        monkeypatch.setattr(test_ops, "CORNERS", normal)
+
+
+@pytest.fixture
+def kernels(backend):
+    from fusedmlp.kernels import triton
+
+    return triton
+
+
+def _layer(m, k, n, dtype, device, act="gelu", p=0.3):
+    """Arguments of linear_act_fwd on random tensors."""
+    g = torch.Generator().manual_seed(1)
+    x, w, b = (torch.randn(*shape, generator=g) for shape in ((m, k), (n, k), (n,)))
+    x, w, b = (t.to(device, dtype) for t in (x, w / max(k, 1) ** 0.5, b))
+    slope = torch.rand(n, generator=g).to(device, dtype) if act == "prelu" else None
+    state = torch.tensor([SEED, STREAM], device=device)
+    threshold, scale = rng.threshold_and_scale(p)
+    return x, w, b, slope, state, activations.IDS[act], 0.01, threshold, scale, 3, 11
+
+
+def _assert_within_budget(got, function, args):
+    """Each result of a kernel against `function`, of the reference, on the same arguments."""
+    double = [t.double() if torch.is_tensor(t) and t.is_floating_point() else t for t in args]
+    dtype = args[0].dtype
+    used = [
+        excess(g.to(dtype), plain.to(dtype), truth, dtype)
+        for g, plain, truth in zip(got, function(*args), function(*double), strict=True)
+    ]
+    assert all(u <= 1 for u in used), f"share of the error budget used: {used}"
+
+
+def _assert_same_bits(got, expected):
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a.reshape(b.shape), b)
+
+
+TILES = {"16x16x16": (16, 16, 16), "64x32x32": (64, 32, 32), "32x64x16": (32, 64, 16)}
+
+
+def _tile(name, **fields):
+    from fusedmlp.kernels.triton import configs
+
+    return configs.Tile(*TILES[name], 4, 2, **fields)
+
+
+def _run(args, tile, keep_h=True):
+    from fusedmlp.kernels.triton import linear_act
+
+    return linear_act.run(*args, keep_h=keep_h, tile=tile)
+
+
+# --- masks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TILES)
+@pytest.mark.parametrize("p", [2.0**-32, 0.1, 0.5, 1 - 2.0**-32])
+def test_the_mask_does_not_depend_on_the_tile(p, name, kernels, device):
+    """Bits of the specification from each tile shape, with stream, layer and row offset."""
+    for m, n, offset in ((67, 75, 2**32 - 67), (1, 8, 0), (130, 10, 5)):
+        x, w, _, *rest, layer, _ = _layer(m, 8, n, torch.float32, device, "none", p)
+        far = torch.full((n,), 1e3, device=device)  # so that no kept element is 0
+        y, _ = _run((x, w, far, *rest, layer, offset), _tile(name), keep_h=False)
+        mask = rng.dropout_mask(SEED, STREAM + layer, m, n, p, row_offset=offset)
+        assert torch.equal(y.cpu() != 0, mask)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(67, 75), (3, 1031), (130, 10), (5, 7, 9)])
+def test_dropout_alone_draws_the_bits_of_the_specification(shape, dtype, backend, device):
+    ones = torch.ones(shape, dtype=DTYPES[dtype], device=device)
+    for seed, stream in ((0, 0), (-1, -1), (SEED, STREAM), (2**63 - 1, -(2**63))):
+        y = FF.dropout(ones, 0.3, seed=seed, stream=stream, row_offset=5, backend=backend)
+        mask = rng.dropout_mask(seed, stream, ones[..., 0].numel(), shape[-1], 0.3, row_offset=5)
+        assert torch.equal(y.cpu() != 0, mask.view(shape))
+
+
+# --- products -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "variant",
+    [dict(), dict(splits=3), dict(descriptors=True), dict(descriptors=True, splits=2)],
+    ids=["pointers", "split", "descriptors", "split descriptors"],
+)
+@pytest.mark.parametrize("name", TILES)
+def test_every_kind_of_tile_is_within_the_error_budget(name, variant, dtype, kernels, device):
+    # Rows of 120 elements start at multiples of 16 bytes: descriptors can be made of them.
+    args = _layer(67, 120, 43, DTYPES[dtype], device)
+    _assert_within_budget(_run(args, _tile(name, **variant)), reference.linear_act_fwd, args)
+
+
+def test_a_split_along_k_gives_the_same_bits_twice(kernels, device):
+    args = _layer(10, 301, 9, torch.float32, device)
+    first, second = (_run(args, _tile("16x16x16", splits=5)) for _ in range(2))
+    _assert_same_bits(first, second)
+    _assert_within_budget(first, reference.linear_act_fwd, args)
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_operands_may_have_any_strides(descriptors, kernels, device):
+    """Transposed, every second element, a part of wider rows, three dimensions, expanded."""
+    x, w, *rest = _layer(40, 24, 32, torch.float32, device)
+    tile = _tile("32x64x16", descriptors=descriptors)
+    expected = _run((x, w, *rest), tile)
+    for x_, w_ in (
+        (x.t().contiguous().t(), w),
+        (x, w.t().contiguous().t()),
+        (torch.stack((x, x), -1)[..., 0], torch.stack((w, w), -1)[..., 1]),
+        (torch.cat((x, x), 1)[:, :24], torch.cat((w, w), 1)[:, 24:]),
+        (x.view(5, 8, 24).transpose(0, 1).contiguous().transpose(0, 1), w),
+    ):
+        _assert_same_bits(_run((x_, w_, *rest), tile), expected)
+    row = x[:1].expand(40, 24)
+    _assert_same_bits(_run((row, w, *rest), tile), _run((row.contiguous(), w, *rest), tile))
+
+
+def test_fp32_products_obey_torchs_setting(kernels):
+    from fusedmlp.kernels.triton import gemm
+
+    operands = torch.zeros(4, 8), torch.zeros(4, 8)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for setting in ("ieee", "tf32"):
+            torch.backends.cuda.matmul.fp32_precision = setting
+            assert gemm.Product(*operands, "linear_act").constants["PRECISION"] == setting
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_a_large_fp32_product_takes_the_librarys_gemm(kernels, device, monkeypatch):
+    from fusedmlp.kernels.triton import configs
+
+    monkeypatch.setattr(configs, "LARGEST_FP32_PRODUCT", 0)
+    args = _layer(19, 20, 21, torch.float32, device)
+    _assert_within_budget(kernels.linear_act_fwd(*args), reference.linear_act_fwd, args)
+
+
+# --- dgrad_act ----------------------------------------------------------------------------------
+
+
+def _dgrad_act_reference(dz, w, *rest):
+    return reference.bias_act_dropout_bwd(dz @ w, *rest)
+
+
+def _dgrad_arguments(m, k, n, dtype, device, act, p, slopes=None):
+    """Arguments of dgrad_act: a layer of k units before one of n."""
+    z, w, b, slope, state, *numbers = _layer(m, k, k, dtype, device, act, p)
+    slope = None if slope is None else slope[:slopes]
+    y = reference.bias_act_dropout_fwd(z, b, slope, state, *numbers)
+    saves = activations.saves(numbers[0], 0.01, dtype, p > 0)
+    saved = {0: None, 1: y, 2: z}[saves]
+    g = torch.Generator().manual_seed(5)
+    dz, w = torch.randn(m, n, generator=g), torch.randn(n, k, generator=g) / n**0.5
+    dz, w = dz.to(device, dtype), w.to(device, dtype)
+    return dz, w, saved, b, slope, state, *numbers, saves, True, slope is not None
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("act", activations.NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dgrad_act_is_the_gemm_and_the_backward_epilogue(dtype, act, p, kernels, device):
+    args = _dgrad_arguments(67, 13, 27, DTYPES[dtype], device, act, p)
+    _assert_within_budget(kernels.dgrad_act(*args), _dgrad_act_reference, args)
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize("slopes", [1, None])
+def test_dgrad_act_sums_over_several_tiles(slopes, descriptors, kernels, device):
+    args = _dgrad_arguments(150, 72, 40, torch.float32, device, "prelu", 0.3, slopes)
+    got = kernels.dgrad_act(*args, tile=_tile("64x32x32", descriptors=descriptors))
+    _assert_within_budget(got, _dgrad_act_reference, args)
+
+
+def test_dgrad_act_of_an_empty_batch(kernels, device):
+    args = _dgrad_arguments(0, 13, 27, torch.float32, device, "prelu", 0.3)
+    dz, db, dslope = kernels.dgrad_act(*args)
+    assert dz.shape == (0, 13) and not db.any() and not dslope.any()
+
+
+# --- cross entropy ------------------------------------------------------------------------------
+
+
+def _cross_entropy_by_torch(logits, target, smoothing, ignore_index, grad_scale):
+    z = logits.detach().requires_grad_()
+    loss = F.cross_entropy(
+        z, target, label_smoothing=smoothing, ignore_index=ignore_index, reduction="none"
+    )
+    (dz,) = torch.autograd.grad(loss, z, torch.full_like(loss, grad_scale))
+    return loss.detach(), dz
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "c"), [(1, 2), (67, 10), (5, 1000), (3, 5003)])
+def test_cross_entropy_and_its_gradient(m, c, dtype, smoothing, kernels, device):
+    g = torch.Generator().manual_seed(2)
+    logits = (3 * torch.randn(c, m, generator=g)).to(device, DTYPES[dtype]).t()
+    target = torch.randint(c, (m,), generator=g).to(device)
+    target[m // 2 :: 7] = -1 if m > 1 else 0
+    args = logits, target, smoothing, -1, 1 / m
+    losses, dlogits = kernels.cross_entropy(*args)
+    (true_losses, truth), (_, plain) = (
+        _cross_entropy_by_torch(t, *args[1:]) for t in (logits.double(), logits)
+    )
+    assert excess(dlogits, plain, truth, dlogits.dtype) <= 1
+    # The losses are fp32 whatever the logits are; F.cross_entropy of fp32 logits is the yardstick.
+    fp32_losses, _ = _cross_entropy_by_torch(logits.float(), *args[1:])
+    assert excess(losses, fp32_losses, true_losses, torch.float32) <= 1
+
+
+def test_cross_entropy_of_infinite_logits_and_of_a_target_that_does_not_exist(kernels, device):
+    inf = float("inf")
+    logits = torch.tensor([[1.0, -inf, 2.0], [1.0, 2.0, 3.0], [-inf, -inf, 0.0]], device=device)
+    target = torch.tensor([0, 3, 2], device=device)
+    losses, dlogits = kernels.cross_entropy(logits, target)
+    expected, gradient = _cross_entropy_by_torch(logits[::2], target[::2], 0.0, -100, 1.0)
+    torch.testing.assert_close(losses[::2], expected)
+    torch.testing.assert_close(dlogits[::2], gradient)
+    assert losses[1].isnan() and dlogits[1].isnan().all()
+    # A first stretch of columns that holds nothing but -inf.
+    wide = torch.full((1, 5000), -inf, device=device)
+    wide[0, 4999] = 1.0
+    losses, _ = kernels.cross_entropy(wide, torch.tensor([4999], device=device))
+    assert losses.item() == 0
