@@ -149,7 +149,7 @@ _READ_OFF_Y = frozenset({RELU, ELU, SOFTPLUS})
 
 
 def saves(act: int, alpha: float, dtype: torch.dtype, dropout: bool) -> int:
-    """Which tensor backward needs: SAVE_NOTHING, SAVE_Y (the output) or SAVE_Z (before bias and act).
+    """Which tensor backward needs: SAVE_NOTHING, SAVE_Y (the output) or SAVE_Z (x w^T).
 
     The output is free to save, as the next layer keeps it anyway. It serves where the derivative
     can be read off it within the error budget; with dropout the kept values are y / scale.

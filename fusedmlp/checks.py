@@ -20,7 +20,7 @@ DEFAULT_LEAKY_SLOPE = 0.01
 
 
 def rows(t: Tensor) -> int:
-    """M, the flattened leading sizes of (..., N); 1 for 0-D and 1-D. Symbolic sizes stay symbolic."""
+    """M, the flattened leading sizes of (..., N); 1 for 0-D and 1-D. May be symbolic."""
     m = 1
     for size in t.shape[:-1]:
         m = m * size
@@ -153,8 +153,9 @@ def vector_dtype(op: str, name: str, value: Tensor, like: Tensor) -> None:
     wanted = (like.dtype,) if like.dtype == torch.float64 else (like.dtype, torch.float32)
     if value.dtype not in wanted:
         names = " or ".join(dict.fromkeys(str(d) for d in wanted))
-        raise TypeError(f"{op}: {name} must be {names} beside an input of {like.dtype}, "
-                        f"got {value.dtype}")
+        raise TypeError(
+            f"{op}: {name} must be {names} beside an input of {like.dtype}, got {value.dtype}"
+        )
 
 
 def _is_plain_linear(x: object, w: object, b: object) -> bool:

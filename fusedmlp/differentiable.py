@@ -20,7 +20,7 @@ _NO_CONTEXT = contextlib.nullcontext()
 
 
 def no_autocast(device_type: str):
-    """A context without autocast; entering the real one costs microseconds, so only when it is on."""
+    """A context without autocast; the real one costs microseconds, so only when it is on."""
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return _NO_CONTEXT

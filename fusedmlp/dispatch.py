@@ -221,9 +221,7 @@ def select(
         # Compiled, sizes may be symbolic: choosing by them would compile once per size class.
         order = policy.order(device_type, op)
     else:
-        order = policy.choose(
-            device_type, op, dtype, act, dropout, rows, in_features, out_features
-        )
+        order = policy.choose(device_type, op, dtype, act, dropout, rows, in_features, out_features)
     return _resolve(order, named, op, device_type, dtype, dropout)
 
 
@@ -267,7 +265,11 @@ def explain(
         raise ValueError(f"explain: unknown op {op!r}; known: {', '.join(OPS)}")
     act = checks.activation("explain", activation)
     dropout = checks.probability("explain", p) > 0
-    for name, size in (("rows", rows), ("in_features", in_features), ("out_features", out_features)):
+    for name, size in (
+        ("rows", rows),
+        ("in_features", in_features),
+        ("out_features", out_features),
+    ):
         if isinstance(size, bool) or not isinstance(size, int):
             raise TypeError(f"explain: {name} must be an int, got {type(size).__name__}")
         if size < 0:
@@ -278,7 +280,11 @@ def explain(
     named = explicit(backend)
     refusals = {b.name: b.refuses(device_type, dtype) for b in BACKENDS}
     refusals = {name: reasons for name, reasons in refusals.items() if reasons}
-    size = f"{rows} x {in_features} x {out_features}" if op == "linear_act" else f"{rows} x {out_features}"
+    size = (
+        f"{rows} x {in_features} x {out_features}"
+        if op == "linear_act"
+        else f"{rows} x {out_features}"
+    )
     call = f"{size}, {activation}, p = {p:g}, {dtypes.SHORT[dtype]}, {device_type}"
     if named is not None:
         if named in refusals:
@@ -290,4 +296,3 @@ def explain(
     if choice in refusals:
         refusals.pop(choice)
     return Explanation(op, call, choice, why, refusals)
-

@@ -1,4 +1,4 @@
-"""What this machine can run: versions, devices, the built extension, and each backend with reasons."""
+"""What this machine can run: versions, devices, the extension, each backend with reasons."""
 
 from __future__ import annotations
 
@@ -115,5 +115,3 @@ def verify_command(argv: list[str]) -> int:
     from . import verify
 
     return verify.command(argv)
-
-

@@ -137,7 +137,7 @@ def _native_not_loaded(op: str):
         if device_type in tried:
             raise dispatch.BackendError(f"{name}: the extension has no {op} for {device_type!r}")
         tried.add(device_type)
-        return getattr(getattr(torch.ops.fusedmlp, op), "native")(*args)
+        return getattr(torch.ops.fusedmlp, op).native(*args)
 
     return kernel
 

@@ -18,7 +18,6 @@ This file does not decide when to draw a seed; functional.py does.
 from __future__ import annotations
 
 import math
-
 import struct
 
 import torch

@@ -202,7 +202,11 @@ def _cases(op: str, dtype: torch.dtype, device: str, full: bool) -> Iterator[Cas
 def _masks_agree(backend: str, device: str) -> bool:
     for m, n, p in ((1, 1, 0.5), (37, 29, 0.1), (128, 1024, 0.5), (3, 10, 1 - 2.0**-32)):
         y = FF.dropout(
-            torch.ones(m, n, device=device), p, seed=SEED, stream=STREAM, row_offset=5,
+            torch.ones(m, n, device=device),
+            p,
+            seed=SEED,
+            stream=STREAM,
+            row_offset=5,
             backend=backend,
         )
         if not torch.equal((y != 0).cpu(), rng.dropout_mask(SEED, STREAM, m, n, p, row_offset=5)):
@@ -220,7 +224,9 @@ def verify_one(
         for case in _cases(op, dtype, device, full):
             inputs = case.inputs()
             got, truth, yardstick = (
-                run(case, backend, inputs), oracle(case, inputs), plain(case, inputs)
+                run(case, backend, inputs),
+                oracle(case, inputs),
+                plain(case, inputs),
             )
             count += 1
             for name, value in got.items():
@@ -270,5 +276,7 @@ def command(argv: list[str]) -> int:
             reason = backend.unavailable(device)
             if reason is not None:
                 print(f"{backend.name:10} {device:6} not checked: {reason}")
-    print(f"{'all right' if not wrong else f'{wrong} WRONG'} in {time.perf_counter() - start:.0f} s")
+    print(
+        f"{'all right' if not wrong else f'{wrong} WRONG'} in {time.perf_counter() - start:.0f} s"
+    )
     return 1 if wrong else 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from fusedmlp.verify import (  # noqa: F401
     DTYPES,
     SEED,
@@ -30,8 +32,6 @@ def assert_within_budget(case: Case, got: dict[str, Tensor], inputs=None) -> Non
     """Every output and gradient of `got` is within the error budget."""
     truth, yardstick = oracle(case, inputs), plain(case, inputs)
     assert got.keys() == truth.keys()
-    used = {
-        name: excess(t, yardstick[name], truth[name], case.dtype) for name, t in got.items()
-    }
+    used = {name: excess(t, yardstick[name], truth[name], case.dtype) for name, t in got.items()}
     over = {name: round(u, 2) for name, u in used.items() if not u <= 1}
     assert not over, f"{case}: share of the error budget used: {over}"

@@ -11,16 +11,30 @@ X, W, B = torch.randn(4, 5), torch.randn(6, 5), torch.randn(6)
 
 # what is wrong -> (exception, what the message says, keyword arguments over the good ones)
 LINEAR = {
-    "weight shape": (ValueError, r"linear_act: weight must be \(N, K\) with K = 5 to match input "
-                     r"\(4, 5\), got \(5, 6\)", dict(weight=W.t())),
+    "weight shape": (
+        ValueError,
+        r"linear_act: weight must be \(N, K\) with K = 5 to match input "
+        r"\(4, 5\), got \(5, 6\)",
+        dict(weight=W.t()),
+    ),
     "weight 1-D": (ValueError, r"weight must be \(N, K\).*got \(5,\)", dict(weight=W[0])),
-    "weight dtype": (TypeError, "weight must be torch.float32 like input, got torch.float16",
-                     dict(weight=W.half())),
-    "weight device": (ValueError, "weight must be on cpu like input, got meta",
-                      dict(weight=W.to("meta"))),
+    "weight dtype": (
+        TypeError,
+        "weight must be torch.float32 like input, got torch.float16",
+        dict(weight=W.half()),
+    ),
+    "weight device": (
+        ValueError,
+        "weight must be on cpu like input, got meta",
+        dict(weight=W.to("meta")),
+    ),
     "weight sparse": (TypeError, "weight must be a dense", dict(weight=W.to_sparse())),
-    "bias shape": (ValueError, r"bias must be \(N,\) with N = 6 to match weight \(6, 5\), "
-                   r"got \(5,\)", dict(bias=B[:5])),
+    "bias shape": (
+        ValueError,
+        r"bias must be \(N,\) with N = 6 to match weight \(6, 5\), "
+        r"got \(5,\)",
+        dict(bias=B[:5]),
+    ),
     "bias dtype": (TypeError, "bias must be torch.float32", dict(bias=B.half())),
     "bias number": (TypeError, "bias must be a torch.Tensor, got float", dict(bias=1.0)),
     "input list": (TypeError, "input must be a torch.Tensor, got list", dict(input=[1.0])),
@@ -28,52 +42,108 @@ LINEAR = {
     "input integer": (TypeError, "input must be one of .*got torch.int64", dict(input=X.long())),
     "input bool": (TypeError, "got torch.bool", dict(input=X > 0)),
     "input complex": (TypeError, "got torch.complex64", dict(input=X.cfloat())),
-    "input quantised": (TypeError, "got torch.quint8",
-                        dict(input=torch.quantize_per_tensor(X, 0.1, 0, torch.quint8))),
-    "input sparse": (TypeError, "input must be a dense .* got layout torch.sparse_coo",
-                     dict(input=X.to_sparse())),
-    "activation unknown": (ValueError, "unknown activation 'swish'; known: none, relu",
-                           dict(activation="swish")),
-    "activation type": (TypeError, "activation must be a name, got builtin_function_or_method",
-                        dict(activation=torch.relu)),
+    "input quantised": (
+        TypeError,
+        "got torch.quint8",
+        dict(input=torch.quantize_per_tensor(X, 0.1, 0, torch.quint8)),
+    ),
+    "input sparse": (
+        TypeError,
+        "input must be a dense .* got layout torch.sparse_coo",
+        dict(input=X.to_sparse()),
+    ),
+    "activation unknown": (
+        ValueError,
+        "unknown activation 'swish'; known: none, relu",
+        dict(activation="swish"),
+    ),
+    "activation type": (
+        TypeError,
+        "activation must be a name, got builtin_function_or_method",
+        dict(activation=torch.relu),
+    ),
     "p above 1": (ValueError, r"p must be in \[0, 1\], got 1.5", dict(p=1.5)),
     "p below 0": (ValueError, r"p must be in \[0, 1\], got -0.1", dict(p=-0.1)),
     "p NaN": (ValueError, r"p must be in \[0, 1\], got nan", dict(p=float("nan"))),
     "p a string": (TypeError, "p must be a number in .*got str", dict(p="0.5")),
     "p a bool": (TypeError, "got bool", dict(p=True)),
     "p wrong in eval": (ValueError, r"p must be in \[0, 1\]", dict(p=2, training=False)),
-    "seed too large": (ValueError, r"seed must be in \[-2\^63, 2\^63\), got 9223372036854775808",
-                       dict(p=0.5, seed=2**63)),
+    "seed too large": (
+        ValueError,
+        r"seed must be in \[-2\^63, 2\^63\), got 9223372036854775808",
+        dict(p=0.5, seed=2**63),
+    ),
     "seed float": (TypeError, "seed must be an int, got float", dict(p=0.5, seed=1.0)),
-    "stream too small": (ValueError, r"stream must be in", dict(p=0.5, seed=1,
-                                                               stream=-(2**63) - 1)),
-    "row_offset negative": (ValueError, "row_offset must be >= 0, got -1",
-                            dict(p=0.5, row_offset=-1)),
-    "row_offset too large": (ValueError, r"rows \+ row_offset must be at most 2\^32 for dropout, "
-                             "got 4 .* 4294967293", dict(p=0.5, row_offset=2**32 - 3)),
-    "slope where none is read": (ValueError, "slope is for leaky_relu and prelu, got one for "
-                                 "'relu'", dict(slope=0.1)),
-    "slope missing": (ValueError, "prelu needs slope, a tensor of 1 or N = 6 elements",
-                      dict(activation="prelu")),
-    "slope shape": (ValueError, r"slope must have 1 or N = 6 elements for prelu, got \(5,\)",
-                    dict(activation="prelu", slope=torch.ones(5))),
-    "slope dtype": (TypeError, "slope must be torch.float32", dict(activation="prelu",
-                                                                  slope=torch.ones(6).double())),
-    "slope tensor for leaky": (TypeError, "slope must be a number for leaky_relu, got Tensor",
-                               dict(activation="leaky_relu", slope=torch.ones(1))),
-    "slope infinite": (ValueError, "slope must be finite", dict(activation="leaky_relu",
-                                                               slope=float("inf"))),
-    "backend unknown": (ValueError, "unknown backend 'cutlass'; known: native, triton, reference",
-                        dict(backend="cutlass")),
+    "stream too small": (
+        ValueError,
+        r"stream must be in",
+        dict(p=0.5, seed=1, stream=-(2**63) - 1),
+    ),
+    "row_offset negative": (
+        ValueError,
+        "row_offset must be >= 0, got -1",
+        dict(p=0.5, row_offset=-1),
+    ),
+    "row_offset too large": (
+        ValueError,
+        r"rows \+ row_offset must be at most 2\^32 for dropout, "
+        "got 4 .* 4294967293",
+        dict(p=0.5, row_offset=2**32 - 3),
+    ),
+    "slope where none is read": (
+        ValueError,
+        "slope is for leaky_relu and prelu, got one for 'relu'",
+        dict(slope=0.1),
+    ),
+    "slope missing": (
+        ValueError,
+        "prelu needs slope, a tensor of 1 or N = 6 elements",
+        dict(activation="prelu"),
+    ),
+    "slope shape": (
+        ValueError,
+        r"slope must have 1 or N = 6 elements for prelu, got \(5,\)",
+        dict(activation="prelu", slope=torch.ones(5)),
+    ),
+    "slope dtype": (
+        TypeError,
+        "slope must be torch.float32",
+        dict(activation="prelu", slope=torch.ones(6).double()),
+    ),
+    "slope tensor for leaky": (
+        TypeError,
+        "slope must be a number for leaky_relu, got Tensor",
+        dict(activation="leaky_relu", slope=torch.ones(1)),
+    ),
+    "slope infinite": (
+        ValueError,
+        "slope must be finite",
+        dict(activation="leaky_relu", slope=float("inf")),
+    ),
+    "backend unknown": (
+        ValueError,
+        "unknown backend 'cutlass'; known: native, triton, reference",
+        dict(backend="cutlass"),
+    ),
 }
 ELEMENTWISE = {
-    "bias shape": (ValueError, r"bias_act_dropout: bias must be \(N,\) with N = 5 to match input "
-                   r"\(4, 5\), got \(6,\)", dict(bias=B)),
-    "bias on 0-D": (ValueError, r"input must be \(\.\.\., N\) to add a bias",
-                    dict(input=X[0, 0], bias=B[:1])),
+    "bias shape": (
+        ValueError,
+        r"bias_act_dropout: bias must be \(N,\) with N = 5 to match input "
+        r"\(4, 5\), got \(6,\)",
+        dict(bias=B),
+    ),
+    "bias on 0-D": (
+        ValueError,
+        r"input must be \(\.\.\., N\) to add a bias",
+        dict(input=X[0, 0], bias=B[:1]),
+    ),
     "input integer": (TypeError, "input must be one of", dict(input=X.int())),
-    "slope shape": (ValueError, "slope must have 1 or N = 5", dict(activation="prelu",
-                                                                  slope=torch.ones(2))),
+    "slope shape": (
+        ValueError,
+        "slope must have 1 or N = 5",
+        dict(activation="prelu", slope=torch.ones(2)),
+    ),
 }
 
 
@@ -107,30 +177,66 @@ STATE = torch.tensor([1, 2])
 # id, alpha, threshold, scale, layer, row_offset
 GOOD = (1, 0.01, 2**31, 2.0, 0, 0)
 DIRECT = {
-    "weight": ("linear_act_infer", (X, W.t(), B, None, STATE, *GOOD),
-               r"linear_act: weight must be \(N, K\) with K = 5"),
-    "bias": ("linear_act_fwd", (X, W, B[:2], None, STATE, *GOOD),
-             r"linear_act: bias must be \(N,\) with N = 6"),
-    "bias elementwise": ("bias_act_dropout_fwd", (X, B, None, STATE, *GOOD),
-                         r"bias_act_dropout: bias must be \(N,\) with N = 5"),
-    "act": ("bias_act_dropout_fwd", (X, None, None, STATE, 99, *GOOD[1:]),
-            r"act must be an id in \[0, 12\), got 99"),
-    "no state": ("bias_act_dropout_fwd", (X, None, None, None, *GOOD),
-                 r"state must be an int64 tensor \(seed, stream\), got None"),
-    "state shape": ("bias_act_dropout_fwd", (X, None, None, STATE[:1], *GOOD),
-                    r"state must be an int64 tensor \(seed, stream\) of shape \(2,\)"),
-    "threshold": ("bias_act_dropout_fwd", (X, None, None, STATE, 1, 0.01, 2**33, *GOOD[3:]),
-                  r"threshold must be in \[0, 2\^32\], got 8589934592"),
-    "row_offset": ("bias_act_dropout_fwd", (X, None, None, STATE, *GOOD[:-1], -1),
-                   "row_offset must be >= 0, got -1"),
-    "slope": ("bias_act_dropout_fwd", (X, None, torch.ones(3), STATE, 3, *GOOD[1:]),
-              r"slope must have 1 or N = 5 elements for prelu, got \(3,\)"),
-    "saved": ("bias_act_dropout_bwd", (X, X[:2], None, None, STATE, *GOOD, 1, False, False),
-              r"saved must be \(4, 5\) like dy, got \(2, 5\)"),
-    "need_db": ("bias_act_dropout_bwd", (X, X, None, None, STATE, *GOOD, 1, True, False),
-                "bias must be given where its gradient is asked for"),
-    "integer": ("bias_act_dropout_fwd", (X.int(), None, None, STATE, *GOOD),
-                "input must be one of"),
+    "weight": (
+        "linear_act_infer",
+        (X, W.t(), B, None, STATE, *GOOD),
+        r"linear_act: weight must be \(N, K\) with K = 5",
+    ),
+    "bias": (
+        "linear_act_fwd",
+        (X, W, B[:2], None, STATE, *GOOD),
+        r"linear_act: bias must be \(N,\) with N = 6",
+    ),
+    "bias elementwise": (
+        "bias_act_dropout_fwd",
+        (X, B, None, STATE, *GOOD),
+        r"bias_act_dropout: bias must be \(N,\) with N = 5",
+    ),
+    "act": (
+        "bias_act_dropout_fwd",
+        (X, None, None, STATE, 99, *GOOD[1:]),
+        r"act must be an id in \[0, 12\), got 99",
+    ),
+    "no state": (
+        "bias_act_dropout_fwd",
+        (X, None, None, None, *GOOD),
+        r"state must be an int64 tensor \(seed, stream\), got None",
+    ),
+    "state shape": (
+        "bias_act_dropout_fwd",
+        (X, None, None, STATE[:1], *GOOD),
+        r"state must be an int64 tensor \(seed, stream\) of shape \(2,\)",
+    ),
+    "threshold": (
+        "bias_act_dropout_fwd",
+        (X, None, None, STATE, 1, 0.01, 2**33, *GOOD[3:]),
+        r"threshold must be in \[0, 2\^32\], got 8589934592",
+    ),
+    "row_offset": (
+        "bias_act_dropout_fwd",
+        (X, None, None, STATE, *GOOD[:-1], -1),
+        "row_offset must be >= 0, got -1",
+    ),
+    "slope": (
+        "bias_act_dropout_fwd",
+        (X, None, torch.ones(3), STATE, 3, *GOOD[1:]),
+        r"slope must have 1 or N = 5 elements for prelu, got \(3,\)",
+    ),
+    "saved": (
+        "bias_act_dropout_bwd",
+        (X, X[:2], None, None, STATE, *GOOD, 1, False, False),
+        r"saved must be \(4, 5\) like dy, got \(2, 5\)",
+    ),
+    "need_db": (
+        "bias_act_dropout_bwd",
+        (X, X, None, None, STATE, *GOOD, 1, True, False),
+        "bias must be given where its gradient is asked for",
+    ),
+    "integer": (
+        "bias_act_dropout_fwd",
+        (X.int(), None, None, STATE, *GOOD),
+        "input must be one of",
+    ),
 }
 
 
@@ -151,8 +257,12 @@ def test_fp64_is_refused_by_a_kernel_backend_by_name_and_runs_otherwise():
 
 
 def test_dropout_state_names_what_is_wrong():
-    for bad, kind in ((1.5, TypeError), (2**63, ValueError), (torch.ones(2), ValueError),
-                      (torch.ones(3, dtype=torch.int64), ValueError)):
+    for bad, kind in (
+        (1.5, TypeError),
+        (2**63, ValueError),
+        (torch.ones(2), ValueError),
+        (torch.ones(3, dtype=torch.int64), ValueError),
+    ):
         with pytest.raises(kind, match="dropout_state"):
             fusedmlp.dropout_state(bad)
     with pytest.raises(ValueError, match="stream must be 0 beside a state tensor"):
@@ -162,9 +272,14 @@ def test_dropout_state_names_what_is_wrong():
 
 
 def test_explain_names_what_is_wrong():
-    for kwargs, kind in ((dict(op="conv"), ValueError), (dict(p=2), ValueError),
-                         (dict(activation="x"), ValueError), (dict(dtype=torch.int8), TypeError),
-                         (dict(rows=-1), ValueError), (dict(rows=1.0), TypeError)):
+    for kwargs, kind in (
+        (dict(op="conv"), ValueError),
+        (dict(p=2), ValueError),
+        (dict(activation="x"), ValueError),
+        (dict(dtype=torch.int8), TypeError),
+        (dict(rows=-1), ValueError),
+        (dict(rows=1.0), TypeError),
+    ):
         with pytest.raises(kind):
             fusedmlp.explain(**kwargs)
 
@@ -172,9 +287,13 @@ def test_explain_names_what_is_wrong():
 def test_every_activation_has_a_kernel_on_every_backend(backend, device):
     x = torch.randn(3, 9, device=device)
     outputs = {
-        name: FF.bias_act_dropout(x, None, name, backend=backend,
-                                  slope=torch.full((1,), 0.2, device=device)
-                                  if name == "prelu" else None)
+        name: FF.bias_act_dropout(
+            x,
+            None,
+            name,
+            backend=backend,
+            slope=torch.full((1,), 0.2, device=device) if name == "prelu" else None,
+        )
         for name in activations.NAMES
     }
     names = list(outputs)

@@ -74,7 +74,9 @@ def test_one_compilation_serves_five_batch_sizes(device):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     w = torch.randn(9, 6, device=device, requires_grad=True)
     f = torch.compile(
-        lambda x: FF.linear_act(x, w, None, "gelu", p=0.5), backend=counter, fullgraph=True,
+        lambda x: FF.linear_act(x, w, None, "gelu", p=0.5),
+        backend=counter,
+        fullgraph=True,
         dynamic=True,
     )
     f(torch.randn(2, 6, device=device))
@@ -113,8 +115,11 @@ def test_checkpoint_recomputes_the_same_mask(reentrant, backend, device):
     for wrap in (block, lambda x: checkpoint(block, x, use_reentrant=reentrant)):
         torch.manual_seed(1)
         y = wrap(x)
-        results.append([y, *torch.autograd.grad(y.sum(), (x, w))] if not reentrant else
-                       [y, *_backward(y, x, w)])
+        results.append(
+            [y, *torch.autograd.grad(y.sum(), (x, w))]
+            if not reentrant
+            else [y, *_backward(y, x, w)]
+        )
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
 
@@ -190,8 +195,9 @@ def test_exported_program_gives_the_same(backend, device):
             self.w = torch.nn.Parameter(torch.randn(9, 6, device=device))
 
         def forward(self, x):
-            return FF.linear_act(x, self.w, None, "silu", p=0.5, training=self.training,
-                                 backend=backend)
+            return FF.linear_act(
+                x, self.w, None, "silu", p=0.5, training=self.training, backend=backend
+            )
 
     net, x = Net().eval(), torch.randn(4, 6, device=device)
     batch = torch.export.Dim("batch", min=2, max=512)

@@ -1,4 +1,4 @@
-"""The rules of choice: what is named works or raises with every reason; only automatic falls back."""
+"""The rules of choice: what is named works or raises with every reason; automatic falls back."""
 
 import logging
 import os
@@ -16,8 +16,12 @@ from fusedmlp import BackendError, dispatch
 @pytest.fixture
 def no_native(monkeypatch):
     """A machine without the extension."""
-    broken = dispatch.Backend("native", lambda d: "not built, and here is why", dispatch.BACKENDS[0]
-                              .dtypes, "fusedmlp.kernels.native")
+    broken = dispatch.Backend(
+        "native",
+        lambda d: "not built, and here is why",
+        dispatch.BACKENDS[0].dtypes,
+        "fusedmlp.kernels.native",
+    )
     monkeypatch.setattr(dispatch, "BACKENDS", (broken, *dispatch.BACKENDS[1:]))
     monkeypatch.setitem(dispatch._BY_NAME, "native", broken)
     monkeypatch.setattr(dispatch, "_usable", {})
@@ -25,13 +29,23 @@ def no_native(monkeypatch):
 
 
 def _select(**change):
-    args = dict(op="linear_act", device_type="cpu", dtype=torch.float32, act=1, dropout=True,
-                rows=256, in_features=784, out_features=256)
+    args = dict(
+        op="linear_act",
+        device_type="cpu",
+        dtype=torch.float32,
+        act=1,
+        dropout=True,
+        rows=256,
+        in_features=784,
+        out_features=256,
+    )
     return dispatch.select(**args | change)
 
 
 def test_a_named_backend_that_cannot_run_raises_with_every_reason(no_native):
-    with pytest.raises(BackendError, match="(?s)'native' was asked for.*not built, and here is why"):
+    with pytest.raises(
+        BackendError, match="(?s)'native' was asked for.*not built, and here is why"
+    ):
         _select(backend="native")
     with pytest.raises(BackendError, match="(?s)not built.*fp64 is not one of its dtypes"):
         _select(backend="native", dtype=torch.float64)
@@ -88,11 +102,16 @@ def test_explain_names_the_choice_and_every_refusal(no_native):
 
 
 def test_explain_says_what_select_does():
-    for rows, n, p, act in ((1, 1, 0.0, "relu"), (4096, 4096, 0.0, "gelu"), (256, 256, 0.5, "relu"),
-                            (256, 10, 0.0, "none")):
+    for rows, n, p, act in (
+        (1, 1, 0.0, "relu"),
+        (4096, 4096, 0.0, "gelu"),
+        (256, 256, 0.5, "relu"),
+        (256, 10, 0.0, "none"),
+    ):
         e = fusedmlp.explain(rows=rows, out_features=n, p=p, activation=act)
-        assert e.choice == _select(rows=rows, out_features=n, dropout=p > 0,
-                                   act=fusedmlp.activations.IDS[act])
+        assert e.choice == _select(
+            rows=rows, out_features=n, dropout=p > 0, act=fusedmlp.activations.IDS[act]
+        )
 
 
 def test_a_fallback_never_computes_another_function(no_native):

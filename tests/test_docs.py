@@ -25,8 +25,12 @@ def _table() -> str:
     for seed, stream, row, column in KNOWN:
         group, state = column // 8, torch.tensor([seed, stream])
         words = rng.philox(
-            (torch.tensor(group), torch.tensor(row), state[1] & rng._LOW32,
-             state[1] >> 32 & rng._LOW32),
+            (
+                torch.tensor(group),
+                torch.tensor(row),
+                state[1] & rng._LOW32,
+                state[1] >> 32 & rng._LOW32,
+            ),
             (state[0] & rng._LOW32, state[0] >> 32 & rng._LOW32),
         )
         w = [int(x) for x in words]
@@ -65,11 +69,11 @@ def test_the_readme_lists_every_environment_variable():
     for folder in ("fusedmlp", "csrc", "build_tools", "bench"):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".cpp", ".h", ".cu", ".sh"):
-                used |= set(re.findall(r"\bFUSEDMLP_[A-Z]+(?:_[A-Z]+)*\b(?!_[A-Z])", path.read_text()))
+                used |= set(
+                    re.findall(r"\bFUSEDMLP_[A-Z]+(?:_[A-Z]+)*\b(?!_[A-Z])", path.read_text())
+                )
     # Macros of the C++ code are not environment variables.
     read = {v for v in used if v in info.ENVIRONMENT}
     assert read == set(info.ENVIRONMENT)
     missing = [v for v in info.ENVIRONMENT if v not in readme]
     assert not missing
-
-

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -49,15 +48,19 @@ def test_every_shape_is_within_the_error_budget(op, act, shape, backend, device)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", OPS)
 def test_variants_are_within_the_error_budget(op, dtype, variant, backend, device):
-    case = Case(**dict(op=op, m=61, k=53, n=77, act="relu", p=0.25, dtype=DTYPES[dtype],
-                       device=device) | variant)
+    case = Case(
+        **dict(op=op, m=61, k=53, n=77, act="relu", p=0.25, dtype=DTYPES[dtype], device=device)
+        | variant
+    )
     check_op.assert_within_budget(case, check_op.run(case, backend))
 
 
 INJECTED = {
     "gelu as x * sigmoid(1.702 x)": ("gelu", lambda r, i: r | {"y": _sigmoid_gelu(i)}),
-    "bias 1 % off": ("relu", lambda r, i: check_op.run(_INJECTED_CASE["relu"], "reference",
-                                                        i | {"b": i["b"] * 1.01})),
+    "bias 1 % off": (
+        "relu",
+        lambda r, i: check_op.run(_INJECTED_CASE["relu"], "reference", i | {"b": i["b"] * 1.01}),
+    ),
     "bias gradient summed in bf16": ("relu", lambda r, i: r | {"db": _bf16_sum(r, i)}),
 }
 _INJECTED_CASE = {
@@ -86,132 +89,6 @@ def test_the_error_budget_catches_an_injected_bug(bug):
     check_op.assert_within_budget(case, right, inputs)
     with pytest.raises(AssertionError, match="share of the error budget"):
         check_op.assert_within_budget(case, inject(right, inputs), inputs)
-
-
-# --- corners ------------------------------------------------------------------------------------
-
-NAN, INF = float("nan"), float("inf")
-CORNERS = [0.0, -0.0, 1e-40, -1e-40, 1e-30, -1e-30, 1.0, -1.0, 20.5, -20.5, 300.0, -300.0,
-           6e4, -6e4, INF, -INF, NAN]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("act", activations.NAMES)
-def test_corners_are_those_of_torch(act, dtype, backend, device):
-    """NaN, infinities, signed zeros and denormals come out as PyTorch's functions give them.
-
-    PyTorch's vector and scalar code differ for smooth functions of an infinity or a NaN, and its
-    16-bit code from its fp32 code where a step in between overflows: any of these is right. A
-    derivative read off y is right to eps of its largest value; that of a NaN may be a NaN.
-    """
-    dtype = DTYPES[dtype]
-    exact = act in ("none", "relu", "leaky_relu", "prelu")
-    x = torch.tensor(CORNERS * 3, dtype=dtype, device=device).requires_grad_()
-    slope = torch.tensor([0.25], dtype=dtype, device=device) if act == "prelu" else None
-    y = FF.bias_act_dropout(x, None, act, slope=slope, backend=backend)
-    got = y, torch.autograd.grad(y, x, torch.full_like(y, 0.5))[0]
-    variants = [_torch_corners(act, x, slope, dtype, False)]
-    if not exact:
-        variants += [
-            _torch_corners(act, x, slope, t, one) for t in (dtype, torch.float32)
-            for one in (False, True)
-        ]
-    for i, name in enumerate(("y", "dx")):
-        right = torch.zeros_like(x, dtype=torch.bool)
-        for variant in variants:
-            right |= _same_corner(got[i].detach(), variant[i].to(dtype), exact or name == "y")
-            if name == "dx" and not exact:
-                right |= (got[i] - variant[i]).abs() <= 2 * torch.finfo(dtype).eps
-                right |= x.isnan() & got[i].isnan()
-        assert right.all(), f"{name} at {x[~right].tolist()}: {got[i][~right].tolist()}"
-
-
-def _torch_corners(act, x, slope, dtype, one_by_one):
-    """Value and gradient by PyTorch, in `dtype`, all at once or element by element."""
-    parts = [x.detach()[i : i + 1] for i in range(len(x))] if one_by_one else [x.detach()]
-    out = []
-    for part in parts:
-        part = part.to(dtype).requires_grad_()
-        y = _plain(act, part, slope if slope is None else slope.to(dtype))
-        out.append((y.detach(), torch.autograd.grad(y, part, torch.full_like(y, 0.5))[0]))
-    return [torch.cat(t) for t in zip(*out, strict=True)]
-
-
-def _same_corner(got, want, signed):
-    """Elementwise: the same NaN, infinity, zero with its sign, or a close number."""
-    tiny = torch.finfo(got.dtype).smallest_normal
-    zero = (want == 0) & (got == 0) & ((torch.signbit(got) == torch.signbit(want)) | (not signed))
-    # PyTorch flushes some denormal results to 0.
-    denormal = ~(want == 0) & (want.abs() <= tiny) & (got.abs() <= tiny)
-    flushed = (want == 0) & ~(got == 0) & (got.abs() <= tiny)
-    eps = torch.finfo(got.dtype).eps
-    close = (got.double() - want.double()).abs() <= 4 * eps * want.double().abs()
-    close |= got == want  # infinities
-    return (got.isnan() & want.isnan()) | zero | denormal | flushed | (close & (want != 0))
-
-
-def _plain(act, z, slope):
-    from fusedmlp.differentiable import _plain
-
-    return _plain(activations.IDS[act], z, slope, 0.01)
-
-
-@pytest.mark.parametrize("act", activations.NAMES)
-@pytest.mark.parametrize("op", OPS)
-def test_a_dropped_element_is_plus_zero_with_zero_gradient(op, act, backend, device):
-    """Selected, never multiplied: also where the input is NaN or infinite, and at p = 1."""
-    keep = rng.dropout_mask(5, 0, 4, len(CORNERS), 0.5)
-    for p, dropped in ((0.5, ~keep), (1.0, torch.ones_like(keep))):
-        x = torch.tensor([CORNERS] * 4, device=device)
-        slope = torch.tensor([0.25], device=device) if act == "prelu" else None
-        args = dict(slope=slope, p=p, seed=5, backend=backend)
-        if op == "linear_act":
-            b = x[0].clone().requires_grad_()
-            zeros = torch.zeros(4, 3, device=device), torch.zeros(len(CORNERS), 3, device=device)
-            y = FF.linear_act(*zeros, b, act, **args)
-            leaf = b
-        else:
-            leaf = x.requires_grad_()
-            y = FF.bias_act_dropout(leaf, None, act, **args)
-        (dx,) = torch.autograd.grad(y, leaf, torch.full_like(y, INF))
-        out = y.detach().cpu()[dropped]
-        assert (out == 0).all() and not torch.signbit(out).any()
-        if leaf.dim() == 2:
-            assert (dx.cpu()[dropped] == 0).all()
-        elif p == 1.0:
-            assert (dx == 0).all()
-
-
-@pytest.mark.parametrize("p", [0.0, 0.5])
-@pytest.mark.parametrize(
-    ("m", "k", "n"), [(0, 5, 7), (3, 0, 7), (3, 5, 0), (0, 0, 0), (1, 1, 1)]
-)
-@pytest.mark.parametrize("act", ["none", "relu", "gelu", "prelu"])
-def test_empty_sizes(act, m, k, n, p, backend, device):
-    x = torch.randn(m, k, device=device, requires_grad=True)
-    w = torch.randn(n, k, device=device, requires_grad=True)
-    b = torch.randn(n, device=device, requires_grad=True)
-    slope = torch.rand(1, device=device, requires_grad=True) if act == "prelu" else None
-    y = FF.linear_act(x, w, b, act, slope=slope, p=p, seed=1, backend=backend)
-    assert y.shape == (m, n)
-    leaves = [t for t in (x, w, b, slope) if t is not None]
-    grads = torch.autograd.grad(y.sum(), leaves)
-    assert [g.shape for g in grads] == [t.shape for t in leaves]
-    assert all(torch.isfinite(g).all() for g in grads)
-    z = torch.randn(m, n, device=device, requires_grad=True)
-    y = FF.bias_act_dropout(z, b, act, slope=slope, p=p, seed=1, backend=backend)
-    assert y.shape == (m, n)
-    torch.autograd.grad(y.sum(), [z, b])
-
-
-def test_eval_and_p_0_are_no_dropout_and_take_no_seed(backend, device):
-    x, w = torch.randn(4, 5, device=device), torch.randn(6, 5, device=device)
-    before = torch.get_rng_state()
-    for kwargs in (dict(p=0.5, training=False), dict(p=0.0)):
-        y = FF.linear_act(x, w, None, "relu", backend=backend, **kwargs)
-        torch.testing.assert_close(y, F.relu(F.linear(x, w)))
-    assert FF.dropout(x, 0.5, training=False, backend=backend) is x
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 # --- layout -------------------------------------------------------------------------------------
@@ -329,8 +206,9 @@ def test_double_backward_is_that_of_the_oracle(op, backend, device):
         for dtype, name in ((torch.float32, backend), (torch.float64, "reference")):
             leaves = check_op.leaves_of(inputs, dtype)
             y = check_op.call(case, leaves, name)
-            grads = torch.autograd.grad(y, list(leaves.values()), inputs["dy"].to(dtype),
-                                        create_graph=True)
+            grads = torch.autograd.grad(
+                y, list(leaves.values()), inputs["dy"].to(dtype), create_graph=True
+            )
             penalty = y.square().sum() + sum(g.square().sum() for g in grads)
             second = torch.autograd.grad(penalty, list(leaves.values()), allow_unused=True)
             results.append([g.double() for g in second])
@@ -380,8 +258,9 @@ def test_native_masks_are_those_of_the_specification(seed, stream, m, n, p, row_
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        y = FF.dropout(torch.ones(m, n), p, seed=seed, stream=stream, row_offset=row_offset,
-                       backend="native")
+        y = FF.dropout(
+            torch.ones(m, n), p, seed=seed, stream=stream, row_offset=row_offset, backend="native"
+        )
     finally:
         torch.set_num_threads(before)
     assert torch.equal(y != 0, rng.dropout_mask(seed, stream, m, n, p, row_offset=row_offset))

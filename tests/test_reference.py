@@ -36,9 +36,7 @@ def _expected(act: str, z: torch.Tensor, slope) -> torch.Tensor:
 
 @pytest.mark.parametrize("act", activations.NAMES)
 def test_forward_and_gradients_are_those_of_torch(act):
-    x, w, b, slope = (
-        t if t is None else t.requires_grad_() for t in _tensors(act)
-    )
+    x, w, b, slope = (t if t is None else t.requires_grad_() for t in _tensors(act))
     leaves = [t for t in (x, w, b, slope) if t is not None]
     expected = _expected(act, F.linear(x, w, b), slope)
     got = FF.linear_act(x, w, b, act, slope=slope, backend="reference")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import fusedmlp.functional as FF
 from fusedmlp import rng
 
-# Known-answer vectors of Philox 4x32-10, published with Random123 (kat_vectors): counter, key, words.
+# Known answers of Philox 4x32-10, published with Random123 (kat_vectors): counter, key, words.
 RANDOM123 = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     (

@@ -14,15 +14,17 @@ from fusedmlp import activations, rng
 from fusedmlp.kernels import reference
 from fusedmlp.verify import excess
 
-from . import test_ops
+from . import interpreter
 from .check_op import DTYPES, SEED, STREAM
 from .conftest import _skip_unless_usable
-from .test_ops import (  # noqa: F401  the same promises, with this file's `backend`
+from .test_corners import (  # noqa: F401  the same promises, with this file's `backend`
     test_a_dropped_element_is_plus_zero_with_zero_gradient,
-    test_backward_twice_gives_the_same_and_changes_nothing_saved,
     test_corners_are_those_of_torch,
     test_empty_sizes,
     test_eval_and_p_0_are_no_dropout_and_take_no_seed,
+)
+from .test_ops import (  # noqa: F401
+    test_backward_twice_gives_the_same_and_changes_nothing_saved,
     test_every_shape_is_within_the_error_budget,
     test_expanded_input_and_gradient,
     test_fp32_bias_beside_a_16_bit_input,
@@ -45,15 +47,8 @@ def backend(device, monkeypatch) -> str:
 
         # The interpreter runs one program after the other: fewer and larger ones.
         monkeypatch.setattr(configs, "_SMALL_TILE", 4096)
+        interpreter.repair(monkeypatch)
     return "triton"
-
-
-@pytest.fixture(autouse=True)
-def _no_bf16_denormals_in_the_interpreter(request, device, monkeypatch):
-    """It makes zeros of them; a GPU's conversion is a shift of bits."""
-    if device == "cpu" and request.node.callspec.params.get("dtype") == "bf16":
-        normal = [c for c in test_ops.CORNERS if not 0 < abs(c) < 1e-38]
-        monkeypatch.setattr(test_ops, "CORNERS", normal)
 
 
 @pytest.fixture

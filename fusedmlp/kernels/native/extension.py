@@ -1,7 +1,7 @@
 """Opens the compiled extension once per device type, or says why it cannot.
 
-Two shared objects, as the CUDA one needs libtorch_cuda: _native_cpu.so and _native_cuda.so, beside a
-_build_info.json that the build writes. Never compiles anything and never raises.
+Two shared objects, as the CUDA one needs libtorch_cuda: _native_cpu.so and _native_cuda.so, beside
+a _build_info.json that the build writes. Never compiles anything and never raises.
 """
 
 from __future__ import annotations
@@ -98,4 +98,6 @@ def _no_gpu_for_it() -> str | None:
         a, b = (int(part) for part in number.rstrip("af").split("."))
         if (a == major and b <= minor) or (ptx and (a, b) <= (major, minor)):
             return None
-    return f"the extension was built for {', '.join(archs) or 'no GPU'}, this GPU is {major}.{minor}"
+    return (
+        f"the extension was built for {', '.join(archs) or 'no GPU'}, this GPU is {major}.{minor}"
+    )

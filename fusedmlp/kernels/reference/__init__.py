@@ -45,9 +45,7 @@ def linear_act_fwd(x, w, b, slope, state, act, alpha, threshold, scale, layer, r
 
 def linear_act_infer(x, w, b, slope, state, act, alpha, threshold, scale, layer, row_offset):
     """y (..., N)."""
-    return linear_act_fwd(
-        x, w, b, slope, state, act, alpha, threshold, scale, layer, row_offset
-    )[0]
+    return linear_act_fwd(x, w, b, slope, state, act, alpha, threshold, scale, layer, row_offset)[0]
 
 
 def bias_act_dropout_fwd(x, b, slope, state, act, alpha, threshold, scale, layer, row_offset):

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import configs
-from .device import act_fwd, drop, load_slope, load_stream, pre_activation_grad, sum_rows
+from .device import act_fwd, drop, load_slope, load_stream, pre_activation_grad
 from .launch import dropout_arguments, launch, rows_view, slopes, vector
 
 
@@ -145,9 +145,9 @@ def bias_act_dropout_bwd_kernel(
         if dslope_ptr is not None:
             dslope += tl.where(inside, terms, 0.0)
     if db_ptr is not None:
-        tl.store(db_ptr + split * N + column, sum_rows(db, BLOCK_M, BLOCK_N), mask=inside_n)
+        tl.store(db_ptr + split * N + column, tl.sum(db, axis=0), mask=inside_n)
     if dslope_ptr is not None:
-        by_column = sum_rows(dslope, BLOCK_M, BLOCK_N)
+        by_column = tl.sum(dslope, axis=0)
         if SLOPES == 2:
             tl.store(dslope_ptr + split * N + column, by_column, mask=inside_n)
         else:
@@ -171,7 +171,7 @@ def column_sum_kernel(
         inside = (row < S)[:, None] & (column < N)[None, :]
         at = partial_ptr + row[:, None] * N + column[None, :]
         total += tl.load(at, mask=inside, other=0.0)
-    tl.store(out_ptr + column, sum_rows(total, BLOCK_S, BLOCK_N), mask=column < N)
+    tl.store(out_ptr + column, tl.sum(total, axis=0), mask=column < N)
 
 
 def column_sum(partial, out):

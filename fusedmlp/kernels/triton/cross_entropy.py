@@ -34,12 +34,13 @@ def _gradient(z, top, total, target, counted, wrong, column, C, smoothing, grad_
 
 @triton.jit
 def _losses(top, total, at_target, sum_z, counted, wrong, C, smoothing):
-    """(BLOCK_M,) of -sum(q log p), with log p = z - log_sum."""
-    log_sum = top + tl.log(total)
-    loss = (1.0 - smoothing) * (log_sum - at_target)
+    """(BLOCK_M,) of -sum(q log p), where log p = z - top - log(total)."""
+    expected = (1.0 - smoothing) * at_target  # sum(q z)
     if smoothing > 0:
         # Not at smoothing = 0: a logit of -inf elsewhere must not become a NaN.
-        loss += smoothing * (log_sum - sum_z / C)
+        expected += smoothing * (sum_z / C)
+    # The difference of the two large terms first: it is nearly exact.
+    loss = (top - expected) + tl.log(total)
     return tl.where(wrong, float("nan"), tl.where(counted, loss, 0.0))
 
 

@@ -433,18 +433,6 @@ def pre_activation_grad(
 
 
 @triton.jit
-def sum_rows(t, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(BLOCK_N,): the sum of t (BLOCK_M, BLOCK_N) over its rows, in two levels.
-
-    One level adds up to BLOCK_M numbers one by one, in the interpreter and within a thread: twice
-    the rounding error of PyTorch's sum.
-    """
-    if BLOCK_M >= 16:
-        t = tl.sum(t.reshape(BLOCK_M // 8, 8, BLOCK_N), axis=1)
-    return tl.sum(t, axis=0)
-
-
-@triton.jit
 def tile_of(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     """(row, column) of the pid-th tile, walking GROUP_M rows of tiles at a time.
 

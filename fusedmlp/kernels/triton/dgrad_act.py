@@ -20,7 +20,6 @@ from .device import (
     load_slope,
     load_stream,
     pre_activation_grad,
-    sum_rows,
     tile_of,
 )
 from .gemm import Product, column_parts, product_tile, use_library
@@ -129,10 +128,10 @@ def dgrad_act_kernel(
         # Rows outside hold 0 * act'(0): zeros, unless act' was read off a bias that is not finite.
         sums_at = tile_m.to(tl.int64) * N + column
         if db_ptr is not None:
-            db = sum_rows(tl.where(inside, dz, 0.0), BLOCK_M, WIDTH)
+            db = tl.sum(tl.where(inside, dz, 0.0), axis=0)
             tl.store(db_ptr + sums_at, db, mask=inside_n)
         if dslope_ptr is not None:
-            dslope = sum_rows(tl.where(inside, terms, 0.0), BLOCK_M, WIDTH)
+            dslope = tl.sum(tl.where(inside, terms, 0.0), axis=0)
             if SLOPES == 2:
                 tl.store(dslope_ptr + sums_at, dslope, mask=inside_n)
             else:
