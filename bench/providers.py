@@ -2,8 +2,9 @@
 
 Providers: `eager` PyTorch; `compile` and `max-autotune` (CUDA, with CUDA graphs) of it; `graph`, a
 hand-made CUDA graph of it; `addmm` = torch._addmm_activation; `auto`, this package with its own
-choice of backend, and each of its backends by name; `auto graph`, a CUDA graph of `auto`; `floor`,
-what no implementation can do without: copies of the tensors, or the bare GEMMs through torch.
+choice of backend, and each of its backends by name; `op`, the registered op that `auto` ends in,
+without the checks and the drawing of a seed; `auto graph`, a CUDA graph of `auto`; `floor`, what no
+implementation can do without: copies of the tensors, or the bare GEMMs through torch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fusedmlp
-from fusedmlp import activations, dispatch
+from fusedmlp import activations, dispatch, ops, rng
 from fusedmlp import functional as FF
 
 from .cases import Case
@@ -64,8 +65,8 @@ def default_names(case: Case) -> list[str]:
         names += ["compile"] + ["max-autotune"] * (cuda and not case.elementwise)
     if cuda and case.op == "net":
         names += ["graph", "auto graph"]
-    if case.mode == "infer" and case.op == "linear_act":
-        names.append("addmm")
+    if case.mode == "infer":
+        names += ["addmm"] * (case.op == "linear_act") + ["op"] * (not modules)
     ours = [name for name in dispatch.backends() if name != "reference" or not (cuda or modules)]
     return [*names, "auto", *ours, "floor"]
 
@@ -124,7 +125,7 @@ class Problem:
             inner = self.provider("auto" if name.startswith("auto") else "eager")
             return Provider(name, _captured(inner.run), inner.results, inner.ours)
         backend, ours = None, name not in ("eager", "compile", "max-autotune", "addmm")
-        if ours and name != "auto":
+        if ours and name not in ("auto", "op"):
             backend = name
             reasons = dispatch._BY_NAME[name].refuses(case.device, case.torch_dtype)
             if reasons:
@@ -151,6 +152,8 @@ class Problem:
                 raise Unavailable(f"torch._addmm_activation has no {act}")
             gelu = act != "relu"
             return lambda: F.dropout(torch._addmm_activation(b, x, w.t(), use_gelu=gelu), p)
+        if name == "op":
+            return self._op(x, w, b, act, p)
         if ours:
             if self.case.op == "dropout":
                 return lambda: FF.dropout(x, p, backend=backend)
@@ -165,6 +168,29 @@ class Problem:
 
         function = _compiled(name, eager)
         return lambda: function(x, w, b)
+
+    def _op(self, x, w, b, act: str, p: float) -> Callable[[], Tensor]:
+        """The op itself, on a state drawn once: fresh, or inside the check's dropout_state."""
+        op = "bias_act_dropout" if w is None else "linear_act"
+        number = activations.IDS[act]
+        k, n = self.case.layers[0][:2]
+        m, device_type = self.case.m, x.device.type
+        route = dispatch.select(op, device_type, x.dtype, number, p > 0, m, k, n, None)
+        if route == dispatch.EAGER:
+            raise Unavailable("automatic choice runs plain PyTorch")
+        call = getattr(ops.BY_BACKEND[route], f"{op}_fwd" if w is None else f"{op}_infer")
+        tensors = [t.detach() for t in (x, w, b) if t is not None]
+        tensors += [None] * (b is None)
+        numbers = (number, 0.01, *rng.threshold_and_scale(p), 0, 0)
+        drawn = {}
+
+        def run():
+            scope = FF._scope
+            if scope not in drawn:
+                drawn[scope] = FF.draw_state(x)[0] if p else None
+            return call(*tensors, None, drawn[scope], *numbers)
+
+        return run
 
     def _module(self, name: str, ours: bool):
         """(forward, parameters); in a step, forward is the loss."""

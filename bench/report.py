@@ -28,6 +28,7 @@ NOTHING = "*Not measured yet: no results file holds it.*\n"
 # Column heads of the providers whose speed-up over eager is shown, in this order.
 _COLUMNS = {
     "auto": "fused",
+    "op": "op alone",
     "native": "native",
     "triton": "triton",
     "reference": "reference",

@@ -11,11 +11,11 @@ from fusedmlp.train import data as datasets
 BLUE, RED, GREEN, GREY = "#1f6fb4", "#c0261c", "#1a7f37", "#808080"
 
 
-def arguments(argv, doc, *, epochs=None, dataset=None):
-    """--out and --seed, and --epochs and --dataset for the lessons that have defaults for them."""
+def arguments(argv, doc, *, epochs=None, dataset=None, seed=0):
+    """--out and --seed, and --epochs and --dataset for the lessons that name a default for them."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/examples"), help="for the picture")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=seed, help=f"default {seed}")
     if epochs is not None:
         parser.add_argument("--epochs", type=int, default=epochs, help=f"default {epochs}")
     if dataset is not None:

@@ -1,10 +1,11 @@
 """Lesson 4: a polynomial of degree 3 fitted with 4, 2 and 20 features: normal, under-, overfitting.
 
-Five data sets are fitted at the same time, as a batch of matrices: one would be chance.
+Five data sets are fitted at the same time, as a batch of matrices, since one is a matter of luck:
+in one of twenty a lone extreme x leaves the cubic term to few rows, and 400 epochs are too few for
+it. --seed 0 has such a set.
 """
 
 import torch
-import torch.nn.functional as F
 from course import BLUE, RED, arguments, figure, save
 
 import fusedmlp
@@ -55,7 +56,7 @@ def concise(features, y, epochs, seed):
 
 
 def main(argv=None):
-    args = arguments(argv, __doc__, epochs=400)
+    args = arguments(argv, __doc__, epochs=400, seed=4)
     features, y = make_data(args.seed)
     print("features  training loss  test loss   (means of five data sets)")
     figures = {}
@@ -67,7 +68,7 @@ def main(argv=None):
         for part, colour, label in ((0, BLUE, "training"), (1, RED, "test")):
             axis.plot(losses[:, part], color=colour, alpha=0.25, linewidth=0.8)
             axis.plot(losses[:, part].mean(1), color=colour, linewidth=2, label=label)
-        axis.set(yscale="log", ylim=(5e-3, 1e2), xlabel="epoch", title=f"{name}: {n} features")
+        axis.set(yscale="log", ylim=(5e-3, 2e2), xlabel="epoch", title=f"{name}: {n} features")
         axis.grid(alpha=0.3)
         axis.legend()
 

@@ -113,16 +113,19 @@ def test_a_time_budget_ends_the_rounds():
     LINEAR,
     Case("t", "dropout", "fwd+bwd", 64, (48,), p=(0.25,)),
     Case("t", "bias_act_dropout", "infer", 64, (48,), "gelu", (0.25,)),
+    Case("t", "linear_act", "infer", 64, (24, 48), p=(0.5,)),
     Case("t", "linear_act", "bwd", 32, (24, 48), "tanh", dtype="bf16"),
     Case("t", "layer", "fwd+bwd", 64, (24, 48), "gelu", (0.5,)),
     Case("t", "net", "step", 64, (24, 48, 10), p=(0.5,)),
     Case("t", "net", "step", 64, (24, 48, 32, 10), p=(0.2, 0.5)),
 ], ids=str)  # fmt: skip
 def test_right_providers_get_a_number(case):
-    rows = run.run_case(case, ["eager", "reference", "auto", "floor"], 0.0)
+    names = ["eager", "reference", "auto", "floor"]
+    names += ["op"] * (case.mode == "infer" and case.p[0] > 0)
+    rows = run.run_case(case, names, 0.0)
     by_name = {row["provider"]: row for row in rows}
     assert not [row for row in rows if "error" in row]
-    for name in ("eager", "reference", "auto", "floor"):
+    for name in names:
         row = by_name[name]
         assert row["ms_p20"] <= row["ms"] <= row["ms_p80"] and row["rounds"] >= 10
         assert len(row["eager_over_this"]) == 3

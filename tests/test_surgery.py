@@ -203,6 +203,16 @@ def test_a_subclass_of_sequential_is_left_alone_but_looked_into():
     assert torch.equal(fused(x := torch.randn(4, 6)), net(x))
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
+def test_torchscript_inside_is_left_alone():
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(6, 6), nn.ReLU()))
+    net = nn.Sequential(scripted, nn.Linear(6, 6), nn.ReLU())
+    fused = fuse(net)
+    assert fused[0] is scripted and "ScriptModule has no fused form" in str(fused.report())
+    assert torch.equal(fused(x := torch.randn(4, 6)), net(x)) and torch.equal(fused(x), net(x))
+    assert fuse(scripted) is scripted and unfuse(scripted) is scripted
+
+
 def test_hooks_on_containers_go_on_working():
     net, seen = mlp(), []
     before = net.register_forward_hook(lambda m, a, y: seen.append(type(m)))

@@ -136,6 +136,7 @@ def test_a_named_kernel_backend_refuses_torch_func():
         vmap(net.eval())(torch.randn(4, 1, 6))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_forward_mode_derivatives():
     net, x, dx = fuse(mlp(act=nn.Tanh)), torch.randn(4, 6), torch.randn(4, 6)
     with forward_ad.dual_level():

@@ -60,9 +60,20 @@ FN VF log1p_of_fraction(VF u) {
 FN VF sigmoid(VF x) { return set1(1.0f) / (set1(1.0f) + exp(negate(x))); }
 
 FN VF tanh(VF x) {
-    // With m = e^(-2 |x|) - 1: tanh |x| = -m / (2 + m), without cancellation.
-    const VF m = expm1_of_negative(set1(-2.0f) * abs(x));
-    return copysign(m / (set1(2.0f) + m), x);
+    const VF a = abs(x), w = x * x, one = set1(1.0f);
+    // Up to 5/8 an odd polynomial, relative error 4.4e-9.
+    VF p = set1(-0.0057049864f);
+    p = fma(p, w, set1(0.0206390861f));
+    p = fma(p, w, set1(-0.0537397154f));
+    p = fma(p, w, set1(0.133314416f));
+    p = fma(p, w, set1(-0.333332807f));
+    const VF small = fma(a * w, p, a);
+    // Above, 1 - 2 e / (1 + e) with e = exp(-2 |x|).
+    VF n;
+    const VF r = reduce(max(set1(-40.0f), set1(-2.0f) * a), n);
+    const VF e = (one + expm1_reduced(r)) * pow2(n);
+    const VF large = one - (e + e) / (one + e);
+    return copysign(select(gt(a, set1(0.625f)), large, small), x);
 }
 
 FN VF softplus(VF x) {

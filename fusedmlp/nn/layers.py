@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import activations, checks, functional, rng
-from .masks import Masks
+from .. import activations, checks, dispatch, functional, rng
+from .masks import Masks, must_trace
 
+_LINEAR = "linear_act"
 _DEFAULT_SLOPES = {activations.LEAKY_RELU: 0.01, activations.PRELU: 0.25}
 
 
@@ -23,12 +24,6 @@ class ReLUSquared(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.relu(input).square()
-
-
-def _threshold_and_scale(op: str, p: float, training: bool) -> tuple[int, float]:
-    if not training or p == 0:
-        return 0, 1.0
-    return rng.threshold_and_scale(checks.probability(op, p))
 
 
 class FusedLinear(nn.Linear):
@@ -46,6 +41,8 @@ class FusedLinear(nn.Linear):
     """
 
     first_layer = 0
+    # (what a call was like, the route that suits it), so that the next one need not be checked.
+    _memo = (None, None)
 
     def __init__(
         self,
@@ -76,7 +73,7 @@ class FusedLinear(nn.Linear):
         return activations.NAMES[self.act]
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.run_fused(input, Masks(self.first_layer, True))
+        return self.run_fused(input, Masks(self.first_layer, must_trace()))
 
     fused_forward = forward
 
@@ -86,35 +83,54 @@ class FusedLinear(nn.Linear):
 
     def run_fused(self, x: Tensor, masks: Masks) -> Tensor:
         """forward, with the masks of the container that this layer is in."""
-        op = "linear_act"
-        checks.tensor(op, "input", x)
-        if self.slope is not None:
-            checks.slope(op, self.act, self.slope, self.weight.shape[0])
-        layer, state = masks.layer, None
+        checks.tensor(_LINEAR, "input", x)
+        layer = masks.layer
         masks.layer = layer + 1
-        threshold, scale = _threshold_and_scale(op, self.p, self.training)
+        # Not self.weight, which is a search in Python; functional_call may have put it elsewhere.
+        own = self._parameters
+        w = own["weight"] if "weight" in own else self.weight
+        b = own["bias"] if "bias" in own else self.bias
+        slope = own["slope"] if "slope" in own else self.slope
+        p, route, named = (self.p if self.training else 0.0), None, None
+        if masks.traced:
+            threshold, scale = self._check(w, slope, p)
+        else:
+            named = dispatch.explicit(None)
+            key = (x.shape, x.dtype, x.layout, x.device, p, named, id(w), id(b), id(slope))
+            memo = self._memo
+            if memo[0] != key:
+                memo = self.__dict__["_memo"] = key, *self._find(x, w, b, slope, p, named)
+            _, route, threshold, scale = memo
+        state = masks.draw(x) if threshold else None
+        numbers = (self.act, self.negative_slope, threshold, scale, layer, masks.row_offset)
+        if route is None or masks.row_offset:
+            return functional.run_linear_act(x, w, b, slope, state, *numbers, named)
+        return functional.linear_act_on(route, (x, w, b, slope, state, *numbers))
+
+    def _check(self, w: Tensor, slope: Tensor | None, p: float) -> tuple[int, float]:
+        if slope is not None:
+            checks.slope(_LINEAR, self.act, slope, w.shape[0])
+        return rng.threshold_and_scale(checks.probability(_LINEAR, p))
+
+    def _find(self, x, w, b, slope, p: float, named: str | None) -> tuple[str, int, float]:
+        """The route that suits a call, threshold and scale, after all checks."""
+        threshold, scale = self._check(w, slope, p)
+        checks.linear(_LINEAR, x, w, b)
+        rows, (n, k) = checks.rows(x), w.shape
         if threshold:
-            state = masks.draw(x)
-        return functional.run_linear_act(
-            x,
-            self.weight,
-            self.bias,
-            self.slope,
-            state,
-            self.act,
-            self.negative_slope,
-            threshold,
-            scale,
-            layer,
-            masks.row_offset,
-            None,
-        )
+            checks.row_range(_LINEAR, rows, n, 0)
+        drops = threshold != 0
+        route = dispatch.select(_LINEAR, x.device.type, x.dtype, self.act, drops, rows, k, n, named)
+        return route, threshold, scale
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, activation={self.activation!r}, dropout={self.p}"
         if self.act == activations.LEAKY_RELU:
             text += f", slope={self.negative_slope}"
         return text
+
+    def __getstate__(self):
+        return _without_memo(super().__getstate__())
 
 
 def _slope_value(op: str, act: int, slope: object) -> float:
@@ -141,12 +157,13 @@ class FusedDropout(nn.Dropout):
     """
 
     first_layer = 0
+    _memo = (None, None)
 
     def __init__(self, p: float = 0.5, inplace: bool = False):
         super().__init__(checks.probability("FusedDropout", p), inplace)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.run_fused(input, Masks(self.first_layer, True))
+        return self.run_fused(input, Masks(self.first_layer, must_trace()))
 
     fused_forward = forward
 
@@ -156,25 +173,37 @@ class FusedDropout(nn.Dropout):
 
     def run_fused(self, x: Tensor, masks: Masks) -> Tensor:
         """forward, with the masks of the container that this layer is in."""
-        op = "dropout"
+        op, act = "dropout", activations.NONE
         checks.tensor(op, "input", x)
         layer = masks.layer
         masks.layer = layer + 1
-        threshold, scale = _threshold_and_scale(op, self.p, self.training)
+        if not self.training or self.p == 0:
+            return x
+        threshold, scale = rng.threshold_and_scale(checks.probability(op, self.p))
         if threshold == 0:
             return x
-        state = masks.draw(x)
-        y = functional.run_bias_act_dropout(
-            x,
-            None,
-            None,
-            state,
-            activations.NONE,
-            0.0,
-            threshold,
-            scale,
-            layer,
-            masks.row_offset,
-            None,
-        )
+        state, offset = masks.draw(x), masks.row_offset
+        args = (x, None, None, state, act, 0.0, threshold, scale, layer, offset)
+        if masks.traced or offset:
+            y = functional.run_bias_act_dropout(*args, None)
+        else:
+            named = dispatch.explicit(None)
+            key = (x.shape, x.dtype, x.layout, x.device, named)
+            memo = self._memo
+            if memo[0] != key:
+                rows, columns = checks.rows(x), x.shape[-1] if x.dim() else 1
+                checks.row_range(op, rows, columns, 0)
+                route = dispatch.select(
+                    "bias_act_dropout", x.device.type, x.dtype, act, True, rows, 0, columns, named
+                )
+                memo = self.__dict__["_memo"] = key, route
+            y = functional.bias_act_dropout_on(memo[1], args)
         return x.copy_(y) if self.inplace else y
+
+    def __getstate__(self):
+        return _without_memo(super().__getstate__())
+
+
+def _without_memo(state: dict) -> dict:
+    state.pop("_memo", None)
+    return state

@@ -99,8 +99,6 @@ def of(module: nn.Module) -> Report:
 
 def why_left_alone(m: nn.Sequential) -> str | None:
     """Why the container m is not made a FusedSequential, or None."""
-    if isinstance(m, torch.jit.ScriptModule):
-        return "left alone: it is TorchScript"
     if type(m) is not nn.Sequential and not is_fused_module(m):
         return f"left alone: {type(m).__name__} is a subclass of nn.Sequential"
     if "forward" in m.__dict__:

@@ -13,7 +13,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .. import activations, checks, dispatch, dtypes, functional, rng
 from .masks import Masks
-from .stretches import ACTIVATIONS, Single, Stretch, activation_of, find, is_tampered
+from .stretches import ACTIVATIONS, Single, Stretch, activation_of, find, is_candidate, is_tampered
 
 _NONE, _PRELU, _SOFTPLUS = activations.NONE, activations.PRELU, activations.SOFTPLUS
 # Other subclasses of Tensor (DTensor, quantised weights) bring functions of their own.
@@ -28,7 +28,7 @@ class Plan:
            or None
     """
 
-    __slots__ = ("children", "dropouts", "items", "nested", "quiet", "types", "watched")
+    __slots__ = ("children", "dropouts", "items", "nested", "others", "quiet", "types", "watched")
 
     def __init__(self, children: list[nn.Module]):
         self.children = children
@@ -37,10 +37,14 @@ class Plan:
         self.dropouts = [m for m in children if type(m) is nn.Dropout]
         self.nested = any(type(item) is Single and item.layers for item in self.items)
         self.quiet = None
+        present = [m for m in dict.fromkeys(children) if m is not None]
         self.watched = [
             (m, type(m), is_tampered(m), m.__dict__.get("inplace"), _parameters_of(m))
-            for m in dict.fromkeys(children)
-            if m is not None
+            for m in present
+            if is_candidate(m)
+        ]
+        self.others = [
+            (m, type(m), m.__dict__.get("inplace")) for m in present if not is_candidate(m)
         ]
 
     def is_stale(self) -> bool:
@@ -50,19 +54,21 @@ class Plan:
             if (
                 type(m) is not cls
                 or d.get("inplace") is not inplace
+                # is_tampered(m), without its searches.
                 or tampered
-                is not (
-                    True
-                    if d["_forward_hooks"]
+                is not bool(
+                    d["_forward_hooks"]
                     or d["_forward_pre_hooks"]
                     or d["_backward_hooks"]
                     or d["_backward_pre_hooks"]
                     or "forward" in d
                     or d.get("_compiled_call_impl") is not None
-                    else False
                 )
                 or (parameters is not None and parameters != _parameters_of(m))
             ):
+                return True
+        for m, cls, inplace in self.others:
+            if type(m) is not cls or m.__dict__.get("inplace") is not inplace:
                 return True
         return False
 
@@ -167,7 +173,7 @@ def _choose(x, w, b, act: int, slope, drops: bool, named: str | None) -> str | N
     if not _can_run(x, w, b, act, slope, traced=False):
         _refuse(x, w)
         return None
-    rows = 1 if x.dim() <= 1 else x.shape[:-1].numel()
+    rows = checks.rows(x)
     if w is None:
         columns, k = (x.shape[-1] if x.dim() else 1), 0
     else:

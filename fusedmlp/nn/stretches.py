@@ -78,6 +78,11 @@ def is_fused_module(m: nn.Module) -> bool:
     return hasattr(cls, "fused_forward") and cls.forward is cls.fused_forward
 
 
+def is_candidate(m: nn.Module) -> bool:
+    """True for classes that can be part of a stretch, or take its masks."""
+    return type(m) in CANDIDATES or is_fused_module(m)
+
+
 def activation_of(m: nn.Module) -> tuple[int, float] | None:
     """(act, alpha) of the op that m is, or None."""
     entry = ACTIVATIONS.get(type(m))
@@ -200,7 +205,7 @@ def why_not(m: nn.Module | None, alone: str) -> str:
     if m is None:
         return "it is None"
     cls = type(m)
-    if cls in CANDIDATES or is_fused_module(m):
+    if is_candidate(m):
         if "forward" in m.__dict__:
             return "its forward was replaced"
         if m._compiled_call_impl is not None:

@@ -92,7 +92,7 @@ class TrainConfig:
         return self.dropout * len(self.hidden) if len(self.dropout) == 1 else self.dropout
 
     def learning_rate(self, loss: str) -> float:
-        """loss: cross_entropy or mse, whose gradient grows with the error and needs shorter steps."""
+        """loss: cross_entropy, or mse, whose gradient grows with the error."""
         if self.lr is not None:
             return self.lr
         return 1e-3 if self.optimizer == "adamw" else {"cross_entropy": 0.1, "mse": 0.01}[loss]

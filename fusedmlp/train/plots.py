@@ -91,7 +91,9 @@ def images(data: Data, outputs: Tensor) -> bytes:
         axis.axis("off")
     for axis, index in zip(axes.flat, shown, strict=False):
         axis.imshow(
-            data.x_test[index].cpu().view(data.image_shape), cmap="gray_r", interpolation="nearest"
+            data.x_test[index].cpu().view(data.image_shape).numpy(),
+            cmap="gray_r",
+            interpolation="nearest",
         )
         names = data.classes[predicted[index]], data.classes[true[index]]
         is_right = names[0] == names[1]

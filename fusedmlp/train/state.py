@@ -134,5 +134,6 @@ def check_loss(run: Run, loss: float) -> None:
     raise TrainError(
         f"the loss is no longer finite in epoch {run.position.epoch + 1}, by step "
         f"{run.position.global_step}; "
-        f"take a smaller --lr than {run.config.learning_rate(run.task.loss):g}, or --standardize{kept}"
+        f"take a smaller --lr than {run.config.learning_rate(run.task.loss):g}, or "
+        f"--standardize{kept}"
     )

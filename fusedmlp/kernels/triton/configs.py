@@ -92,7 +92,15 @@ class Target(NamedTuple):
 
 
 # Bytes of shared memory a block can have, by compute capability.
-SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376, "hip": 65_536}
+SHARED = {
+    80: 166_912,
+    86: 101_376,
+    89: 101_376,
+    90: 232_448,
+    100: 232_448,
+    120: 101_376,
+    "hip": 65_536,
+}
 
 
 def target(arch: int, processors: int = 132) -> Target:
@@ -196,9 +204,7 @@ def cycles(tile: Tile, kind: str, m: int, n: int, k: int, itemsize: int, target:
 
 
 @functools.lru_cache(maxsize=4096)
-def default_tile(
-    op: str, kind: str, m: int, n: int, k: int, itemsize: int, target: Target
-) -> Tile:
+def default_tile(op: str, kind: str, m: int, n: int, k: int, itemsize: int, target: Target) -> Tile:
     """The tile that the model ranks first: what is used where nothing was tuned."""
     candidates = []
     for tile in fitting(kind, itemsize, target):

@@ -96,9 +96,7 @@ def cross_entropy_kernel(
             inside = inside_m[:, None] & (column < C)[None, :]
             at = z_ptr + row[:, None] * stride_zm + column[None, :] * stride_zc
             z = tl.load(at, mask=inside, other=float("-inf")).to(tl.float32)
-            dz = _gradient(
-                z, top, total, target, counted, wrong, column, C, smoothing, grad_scale
-            )
+            dz = _gradient(z, top, total, target, counted, wrong, column, C, smoothing, grad_scale)
             tl.store(dz_ptr + row[:, None] * C + column[None, :], dz, mask=inside)
     # Read again, one element a row: cheaper than a search through the tile.
     there = inside_m & counted & (wrong == 0)

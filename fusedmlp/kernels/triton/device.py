@@ -420,9 +420,7 @@ def pre_activation_grad(
         dz = g
     if ACT != RELU or SAVES == SAVE_Z:
         # One mask for both, as the compiler merges the two calls.
-        dz = drop(
-            dz, seed, stream, first_row, first_column, threshold, DROPOUT, BLOCK_M, BLOCK_N
-        )
+        dz = drop(dz, seed, stream, first_row, first_column, threshold, DROPOUT, BLOCK_M, BLOCK_N)
         if SLOPE_GRAD:
             terms = drop(
                 terms, seed, stream, first_row, first_column, threshold, DROPOUT, BLOCK_M, BLOCK_N

@@ -105,7 +105,7 @@ def _store_outputs(
             b_ptr,
             slope_ptr,
             seed,
-    stream,
+            stream,
             first_row,
             first_column + i * WIDTH,
             M,
@@ -157,9 +157,7 @@ def linear_act_fwd_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """y = drop(act(x w^T + b)) and, if asked for, h = x w^T; one tile a program."""
-    tile_m, tile_n = tile_of(
-        tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M
-    )
+    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     first_row, first_column = tile_m.to(tl.int64) * BLOCK_M, tile_n.to(tl.int64) * BLOCK_N
     h = product_tile(
         x_ptr,
