@@ -4,8 +4,9 @@
     python -m bench.kernels --quick            one of each kind, a minute
     python -m bench.kernels --target sm_90 --out bench/results/kernels.json
 
-No GPU is needed and none is asked for. Exit status 1 if a kernel for an NVIDIA GPU uses local memory,
-needs more shared memory than the device has, or misses the tensor-core instruction it should have.
+No GPU is needed and none is asked for. Exit status 1 if a kernel for an NVIDIA GPU uses local
+memory, needs more shared memory than the device has, or misses the tensor-core instruction it
+should have.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class Kernel:
 
     def call(self) -> None:
         """Calls the op on meta tensors."""
-        from fusedmlp.kernels.triton import configs, linear_act
         from fusedmlp.kernels.triton import bias_act_dropout as epilogue
+        from fusedmlp.kernels.triton import configs, linear_act
         from fusedmlp.kernels.triton.cross_entropy import cross_entropy
         from fusedmlp.kernels.triton.dgrad_act import dgrad_act
 
@@ -100,48 +101,42 @@ class Kernel:
 
 
 def _products(target: str, quick: bool) -> Iterator[Kernel]:
-    """Every tile that can be chosen: heaviest epilogue, odd sizes, split along K, backward."""
+    """Every tile that can be chosen: heaviest epilogue, backward, split; on sm_90 also the rest."""
     from fusedmlp.kernels.triton import configs
 
     from .triton_build import tile_target
 
+    full = target == "sm_90" and not quick
     for kind, dtype in (("half", "bf16"), ("half", "fp16"), ("tf32", "fp32"), ("ieee", "fp32")):
         tiles = configs.fitting(kind, 2 if kind == "half" else 4, tile_target(target))
-        if quick:
+        plain = [t for t in tiles if not t.descriptors]
+        if dtype == "fp16":
+            # The same code as bf16 but for the conversions.
+            tiles = tiles[::4] if full else ()
+        elif quick:
             tiles = tiles[:: len(tiles) // 2]
-        elif dtype == "fp16":
-            tiles = tiles[::4]  # the same code as bf16 but for the conversions
         for tile in tiles:
             made = dict(target=target, dtype=dtype, kind=kind, tile=tuple(tile))
-            if tile.descriptors:
-                yield Kernel("linear_act", **made, descriptors=1)
-                yield Kernel("dgrad_act", **made, descriptors=2)
-            else:
-                yield Kernel("linear_act", **made)
-                yield Kernel("dgrad_act", **made)
-            if not quick and dtype != "fp16":
+            yield Kernel("linear_act", **made, descriptors=int(tile.descriptors))
+            yield Kernel("dgrad_act", **made, descriptors=2 * tile.descriptors)
+            if full:
+                # A tile with descriptors then goes by pointers too, as operands are not aligned.
                 yield Kernel("linear_act", **made, aligned=False)
-                split = made | {"tile": tuple(tile._replace(splits=4, descriptors=False))}
-                yield Kernel("linear_act", **split)
-        if not quick and dtype == "bf16":
-            tile = next(t for t in tiles if (t.m, t.n) == (128, 128))
+                yield Kernel("dgrad_act", **made, aligned=False)
+            if not quick and not tile.descriptors:
+                yield Kernel("linear_act", **made | {"tile": tuple(tile._replace(splits=4))})
+        if dtype == "bf16":
+            split = tuple(plain[0]._replace(splits=4))
+            yield Kernel("linear_act", target, dtype, kind=kind, part=1, tile=split)
+        if full and dtype == "bf16":
+            tile = tuple(next(t for t in plain if (t.m, t.n) == (128, 128)))
             for act, p in itertools.product(activations.NAMES, (0.0, 0.1)):
-                made = dict(act=act, p=p, target=target, dtype=dtype, kind=kind, tile=tuple(tile))
-                yield Kernel("linear_act", **made)
-                yield Kernel("dgrad_act", **made)
-            yield Kernel(
-                "linear_act",
-                target,
-                dtype,
-                kind=kind,
-                part=1,
-                tile=tuple(tile._replace(splits=4, descriptors=False)),
-            )
+                yield Kernel("linear_act", target, dtype, act, p, kind, tile)
+                yield Kernel("dgrad_act", target, dtype, act, p, kind, tile)
 
 
 def _elementwise(target: str, quick: bool) -> Iterator[Kernel]:
-    dtypes = ("bf16",) if quick else tuple(_DTYPES)
-    for dtype in dtypes:
+    for dtype in _DTYPES if target == "sm_90" and not quick else ("bf16",):
         for op in ("dropout", "cross_entropy", "cross_entropy of long rows"):
             yield Kernel(op, target, dtype)
         yield Kernel("bias_act_dropout_bwd", target, dtype, part=1)  # the second stage of its sums
@@ -150,6 +145,33 @@ def _elementwise(target: str, quick: bool) -> Iterator[Kernel]:
                 yield Kernel(op, target, dtype, act)
             if not quick:
                 yield Kernel(op, target, dtype, "gelu", aligned=False)
+
+
+def _sample() -> tuple[Kernel, ...]:
+    """What the test suite compiles: every kernel once, every target, each kind of product."""
+    small = (64, 32, 64, 4, 4)
+    return (
+        Kernel("linear_act", "sm_90", "bf16", kind="half", tile=(64, 64, 64, 4, 4)),
+        Kernel(
+            "linear_act", "sm_90", "bf16", "relu", kind="half", tile=(*small, True), descriptors=1
+        ),
+        Kernel("linear_act", "sm_90", "fp16", "silu", kind="half", tile=small, aligned=False),
+        Kernel("linear_act", "sm_90", "fp32", "tanh", kind="tf32", tile=(64, 32, 32, 4, 4)),
+        Kernel("linear_act", "sm_90", "fp32", "elu", kind="ieee", tile=(64, 16, 32, 4, 3)),
+        Kernel("linear_act", "sm_90", "bf16", kind="half", tile=(*small, False, 4)),
+        Kernel("linear_act", "sm_90", "bf16", kind="half", tile=(*small, False, 4), part=1),
+        Kernel("dgrad_act", "sm_90", "bf16", kind="half", tile=small),
+        Kernel("bias_act_dropout_fwd", "sm_90", "fp32", "softplus"),
+        Kernel("bias_act_dropout_bwd", "sm_90", "bf16", "prelu"),
+        Kernel("bias_act_dropout_bwd", "sm_90", "bf16", part=1),
+        Kernel("dropout", "sm_90", "bf16"),
+        Kernel("cross_entropy", "sm_90", "bf16"),
+        *(
+            Kernel("linear_act", t, "bf16", kind="half", tile=small)
+            for t in TARGETS
+            if t != "sm_90"
+        ),
+    )
 
 
 def kernels(targets: tuple[str, ...], quick: bool) -> list[Kernel]:
@@ -228,12 +250,13 @@ def _report_or_error(kernel: Kernel) -> dict[str, Any]:
         }
 
 
-def dropout_instructions(target: str) -> list[dict[str, Any]]:
+def dropout_instructions(target: str, sample: bool = False) -> list[dict[str, Any]]:
     """Instructions an element that dropout adds to straight-line epilogues of one tile."""
     rows = []
-    tile = (128, 128, 64, 8, 3)
+    tile = (64, 64, 64, 4, 4) if sample else (128, 128, 64, 8, 3)
     made = [Kernel("linear_act", target, "bf16", "relu", kind="half", tile=tile)]
-    made += [Kernel("bias_act_dropout_fwd", target, d, "relu") for d in ("bf16", "fp32")]
+    for dtype in ("bf16", "fp32"):
+        made.append(Kernel("bias_act_dropout_fwd", target, dtype, "relu"))
     for kernel in made:
         fields = {f: getattr(kernel, f) for f in kernel.__dataclass_fields__}
         plain, dropped = (report(Kernel(**fields | {"p": p})) for p in (0.0, 0.1))
@@ -293,6 +316,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one of each kind")
+    parser.add_argument("--sample", action="store_true", help="what the test suite compiles")
     parser.add_argument("--target", action="append", choices=TARGETS, help="may be repeated")
     parser.add_argument("--out", type=Path, help="results file (JSON)")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
@@ -302,14 +326,15 @@ def main(argv: list[str] | None = None) -> int:
         # Its own cache: what is timed is compiled here and now.
         os.environ["TRITON_CACHE_DIR"] = cache
         start = time.perf_counter()
-        todo, rows = kernels(targets, args.quick), []
+        todo = list(_sample()) if args.sample else kernels(targets, args.quick)
+        rows = []
         with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
             for row in pool.imap_unordered(_report_or_error, todo, chunksize=4):
                 rows.append(row)
                 if sys.stderr.isatty():
                     print(f"\r{len(rows)} of {len(todo)}", end="", file=sys.stderr, flush=True)
         rows.sort(key=lambda row: [str(row.get(c, "")) for c in _COLUMNS])
-        counted = [r for t in targets if t == "sm_90" for r in dropout_instructions(t)]
+        counted = [r for t in targets if t == "sm_90" for r in dropout_instructions(t, args.sample)]
         seconds = time.perf_counter() - start
     print(table(rows))
     for r in counted:

@@ -1,8 +1,8 @@
 """Compiles Triton kernels for GPUs that are not there, and reads their machine code.
 
 What is compiled is what the host code would launch: the ops are called on meta tensors, and each
-launch is recorded with its arguments, constants, warps and stages. Needs neither a GPU nor a driver;
-TRITON_INTERPRET must not be set.
+launch is recorded with its arguments, constants, warps and stages. Needs neither a GPU nor a
+driver; TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations

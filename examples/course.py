@@ -12,20 +12,25 @@ BLUE, RED, GREEN, GREY = "#1f6fb4", "#c0261c", "#1a7f37", "#808080"
 
 
 def arguments(argv, doc, *, epochs=None, dataset=None, seed=0):
-    """--out and --seed, and --epochs and --dataset for the lessons that name a default for them."""
+    """--out, --seed and --epochs; --dataset for the lessons that name a default for it."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/examples"), help="for the picture")
     parser.add_argument("--seed", type=int, default=seed, help=f"default {seed}")
-    if epochs is not None:
-        parser.add_argument("--epochs", type=int, default=epochs, help=f"default {epochs}")
+    shown = epochs or "10 for Fashion-MNIST, 30 for the digits"
+    parser.add_argument("--epochs", type=int, default=epochs, help=f"default {shown}")
     if dataset is not None:
         parser.add_argument("--dataset", default=dataset, help=f"default {dataset}")
     return parser.parse_args(argv)
 
 
 def images(args):
-    """The data set of --dataset; 'auto' is Fashion-MNIST, or scikit-learn's digits without it."""
+    """The data set of --dataset; 'auto' is Fashion-MNIST, or scikit-learn's digits without it.
+
+    Sets args.epochs, where it was left open, and args.batch to what suits the number of rows.
+    """
     data = datasets.load(TrainConfig(dataset=args.dataset))
+    config = datasets.resolved(TrainConfig(epochs=args.epochs), data)
+    args.epochs, args.batch = config.epochs, config.batch_size
     for note in data.notes:
         print(note)
     print(f"{data.name}: {len(data.x_train)} training rows, {len(data.x_test)} test rows")

@@ -11,7 +11,7 @@ from course import BLUE, RED, arguments, figure, images, inputs, save
 
 import fusedmlp.functional as FF
 
-HIDDEN, BATCH, RATE = 256, 256, 0.1
+HIDDEN, RATE = 256, 0.1
 
 
 def first_parameters(pixels, classes, seed):
@@ -37,10 +37,10 @@ def with_ops(x, w1, b1, w2, b2):
     return FF.linear_act(h, w2.T, b2)
 
 
-def train_epoch(net, parameters, x, y, order):
-    """One pass over the rows in the given order; the mean loss."""
+def train_epoch(net, parameters, x, y, batches):
+    """One pass over the rows, a batch of row numbers at a time; the mean loss."""
     total = 0.0
-    for rows in order.split(BATCH):
+    for rows in batches:
         loss = F.cross_entropy(net(x[rows], *parameters), y[rows])
         loss.backward()
         with torch.no_grad():
@@ -48,7 +48,7 @@ def train_epoch(net, parameters, x, y, order):
                 p -= RATE * p.grad
                 p.grad = None
         total += loss.detach() * len(rows)
-    return float(total) / len(order)
+    return float(total) / len(x)
 
 
 @torch.no_grad()
@@ -64,7 +64,7 @@ def train(net, data, args):
     history = []
     for _ in range(args.epochs):
         order = torch.randperm(len(x), generator=generator)
-        loss = train_epoch(net, parameters, x, data.y_train, order)
+        loss = train_epoch(net, parameters, x, data.y_train, order.split(args.batch))
         history.append((loss, accuracy(net, parameters, x_test, data.y_test)))
     return history
 
@@ -72,13 +72,13 @@ def train(net, data, args):
 def first_step(net, data, args):
     """Outputs and gradients of the first batch."""
     parameters = first_parameters(data.in_features, data.out_features, args.seed)
-    outputs = net(inputs(data, data.x_train[:BATCH]), *parameters)
-    loss = F.cross_entropy(outputs, data.y_train[:BATCH])
+    outputs = net(inputs(data, data.x_train[: args.batch]), *parameters)
+    loss = F.cross_entropy(outputs, data.y_train[: args.batch])
     return [outputs.detach(), *torch.autograd.grad(loss, parameters)]
 
 
 def main(argv=None):
-    args = arguments(argv, __doc__, epochs=10, dataset="auto")
+    args = arguments(argv, __doc__, dataset="auto")
     data = images(args)
     pairs = zip(first_step(from_scratch, data, args), first_step(with_ops, data, args), strict=True)
     difference = max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
@@ -94,7 +94,7 @@ def main(argv=None):
 
     picture = figure(9, 3.6)
     styles = {"from scratch": (RED, 4, 0.4), "with the ops": (BLUE, 1.5, 1)}
-    for axis, which, label in zip(picture.subplots(1, 2), (0, 1), ("loss", "accuracy"), strict=True):
+    for which, axis in enumerate(picture.subplots(1, 2)):
         for name, history in histories.items():
             colour, width, alpha = styles[name]
             values = [point[which] for point in history]

@@ -37,7 +37,7 @@ def draw(history, data, outputs):
 
 
 def main(argv=None):
-    args = arguments(argv, __doc__, epochs=10, dataset="auto")
+    args = arguments(argv, __doc__, dataset="auto")
     data = images(args)
 
     torch.manual_seed(args.seed)
@@ -50,7 +50,7 @@ def main(argv=None):
     net.apply(init_weights)
     net = fusedmlp.fuse(net)
     print(net.report())
-    config = TrainConfig(epochs=args.epochs, lr=0.1, batch_size=256, seed=args.seed)
+    config = TrainConfig(epochs=args.epochs, lr=0.1, batch_size=args.batch, seed=args.seed)
     history = fit(net, data, config).history
 
     last = history[-1]

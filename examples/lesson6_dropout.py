@@ -16,7 +16,7 @@ DRAWS = 4000
 
 
 def dropout(h, p):
-    """Each element becomes 0 with probability p, else h / (1 - p): E[h'] = p 0 + (1 - p) h'' = h."""
+    """0 with probability p, else h / (1 - p): E[h'] = p * 0 + (1 - p) * h / (1 - p) = h."""
     if p == 1:
         return torch.zeros_like(h)  # nothing is kept, and 1 / (1 - p) is no number
     kept = torch.rand_like(h) >= p
@@ -76,7 +76,7 @@ def draw_images(axes, image, shape):
 
 
 def main(argv=None):
-    args = arguments(argv, __doc__, epochs=10, dataset="auto")
+    args = arguments(argv, __doc__, dataset="auto")
     data = images(args)
     figures = {}
 
@@ -96,7 +96,7 @@ def main(argv=None):
         print(f"{name}: mean of {DRAWS} draws within {figures[name]:.1f} standard errors of h")
 
     sizes = data.in_features, data.out_features
-    config = TrainConfig(epochs=args.epochs, lr=0.1, batch_size=64, seed=args.seed)
+    config = TrainConfig(epochs=args.epochs, lr=0.1, batch_size=args.batch, seed=args.seed)
     histories = {}
     for name, make in (("Net, from scratch", Net), ("concise, fused", concise)):
         torch.manual_seed(args.seed)  # the same first weights for both

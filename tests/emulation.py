@@ -25,6 +25,7 @@ CSRC = ROOT / "csrc"
 SOURCES = sorted([*(CSRC / "cuda").glob("*.cu"), *(CSRC / "emulation").glob("*.cpp")])
 FLAGS = "-O1 -std=c++20 -fPIC -fvisibility=hidden -Wall -Werror -DFUSEDMLP_EMULATE -I".split()
 DTYPE_IDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+TILES = {"by size": 0, "small": 1, "medium": 2, "large": 3}
 ORDERS = {"forwards": 0, "backwards": 1, "shuffled": 2}
 
 
@@ -135,6 +136,7 @@ def library() -> ctypes.CDLL:
         ("emulate_cross_entropy", CrossEntropy),
     ):
         getattr(lib, f"fusedmlp_{name}").argtypes = [POINTER(params)]
+    lib.fusedmlp_emulate_linear_act.argtypes = [POINTER(Linear), c_int]
     return lib
 
 
@@ -154,14 +156,14 @@ def _span(t: torch.Tensor) -> int:
     return (last + 1) * t.element_size()
 
 
-def _launch(name: str, params: Structure, reads, writes) -> None:
+def _launch(name: str, params: Structure, reads, writes, *extra: int) -> None:
     lib = library()
     lib.fusedmlp_emulation_memory(None, 0, 0)
     for tensors, writable in ((reads, 0), (writes, 1)):
         for t in tensors:
             if t is not None and t.numel():
                 lib.fusedmlp_emulation_memory(t.data_ptr(), _span(t), writable)
-    error = getattr(lib, f"fusedmlp_{name}")(byref(params))
+    error = getattr(lib, f"fusedmlp_{name}")(byref(params), *extra)
     lib.fusedmlp_emulation_memory(None, 0, 0)
     if error:
         raise KernelError(f"{name}: error {error}")
@@ -225,12 +227,13 @@ def linear_params(x, w, b, slope, state, *numbers, y, h=None):
     return Linear(*pointers, x.stride(0), w.stride(0), x.shape[1], e)
 
 
-def linear_act_fwd(x, w, b, slope, state, *numbers, want_h=True):
+def linear_act_fwd(x, w, b, slope, state, *numbers, want_h=True, tile="by size"):
     """y and h by the tensor-core kernel; unit stride along K, the rest multiples of 16 bytes."""
     y = unwritten(x.shape[0], w.shape[0], dtype=x.dtype)
     h = torch.full_like(y, float("nan")) if want_h else None
     params = linear_params(x, w, b, slope, state, *numbers, y=y, h=h)
-    _launch("emulate_linear_act", params, (x, w, b, slope, state), (y, h))
+    reads = (x, w, b, slope, state)
+    _launch("emulate_linear_act", params, reads, (y, h), TILES[tile])
     return y, h
 
 

@@ -15,8 +15,8 @@ def _to_or_from_bf16(data: np.ndarray, from_bf16: bool) -> np.ndarray:
 def repair(monkeypatch) -> None:
     """Rounds to bf16 instead of cutting off, keeps its denormals, and adds up a tile in a tree.
 
-    The interpreter cuts off the bits that bf16 does not have, makes zeros of its denormals, and adds
-    the rows of a tile one by one, which doubles the rounding error of a column sum.
+    The interpreter cuts off the bits that bf16 does not have, makes zeros of its denormals, and
+    adds the rows of a tile one by one, which doubles the rounding error of a column sum.
     """
     import triton.language as tl
     from triton.runtime import interpreter

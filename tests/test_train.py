@@ -19,6 +19,7 @@ from fusedmlp.train import (
     TrainConfig,
     TrainError,
     UsageError,
+    distributed,
     fit,
     model,
     predict,
@@ -430,6 +431,12 @@ SETTINGS = {
 def test_a_setting_that_cannot_be_is_a_usage_error(case):
     with pytest.raises(UsageError):
         TrainConfig(**SETTINGS[case]).check()
+
+
+def test_a_batch_smaller_than_the_number_of_processes_is_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "current", lambda: distributed.World(1, 4))
+    with pytest.raises(UsageError, match="--batch-size must be at least .*processes, 4, got 3"):
+        fit(network(), made_data.blobs(), config(batch_size=3))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")

@@ -22,19 +22,19 @@ struct DropoutParams {
 
 struct EpilogueParams {
     // inputs
-    const void* bias;     // (N,) or null
-    const void* slope;    // slope_size elements, prelu only, else null
-    Dtype bias_dtype;     //
-    Dtype slope_dtype;    //
-    int64_t slope_size;   // 1 or N
+    const void* bias;    // (N,) or null
+    const void* slope;   // slope_size elements, prelu only, else null
+    Dtype bias_dtype;    //
+    Dtype slope_dtype;   //
+    int64_t slope_size;  // 1 or N
     // numbers
-    int act;              // an Act
-    float alpha;          // slope of leaky_relu
-    DropoutParams drop;   //
+    int act;             // an Act
+    float alpha;         // slope of leaky_relu
+    DropoutParams drop;  //
     // sizes
-    Dtype dtype;          // of x, y, dy, dz and saved
-    int64_t rows;         // M
-    int64_t cols;         // N
+    Dtype dtype;   // of x, y, dy, dz and saved
+    int64_t rows;  // M
+    int64_t cols;  // N
 };
 
 // y = drop(act(x + bias)); y may be x.
@@ -74,8 +74,8 @@ int launch_bias_act_dropout_bwd(const BiasActDropoutBwdParams& p, ParallelFor pa
 
 }  // namespace cpu
 
-// y = drop(act(x w^T + b)), and h = x w^T where it is not null. Pointers and row strides are multiples
-// of 16 bytes, elements of a row are neighbours.
+// y = drop(act(x w^T + b)), and h = x w^T where it is not null. Pointers and row strides are
+// multiples of 16 bytes, elements of a row are neighbours.
 struct LinearActParams {
     void* y;           // (M, N)
     void* h;           // (M, N) or null
@@ -87,8 +87,8 @@ struct LinearActParams {
     EpilogueParams e;  //
 };
 
-// loss = mean over rows of the cross-entropy of softmax(x) with the smoothed target, and its gradient.
-// A target outside of [0, C) makes the loss and its row of dx NaN.
+// loss = mean over rows of the cross-entropy of softmax(x) with the smoothed target, and its
+// gradient. A target outside of [0, C) makes the loss and its row of dx NaN.
 struct CrossEntropyParams {
     void* loss;             // () fp32
     void* dx;               // (M, C) of dtype, or null
@@ -112,7 +112,13 @@ int launch_bias_act_dropout_bwd(const BiasActDropoutBwdParams& p, float* scratch
 
 // Whether the tensor-core kernel takes the call: dtype, alignment, and a size it is meant for.
 bool linear_act_takes(const LinearActParams& p);
-int launch_linear_act(const LinearActParams& p, void* stream);
+// The tile is chosen by size; tests and benchmarks name one.
+enum class LinearTile : int { kBySize = 0, kSmall = 1, kMedium = 2, kLarge = 3 };
+int launch_linear_act(
+    const LinearActParams& p,
+    void* stream,
+    LinearTile tile = LinearTile::kBySize
+);
 
 int64_t cross_entropy_scratch(const CrossEntropyParams& p);
 int launch_cross_entropy(const CrossEntropyParams& p, float* scratch, void* stream);

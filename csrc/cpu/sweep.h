@@ -17,24 +17,74 @@ sweep_drawn(Op& op, const uint32_t* windows, VI threshold, int64_t i, int64_t en
         op.part(i, int(end - i), not_below(load_bits(windows), threshold));
 }
 
-// D draws: columns [i, i + D kDraw), of which those from `end` on are not there.
-template <int D, bool LIGHT, class Op>
+// D draws from column i on, by way of memory: for what ends within them, and for slow activations.
+template <int D, class Op>
 static FN void sweep_draws(
-    Op& op, const Draw& draw, const DrawRow& row, const DrawColumn* columns, VI threshold, int64_t i, int64_t end
+    Op& op,
+    const Draw& draw,
+    const DrawRow& row,
+    const DrawColumn* columns,
+    VI threshold,
+    int64_t i,
+    int64_t end
 ) {
     const DrawRow rows[2] = {row, row};
-    VI w[D][4];
-    draw.windows<D>(rows, columns + i / kDraw, w);
-    if (LIGHT && i + D * kDraw <= end) {
-#pragma GCC unroll 8
-        for (int j = 0; j < 4 * D; ++j)
-            op.full(i + j * VL, not_below(w[j / 4][j % 4], threshold));
-    } else {
-        alignas(64) uint32_t windows[D * kDraw];
-#pragma GCC unroll 8
-        for (int j = 0; j < 4 * D; ++j) store_bits(windows + j * VL, w[j / 4][j % 4]);
-        sweep_drawn(op, windows, threshold, i, end < i + D * kDraw ? end : i + D * kDraw);
+    alignas(64) uint32_t windows[D * kDraw];
+    VQ words[D][4];
+    draw.template draw<D>(rows, columns + i / kDraw, words, [](int) {});
+#pragma GCC unroll 2
+    for (int d = 0; d < D; ++d) {
+        VI w[4];
+        windows_of(words[d], w);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) store_bits(windows + d * kDraw + j * VL, w[j]);
     }
+    sweep_drawn(op, windows, threshold, i, end < i + D * kDraw ? end : i + D * kDraw);
+}
+
+// Pairs of whole draws of one row; returns the first column that is left. Two draws are used while
+// the next two are made, so that neither waits for the other's latency.
+template <class Op>
+static FN int64_t sweep_light(
+    Op& op,
+    const Draw& draw,
+    const DrawRow& row,
+    const DrawColumn* columns,
+    VI threshold,
+    int64_t end
+) {
+    if (end < 2 * kDraw) return 0;
+    const DrawRow rows[2] = {row, row};
+    VQ words[2][4];
+    draw.template draw<2>(rows, columns, words, [](int) {});
+    int64_t i = 0;
+    for (; i + 4 * kDraw <= end; i += 2 * kDraw) {
+        VQ next[2][4];
+        VI w[4];
+        draw.template draw<2>(
+            rows, columns + i / kDraw + 2, next,
+            [&](int round) __attribute__((always_inline)) {
+                if (round == 2 || round == 6) windows_of(words[round / 4], w);
+                if (round == 3 || round == 4 || round == 7 || round == 8) {
+                    const int v = (round == 3 || round == 7) ? 0 : 2;
+                    const int64_t at = i + (round < 6 ? 0 : kDraw) + v * VL;
+                    op.full(at, not_below(w[v], threshold));
+                    op.full(at + VL, not_below(w[v + 1], threshold));
+                }
+            }
+        );
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; ++j) words[j / 4][j % 4] = next[j / 4][j % 4];
+    }
+#pragma GCC unroll 2
+    for (int d = 0; d < 2; ++d) {
+        VI w[4];
+        windows_of(words[d], w);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j)
+            op.full(i + d * kDraw + j * VL, not_below(w[j], threshold));
+    }
+    return i + 2 * kDraw;
 }
 
 template <bool LIGHT, class Op>
@@ -51,9 +101,10 @@ static FN void sweep_wide(const cpu::Tile& t, Op& op) {
         op.row(row * t.cols + t.col0);
         const DrawRow drawn = draw.row(set1_q(uint64_t(row) + draw.row_offset));
         int64_t i = 0;
+        if constexpr (LIGHT) i = sweep_light(op, draw, drawn, columns, threshold, t.width);
         for (; i + kDraw < t.width; i += 2 * kDraw)
-            sweep_draws<2, LIGHT>(op, draw, drawn, columns, threshold, i, t.width);
-        if (i < t.width) sweep_draws<1, false>(op, draw, drawn, columns, threshold, i, t.width);
+            sweep_draws<2>(op, draw, drawn, columns, threshold, i, t.width);
+        if (i < t.width) sweep_draws<1>(op, draw, drawn, columns, threshold, i, t.width);
         op.done();
     }
 }

@@ -51,10 +51,12 @@ struct Draw {
         return {product, high_q(product)};
     }
 
-    // D draws side by side, as a round waits longer for its products than it computes.
-    // out: 4 VL windows of each in column order.
-    template <int D>
-    FN void windows(const DrawRow* row, const DrawColumn* column, VI (*out)[4]) const {
+    // D draws side by side, as a round waits longer for its products than it computes. words[d][k]:
+    // w[k] of every lane's group. between(i) is called after round i, 2 to 9, for other work that
+    // shall be done meanwhile.
+    template <int D, class Between>
+    FN void
+    draw(const DrawRow* row, const DrawColumn* column, VQ (*words)[4], Between between) const {
         const VQ m0 = set1_q(kPhiloxM0), m1 = set1_q(kPhiloxM1);
         VQ c0[D], c1[D], c2[D], c3[D];
 #pragma GCC unroll 16
@@ -64,6 +66,7 @@ struct Draw {
             c2[d] = xor_q(column[d].c2_two, row[d].product);
             c3[d] = column[d].c3_two;
         }
+        between(2);
 #pragma GCC unroll 16
         for (int i = 3; i < kPhiloxRounds; ++i) {
 #pragma GCC unroll 16
@@ -74,17 +77,26 @@ struct Draw {
                 c1[d] = p1;
                 c3[d] = p0;
             }
+            between(i);
         }
 #pragma GCC unroll 16
         for (int d = 0; d < D; ++d) {
-            const VQ pair[4] = {
-                pair_q(c0[d], c1[d]), pair_q(c1[d], c2[d]), pair_q(c2[d], c3[d]),
-                pair_q(c3[d], c0[d])
-            };
-            in_order(pair, out[d]);
+            words[d][0] = c0[d];
+            words[d][1] = c1[d];
+            words[d][2] = c2[d];
+            words[d][3] = c3[d];
         }
     }
 };
+
+// 4 VL windows in column order.
+static FN void windows_of(const VQ words[4], VI out[4]) {
+    const VQ pair[4] = {
+        pair_q(words[0], words[1]), pair_q(words[1], words[2]), pair_q(words[2], words[3]),
+        pair_q(words[3], words[0])
+    };
+    in_order(pair, out);
+}
 
 // The windows of one flat row of a folded matrix, in flat order. out: flat columns + kPad.
 static inline void draw_folded(const Draw& d, const cpu::Fold& f, int64_t flat_row, uint32_t* out) {
@@ -92,14 +104,17 @@ static inline void draw_folded(const Draw& d, const cpu::Fold& f, int64_t flat_r
     for (int64_t q = 0; q < f.groups; q += VL) {
         DrawRow row[2];
         DrawColumn column[2];
-        VI w[2][4];
+        VQ words[2][4];
         for (int i = 0; i < 2; ++i) {
             row[i] = d.row(add_q(first, load_q(f.row + q + i * (VL / 2))));
             column[i] = d.column(load_q(f.group + q + i * (VL / 2)));
         }
-        d.windows<2>(row, column, w);
-        store_groups(out, f.offset + q, w[0]);
-        store_groups(out, f.offset + q + VL / 2, w[1]);
+        d.draw<2>(row, column, words, [](int) {});
+        for (int i = 0; i < 2; ++i) {
+            VI w[4];
+            windows_of(words[i], w);
+            store_groups(out, f.offset + q + i * (VL / 2), w);
+        }
     }
 }
 

@@ -10,9 +10,9 @@
 namespace fusedmlp::cuda {
 namespace {
 
-constexpr int kMinRows = 4;            // of a thread, for a second chunk to be worth its sum
-constexpr int64_t kBlocks = 2048;      // enough to fill any GPU several times
-constexpr int64_t kSmall = 1 << 20;    // elements: below, narrow blocks, so that there are more
+constexpr int kMinRows = 4;          // of a thread, for a second chunk to be worth its sum
+constexpr int64_t kBlocks = 2048;    // enough to fill any GPU several times
+constexpr int64_t kSmall = 1 << 20;  // elements: below, narrow blocks, so that there are more
 
 struct BwdArgs {
     void* dz;           // (M, N)
@@ -28,20 +28,21 @@ struct BwdArgs {
 
 // act'(z) of eight elements. v: the saved values on the way in. negative: min(z, 0), from z only.
 template <class T, int ACT, bool FROM_Y>
-FUSEDMLP_DEVICE void derive(
-    float (&v)[kEight], float (&negative)[kEight], const BwdArgs& p, int64_t col, int count
-) {
+FUSEDMLP_DEVICE void
+derive(float (&v)[kEight], float (&negative)[kEight], const BwdArgs& p, int64_t col, int count) {
     float slope[kEight], bias[kEight];
     p.columns.template load_slope<T, ACT>(slope, col, count);
     // Again for each row: eight registers for the whole loop would cost more than a cache hit.
-    if constexpr (!FROM_Y) p.columns.template load_bias<T>(bias, col, count);
+    if constexpr (!FROM_Y)
+        p.columns.template load_bias<T>(bias, col, count);
     FUSEDMLP_UNROLL
     for (int j = 0; j < kEight; ++j) {
         if constexpr (FROM_Y) {
             v[j] = act_grad_y<ACT>(v[j] * p.unscale, slope[j]);
         } else {
             const float z = v[j] + bias[j];
-            if constexpr (ACT == kPrelu) negative[j] = z > 0.0f ? 0.0f : z;
+            if constexpr (ACT == kPrelu)
+                negative[j] = z > 0.0f ? 0.0f : z;
             v[j] = act_grad_z<ACT>(z, slope[j]);
         }
     }
@@ -50,12 +51,17 @@ FUSEDMLP_DEVICE void derive(
 // As above, by the numbers of the call.
 template <class T, int FAMILY>
 FUSEDMLP_DEVICE void derive_any(
-    float (&v)[kEight], float (&negative)[kEight], const BwdArgs& p, int64_t col, int count
+    float (&v)[kEight],
+    float (&negative)[kEight],
+    const BwdArgs& p,
+    int64_t col,
+    int count
 ) {
     with_act<FAMILY>(p.columns.e.act, [&](auto tag) {
         constexpr int kAct = decltype(tag)::value;
         if constexpr (act_has_grad_y(kAct)) {
-            if (p.saves == kSavesY) return derive<T, kAct, true>(v, negative, p, col, count);
+            if (p.saves == kSavesY)
+                return derive<T, kAct, true>(v, negative, p, col, count);
         }
         derive<T, kAct, false>(v, negative, p, col, count);
     });
@@ -86,13 +92,16 @@ bias_act_dropout_bwd_kernel(const BwdArgs p) {
             Octet<T, VECTOR> dy[kRows], saved[kRows];
             FUSEDMLP_UNROLL
             for (int i = 0; i < kRows; ++i) {
-                if (i >= left) break;
+                if (i >= left)
+                    break;
                 dy[i].read(static_cast<const T*>(p.dy) + at + i * jump, count);
-                if (p.saved) saved[i].read(static_cast<const T*>(p.saved) + at + i * jump, count);
+                if (p.saved)
+                    saved[i].read(static_cast<const T*>(p.saved) + at + i * jump, count);
             }
             FUSEDMLP_UNROLL
             for (int i = 0; i < kRows; ++i) {
-                if (i >= left) break;
+                if (i >= left)
+                    break;
                 float dz[kEight], v[kEight], negative[kEight];
                 dy[i].get(dz);
                 FUSEDMLP_UNROLL
@@ -104,7 +113,8 @@ bias_act_dropout_bwd_kernel(const BwdArgs p) {
                     saved[i].get(v);
                     if (relu_mask) {
                         FUSEDMLP_UNROLL
-                        for (int j = 0; j < kEight; ++j) dz[j] = v[j] <= 0.0f ? 0.0f : dz[j];
+                        for (int j = 0; j < kEight; ++j)
+                            dz[j] = v[j] <= 0.0f ? 0.0f : dz[j];
                     } else {
                         derive_any<T, FAMILY>(v, negative, p, col, count);
                         FUSEDMLP_UNROLL
@@ -131,12 +141,14 @@ bias_act_dropout_bwd_kernel(const BwdArgs p) {
                 FUSEDMLP_UNROLL
                 for (int j = 0; j < kEight; ++j) {
                     db[j] += dz[j];
-                    if (FAMILY == kSloped) dslope[j] += negative[j];
+                    if (FAMILY == kSloped)
+                        dslope[j] += negative[j];
                 }
             }
         }
     }
-    if (p.db.out) add_block<false>(db, p.tiles, place, e.cols, p.db);
+    if (p.db.out)
+        add_block<false>(db, p.tiles, place, e.cols, p.db);
     if (FAMILY == kSloped && p.dslope.out) {
         if (p.dslope.one)
             add_block<true>(dslope, p.tiles, place, e.cols, p.dslope);
@@ -150,14 +162,16 @@ ColumnTiles make_tiles(const BiasActDropoutBwdParams& p) {
     ColumnTiles t;
     const int64_t groups = ceil_div(e.cols, kEight);
     const int widest = e.rows * e.cols <= kSmall ? 1 : 3;
-    while (t.log_lanes < widest && (int64_t(1) << t.log_lanes) < groups) ++t.log_lanes;
+    while (t.log_lanes < widest && (int64_t(1) << t.log_lanes) < groups)
+        ++t.log_lanes;
     const int64_t col_tiles = ceil_div(groups, int64_t(1) << t.log_lanes);
     const int64_t row_step = kThreads >> t.log_lanes;
     int64_t rows = 2 * row_step;
     if (p.db || p.dslope) {
         const int64_t chunks = kBlocks / col_tiles > 1 ? kBlocks / col_tiles : 1;
         rows = kMinRows * row_step;
-        if (ceil_div(e.rows, rows) > chunks) rows = ceil_div(ceil_div(e.rows, chunks), rows) * rows;
+        if (ceil_div(e.rows, rows) > chunks)
+            rows = ceil_div(ceil_div(e.rows, chunks), rows) * rows;
     }
     t.rows_of_chunk = rows;
     t.chunks = ceil_div(e.rows, rows);
@@ -172,8 +186,10 @@ int64_t db_scratch(const BiasActDropoutBwdParams& p, const ColumnTiles& t) {
     return p.db && t.chunks > 1 ? t.chunks * p.e.cols : 0;
 }
 int64_t dslope_scratch(const BiasActDropoutBwdParams& p, const ColumnTiles& t) {
-    if (!p.dslope) return 0;
-    if (p.e.slope_size == 1) return blocks_of(t) > 1 ? blocks_of(t) : 0;
+    if (!p.dslope)
+        return 0;
+    if (p.e.slope_size == 1)
+        return blocks_of(t) > 1 ? blocks_of(t) : 0;
     return t.chunks > 1 ? t.chunks * p.e.cols : 0;
 }
 
@@ -182,7 +198,8 @@ bool nothing_to_do(const EpilogueParams& e) { return e.rows == 0 || e.cols == 0 
 }  // namespace
 
 int64_t bias_act_dropout_bwd_scratch(const BiasActDropoutBwdParams& p) {
-    if (nothing_to_do(p.e) || !(p.db || p.dslope)) return 0;
+    if (nothing_to_do(p.e) || !(p.db || p.dslope))
+        return 0;
     const ColumnTiles tiles = make_tiles(p);
     return db_scratch(p, tiles) + dslope_scratch(p, tiles);
 }
@@ -192,7 +209,8 @@ int launch_bias_act_dropout_bwd(const BiasActDropoutBwdParams& p, float* scratch
     int failed = 0;
     if (nothing_to_do(e)) {
         failed = fill_zero(p.dz, size_t(e.rows * e.cols) * size_of(e.dtype), stream);
-        if (!failed && p.db) failed = fill_zero(p.db, size_t(e.cols) * size_of(e.bias_dtype), stream);
+        if (!failed && p.db)
+            failed = fill_zero(p.db, size_t(e.cols) * size_of(e.bias_dtype), stream);
         if (!failed && p.dslope)
             failed = fill_zero(p.dslope, size_t(e.slope_size) * size_of(e.slope_dtype), stream);
         return failed;
@@ -205,25 +223,30 @@ int launch_bias_act_dropout_bwd(const BiasActDropoutBwdParams& p, float* scratch
     args.unscale = e.drop.threshold ? 1.0f / e.drop.scale : 1.0f;
     args.columns = Columns(e);
     args.tiles = make_tiles(p);
-    const int64_t db_floats = db_scratch(p, args.tiles), dslope_floats = dslope_scratch(p, args.tiles);
+    const int64_t db_floats = db_scratch(p, args.tiles),
+                  dslope_floats = dslope_scratch(p, args.tiles);
     const bool one_slope = e.slope_size == 1;
     args.db = {p.db, e.bias_dtype, false};
     args.dslope = {p.dslope, e.slope_dtype, one_slope};
-    if (db_floats) args.db = {scratch, Dtype::kFloat32, false};
-    if (dslope_floats) args.dslope = {scratch + db_floats, Dtype::kFloat32, one_slope};
+    if (db_floats)
+        args.db = {scratch, Dtype::kFloat32, false};
+    if (dslope_floats)
+        args.dslope = {scratch + db_floats, Dtype::kFloat32, one_slope};
 
     const bool vectors = takes_vectors(e.dtype, e.cols, {p.dz, p.dy, args.saved});
     const size_t shared = p.db || p.dslope ? kSumShared : 0;
     failed = with_kernel(e, vectors, [&](auto element, auto vector, auto family) {
-        const auto kernel = bias_act_dropout_bwd_kernel<decltype(element), vector.value, family.value>;
+        const auto kernel =
+            bias_act_dropout_bwd_kernel<decltype(element), vector.value, family.value>;
         return launch(kernel, blocks_of(args.tiles), kThreads, shared, stream, args);
     });
     if (!failed && db_floats)
         failed = add_rows(p.db, e.bias_dtype, scratch, args.tiles.chunks, e.cols, 1.0f, stream);
     if (!failed && dslope_floats)
         failed = add_rows(
-            p.dslope, e.slope_dtype, scratch + db_floats, one_slope ? blocks_of(args.tiles) : args.tiles.chunks,
-            one_slope ? 1 : e.cols, 1.0f, stream
+            p.dslope, e.slope_dtype, scratch + db_floats,
+            one_slope ? blocks_of(args.tiles) : args.tiles.chunks, one_slope ? 1 : e.cols, 1.0f,
+            stream
         );
     return failed;
 }

@@ -16,43 +16,54 @@ struct AddRowsArgs {
 };
 
 // Thread (part, column) adds every kParts-th row, the first part then all parts.
-FUSEDMLP_KERNEL(kColumns * kParts, 4) add_rows_kernel(const AddRowsArgs p) {
+FUSEDMLP_KERNEL(kColumns* kParts, 4) add_rows_kernel(const AddRowsArgs p) {
     auto* sums = reinterpret_cast<float*>(shared_memory());  // (kParts, kColumns)
     const int column = int(thread_index()) % kColumns, part = int(thread_index()) / kColumns;
     const int64_t col = int64_t(block_index()) * kColumns + column;
     float sum = 0.0f;
     if (col < p.cols) {
         FUSEDMLP_UNROLL_BY(4)
-        for (int64_t row = part; row < p.rows; row += kParts) sum += load(p.in + row * p.cols + col);
+        for (int64_t row = part; row < p.rows; row += kParts)
+            sum += load(p.in + row * p.cols + col);
     }
     sums[thread_index()] = sum;
     sync_block();
     if (part == 0 && col < p.cols) {
         FUSEDMLP_UNROLL
-        for (int i = 1; i < kParts; ++i) sum += sums[i * kColumns + column];
+        for (int i = 1; i < kParts; ++i)
+            sum += sums[i * kColumns + column];
         store_as(p.out, p.dtype, col, sum * p.factor);
     }
 }
 
 // For one column, with one block: by thread, then by halves of the threads.
-FUSEDMLP_KERNEL(kColumns * kParts, 4) add_column_kernel(const AddRowsArgs p) {
+FUSEDMLP_KERNEL(kColumns* kParts, 4) add_column_kernel(const AddRowsArgs p) {
     auto* sums = reinterpret_cast<float*>(shared_memory());
     const int thread = int(thread_index());
     float sum = 0.0f;
     FUSEDMLP_UNROLL_BY(4)
-    for (int64_t row = thread; row < p.rows; row += kColumns * kParts) sum += load(p.in + row);
+    for (int64_t row = thread; row < p.rows; row += kColumns * kParts)
+        sum += load(p.in + row);
     sums[thread] = sum;
     for (int half = kColumns * kParts / 2; half > 0; half /= 2) {
         sync_block();
-        if (thread < half) sums[thread] += sums[thread + half];
+        if (thread < half)
+            sums[thread] += sums[thread + half];
     }
-    if (thread == 0) store_as(p.out, p.dtype, 0, sums[0] * p.factor);
+    if (thread == 0)
+        store_as(p.out, p.dtype, 0, sums[0] * p.factor);
 }
 
 }  // namespace
 
 int add_rows(
-    void* out, Dtype dtype, const float* in, int64_t rows, int64_t cols, float factor, void* stream
+    void* out,
+    Dtype dtype,
+    const float* in,
+    int64_t rows,
+    int64_t cols,
+    float factor,
+    void* stream
 ) {
     const AddRowsArgs args{out, in, dtype, rows, cols, factor};
     const int threads = kColumns * kParts;

@@ -40,8 +40,8 @@ struct ColumnTiles {
     }
 };
 
-// Where the sums of a block go: row `chunk` of (chunks, N) or, if one, element `block` of (blocks,).
-// With a single chunk (block) that is the result itself.
+// Where the sums of a block go: row `chunk` of (chunks, N) or, if one, element `block` of
+// (blocks,). With a single chunk (block) that is the result itself.
 struct SumTarget {
     void* out;
     Dtype dtype;
@@ -67,24 +67,32 @@ constexpr size_t kSumShared = size_t(kThreads) * kEight * sizeof(float);
 // first adds eight rows of one column, then a few threads what is left.
 template <bool ONE>
 FUSEDMLP_DEVICE void add_block(
-    const float (&mine)[kEight], const ColumnTiles& tiles, const TilePlace& place, int64_t cols, const SumTarget& to
+    const float (&mine)[kEight],
+    const ColumnTiles& tiles,
+    const TilePlace& place,
+    int64_t cols,
+    const SumTarget& to
 ) {
     auto* sums = reinterpret_cast<float*>(shared_memory());  // (kThreads / lanes, columns)
     const int thread = int(thread_index());
     const int columns = kEight << tiles.log_lanes, parts = kThreads / columns;
     const int column = thread & (columns - 1), part = thread / columns;
     FUSEDMLP_UNROLL
-    for (int j = 0; j < kEight; ++j) sums[thread * kEight + j] = mine[j];
+    for (int j = 0; j < kEight; ++j)
+        sums[thread * kEight + j] = mine[j];
     sync_block();
     float sum = 0.0f;
     FUSEDMLP_UNROLL
-    for (int i = 0; i < kEight; ++i) sum += sums[(part * kEight + i) * columns + column];
+    for (int i = 0; i < kEight; ++i)
+        sum += sums[(part * kEight + i) * columns + column];
     sync_block();
     sums[thread] = sum;  // (parts, columns)
     sync_block();
     if (thread < columns) {
-        for (int i = 1; i < parts; ++i) sum += sums[i * columns + thread];
-        const int64_t col = place.col - (thread_index() & ((1u << tiles.log_lanes) - 1)) * kEight + thread;
+        for (int i = 1; i < parts; ++i)
+            sum += sums[i * columns + thread];
+        const int64_t col =
+            place.col - (thread_index() & ((1u << tiles.log_lanes) - 1)) * kEight + thread;
         if (ONE)
             sums[thread] = sum;
         else if (col < cols)
@@ -93,13 +101,23 @@ FUSEDMLP_DEVICE void add_block(
     sync_block();
     if (ONE && thread == 0) {
         // Columns beyond the last hold 0.
-        for (int i = 1; i < columns; ++i) sum += sums[i];
+        for (int i = 1; i < columns; ++i)
+            sum += sums[i];
         store_as(to.out, to.dtype, block_index(), sum);
     }
-    if (ONE) sync_block();
+    if (ONE)
+        sync_block();
 }
 
 // out (N,) = factor * sum over rows of in (R, N).
-int add_rows(void* out, Dtype dtype, const float* in, int64_t rows, int64_t cols, float factor, void* stream);
+int add_rows(
+    void* out,
+    Dtype dtype,
+    const float* in,
+    int64_t rows,
+    int64_t cols,
+    float factor,
+    void* stream
+);
 
 }  // namespace fusedmlp::cuda

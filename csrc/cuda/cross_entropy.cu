@@ -1,8 +1,8 @@
-// loss = mean over rows of -sum_j q_j log softmax(x)_j and dx = (softmax(x) - q) / M, where q is the
-// target smoothed: q_j = smoothing / C, plus 1 - smoothing at the target.
+// loss = mean over rows of -sum_j q_j log softmax(x)_j and dx = (softmax(x) - q) / M, where q is
+// the target smoothed: q_j = smoothing / C, plus 1 - smoothing at the target.
 //
-// A warp takes a row, three times over it: largest logit, sums, gradient. A block adds the losses of
-// its rows, a second kernel the blocks. Masked: columns beyond C, rows beyond M.
+// A warp takes a row, three times over it: largest logit, sums, gradient. A block adds the losses
+// of its rows, a second kernel the blocks. Masked: columns beyond C, rows beyond M.
 #include "cuda/column_sums.cuh"
 
 namespace fusedmlp::cuda {
@@ -53,23 +53,27 @@ cross_entropy_kernel(const CrossEntropyArgs args) {
         const float everywhere = p.smoothing / float(p.cols), there = 1.0f - p.smoothing;
         const float at_target = known ? to_float(load(x + target)) - largest : NAN;
         loss = logf(powers) - there * at_target;
-        if (p.smoothing != 0.0f) loss -= everywhere * logits;
+        if (p.smoothing != 0.0f)
+            loss -= everywhere * logits;
         if (p.dx) {
             const float share = 1.0f / powers;
             for (int64_t j = lane; j < p.cols; j += kWarp) {
                 float d = expf(to_float(load(x + j)) - largest) * share - everywhere;
-                if (j == target) d -= there;
+                if (j == target)
+                    d -= there;
                 T rounded;
                 round_to(rounded, known ? d * args.weight : NAN);
                 store(static_cast<T*>(p.dx) + row * p.cols + j, rounded);
             }
         }
     }
-    if (lane == 0) losses[warp] = loss;
+    if (lane == 0)
+        losses[warp] = loss;
     sync_block();
     if (thread_index() == 0) {
         FUSEDMLP_UNROLL
-        for (int i = 1; i < kRows; ++i) loss += losses[i];
+        for (int i = 1; i < kRows; ++i)
+            loss += losses[i];
         store(args.losses + block_index(), loss);
     }
 }
@@ -82,12 +86,14 @@ int launch_cross_entropy(const CrossEntropyParams& p, float* scratch, void* stre
     const int64_t blocks = ceil_div(p.rows, kRows);
     // The mean of no rows is NaN, as in PyTorch.
     const CrossEntropyArgs args{p, scratch, 1.0f / float(p.rows)};
-    if (p.rows == 0) return add_rows(p.loss, Dtype::kFloat32, scratch, 0, 1, NAN, stream);
+    if (p.rows == 0)
+        return add_rows(p.loss, Dtype::kFloat32, scratch, 0, 1, NAN, stream);
     const int failed = with_dtype(p.dtype, [&](auto element) {
         const auto kernel = cross_entropy_kernel<decltype(element)>;
         return launch(kernel, blocks, kRows * kWarp, kRows * sizeof(float), stream, args);
     });
-    if (failed) return failed;
+    if (failed)
+        return failed;
     return add_rows(p.loss, Dtype::kFloat32, scratch, blocks, 1, args.weight, stream);
 }
 

@@ -11,7 +11,8 @@ namespace fusedmlp::cuda {
 enum Family : int { kPlain, kSloped, kSmooth };
 
 constexpr Family family_of(int act) {
-    if (act == kPrelu) return kSloped;
+    if (act == kPrelu)
+        return kSloped;
     const bool plain = act == kNone || act == kRelu || act == kLeakyRelu || act == kReluSquared;
     return plain ? kPlain : kSmooth;
 }
@@ -26,7 +27,8 @@ template <int FAMILY, int ACT = 0, class F>
 FUSEDMLP_DEVICE void with_act(int act, F&& f) {
     if constexpr (ACT < kActCount) {
         if constexpr (family_of(ACT) == FAMILY) {
-            if (act == ACT) return f(Tag<ACT>{});
+            if (act == ACT)
+                return f(Tag<ACT>{});
         }
         with_act<FAMILY, ACT + 1>(act, f);
     }
@@ -59,7 +61,12 @@ FUSEDMLP_DEVICE void drop(float (&v)[kEight], const Draws& draws, uint32_t row, 
 // Elements `col` to `col + count - 1` of a vector over columns (bias, slope); beyond it, 0.
 template <class T>
 FUSEDMLP_DEVICE void load_columns(
-    float (&v)[kEight], const void* at, Dtype dtype, bool is_aligned, int64_t col, int count
+    float (&v)[kEight],
+    const void* at,
+    Dtype dtype,
+    bool is_aligned,
+    int64_t col,
+    int count
 ) {
     const auto get = [&](auto octet, auto* first) {
         octet.read(first + col, count);
@@ -92,9 +99,11 @@ struct Columns {
     // Minus zero where there is none: it changes nothing that it is added to.
     template <class T>
     FUSEDMLP_DEVICE void load_bias(float (&v)[kEight], int64_t col, int count) const {
-        if (e.bias) return load_columns<T>(v, e.bias, e.bias_dtype, bias_aligned, col, count);
+        if (e.bias)
+            return load_columns<T>(v, e.bias, e.bias_dtype, bias_aligned, col, count);
         FUSEDMLP_UNROLL
-        for (int j = 0; j < kEight; ++j) v[j] = -0.0f;
+        for (int j = 0; j < kEight; ++j)
+            v[j] = -0.0f;
     }
 
     // Slope of leaky_relu or prelu.
@@ -106,10 +115,12 @@ struct Columns {
             float one[kEight];
             load_columns<T>(one, e.slope, e.slope_dtype, false, 0, 1);
             FUSEDMLP_UNROLL
-            for (int j = 0; j < kEight; ++j) v[j] = one[0];
+            for (int j = 0; j < kEight; ++j)
+                v[j] = one[0];
         } else {
             FUSEDMLP_UNROLL
-            for (int j = 0; j < kEight; ++j) v[j] = e.alpha;
+            for (int j = 0; j < kEight; ++j)
+                v[j] = e.alpha;
         }
     }
 
@@ -120,13 +131,15 @@ struct Columns {
 
 // v = act(v) * scale, for an activation of the family.
 template <class T, int FAMILY>
-FUSEDMLP_DEVICE void activate(float (&v)[kEight], const Columns& c, float scale, int64_t col, int count) {
+FUSEDMLP_DEVICE void
+activate(float (&v)[kEight], const Columns& c, float scale, int64_t col, int count) {
     with_act<FAMILY>(c.e.act, [&](auto tag) {
         constexpr int kAct = decltype(tag)::value;
         float slope[kEight];
         c.template load_slope<T, kAct>(slope, col, count);
         FUSEDMLP_UNROLL
-        for (int j = 0; j < kEight; ++j) v[j] = act_fwd<kAct>(v[j], slope[j]) * scale;
+        for (int j = 0; j < kEight; ++j)
+            v[j] = act_fwd<kAct>(v[j], slope[j]) * scale;
     });
 }
 
@@ -141,8 +154,10 @@ int with_kernel(const EpilogueParams& e, bool vectors, F&& f) {
     return with_dtype(e.dtype, [&](auto element) {
         const auto with_family = [&](auto vector) {
             const Family family = family_of(e.act);
-            if (family == kPlain) return f(element, vector, Tag<kPlain>{});
-            if (family == kSloped) return f(element, vector, Tag<kSloped>{});
+            if (family == kPlain)
+                return f(element, vector, Tag<kPlain>{});
+            if (family == kSloped)
+                return f(element, vector, Tag<kSloped>{});
             return f(element, vector, Tag<kSmooth>{});
         };
         return vectors ? with_family(Tag<true>{}) : with_family(Tag<false>{});

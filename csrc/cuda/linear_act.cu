@@ -3,8 +3,8 @@
 // A block makes a (BM, BN) tile of y; its warps each a part of it with mma.sync m16n8k16, in fp32.
 // x and w come in (BM, BK) and (BN, BK) tiles by 16-byte asynchronous copies, STAGES of them deep;
 // the 16-byte chunks of a row are swizzled, so that ldmatrix meets no bank twice. The epilogue goes
-// through shared memory once, to have eight neighbours of a row in a thread: one Philox call and one
-// 16-byte store each. Masked: rows beyond M and N and chunks beyond K are filled with 0.
+// through shared memory once, to have eight neighbours of a row in a thread: one Philox call and
+// one 16-byte store each. Masked: rows beyond M and N and chunks beyond K are filled with 0.
 #include "cuda/epilogue.cuh"
 #include "cuda/mma.cuh"
 
@@ -51,7 +51,8 @@ using Large = Tile<128, 64, 32, 4, 4, 2>;
 
 // Starts the copies of columns k0 to k0 + BK of the block's rows of x and w.
 template <class T, class TILE>
-FUSEDMLP_DEVICE void fetch(char* stage, const LinearActParams& p, int64_t row0, int64_t col0, int64_t k0) {
+FUSEDMLP_DEVICE void
+fetch(char* stage, const LinearActParams& p, int64_t row0, int64_t col0, int64_t k0) {
     FUSEDMLP_UNROLL
     for (int i = 0; i < (TILE::BM + TILE::BN) * TILE::CHUNKS / TILE::THREADS; ++i) {
         const int chunk_of_all = int(thread_index()) + i * TILE::THREADS;
@@ -63,14 +64,16 @@ FUSEDMLP_DEVICE void fetch(char* stage, const LinearActParams& p, int64_t row0, 
         const int64_t k = k0 + chunk * 8, left = p.k - k;
         const int count = at >= rows || left <= 0 ? 0 : left < 8 ? int(left) : 8;
         cp_async16(
-            stage + TILE::offset(row, chunk), count ? from + at * stride + k : from, count * int(sizeof(T))
+            stage + TILE::offset(row, chunk), count ? from + at * stride + k : from,
+            count * int(sizeof(T))
         );
     }
 }
 
 // The warp's part of one stage: sums (WM / 16, WN / 8) += x tile w tile^T.
 template <class T, class TILE>
-FUSEDMLP_DEVICE void multiply(float (&sums)[TILE::WM / 16][TILE::WN / 8][4], const char* stage, int warp_m, int warp_n) {
+FUSEDMLP_DEVICE void
+multiply(float (&sums)[TILE::WM / 16][TILE::WN / 8][4], const char* stage, int warp_m, int warp_n) {
     const int lane = int(thread_index()) % kWarp;
     FUSEDMLP_UNROLL
     for (int k = 0; k < TILE::BK / 16; ++k) {
@@ -79,7 +82,8 @@ FUSEDMLP_DEVICE void multiply(float (&sums)[TILE::WM / 16][TILE::WN / 8][4], con
         FUSEDMLP_UNROLL
         for (int m = 0; m < TILE::WM / 16; ++m)
             ldmatrix_x4(
-                a[m], stage + TILE::offset(warp_m * TILE::WM + m * 16 + lane % 16, 2 * k + lane / 16)
+                a[m],
+                stage + TILE::offset(warp_m * TILE::WM + m * 16 + lane % 16, 2 * k + lane / 16)
             );
         // w: the low and the high eight of k for rows 0..7, then for rows 8..15.
         FUSEDMLP_UNROLL
@@ -93,13 +97,14 @@ FUSEDMLP_DEVICE void multiply(float (&sums)[TILE::WM / 16][TILE::WN / 8][4], con
         FUSEDMLP_UNROLL
         for (int m = 0; m < TILE::WM / 16; ++m)
             FUSEDMLP_UNROLL
-            for (int n = 0; n < TILE::WN / 8; ++n)
-                mma_16x8x16<T>(sums[m][n], a[m], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
+        for (int n = 0; n < TILE::WN / 8; ++n)
+            mma_16x8x16<T>(sums[m][n], a[m], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
     }
 }
 
 template <class T>
-FUSEDMLP_DEVICE void store_eight(void* to, int64_t at, const float (&v)[kEight], int count, bool vectors) {
+FUSEDMLP_DEVICE void
+store_eight(void* to, int64_t at, const float (&v)[kEight], int count, bool vectors) {
     if (vectors)
         Octet<T, true>::write(static_cast<T*>(to) + at, v, count);
     else
@@ -115,12 +120,14 @@ FUSEDMLP_DEVICE void linear_act(const LinearActArgs& args) {
     const int warp_m = warp / TILE::WARPS_N, warp_n = warp % TILE::WARPS_N;
     const int64_t row_tile = args.by_column_tiles.quotient(block_index());
     const int64_t row0 = row_tile * TILE::BM;
-    const int64_t col0 = (block_index() - row_tile * int64_t(args.by_column_tiles.divisor)) * TILE::BN;
+    const int64_t col0 =
+        (block_index() - row_tile * int64_t(args.by_column_tiles.divisor)) * TILE::BN;
 
     const int64_t steps = (p.k + TILE::BK - 1) / TILE::BK;
     FUSEDMLP_UNROLL
     for (int s = 0; s < TILE::STAGES - 1; ++s) {
-        if (s < steps) fetch<T, TILE>(shared + s * TILE::STAGE_BYTES, p, row0, col0, s * int64_t(TILE::BK));
+        if (s < steps)
+            fetch<T, TILE>(shared + s * TILE::STAGE_BYTES, p, row0, col0, s * int64_t(TILE::BK));
         cp_async_commit();
     }
 
@@ -140,7 +147,8 @@ FUSEDMLP_DEVICE void linear_act(const LinearActArgs& args) {
         // All have this stage, and all are done with the one before it, which is fetched into next.
         sync_block();
         const int64_t next = step + TILE::STAGES - 1;
-        if (next < steps) fetch<T, TILE>(shared + free * TILE::STAGE_BYTES, p, row0, col0, next * TILE::BK);
+        if (next < steps)
+            fetch<T, TILE>(shared + free * TILE::STAGE_BYTES, p, row0, col0, next * TILE::BK);
         cp_async_commit();
         multiply<T, TILE>(sums, shared + stage * TILE::STAGE_BYTES, warp_m, warp_n);
         stage = stage + 1 == TILE::STAGES ? 0 : stage + 1;
@@ -153,29 +161,35 @@ FUSEDMLP_DEVICE void linear_act(const LinearActArgs& args) {
     FUSEDMLP_UNROLL
     for (int m = 0; m < TILE::WM / 16; ++m)
         FUSEDMLP_UNROLL
-        for (int n = 0; n < TILE::WN / 8; ++n)
-            FUSEDMLP_UNROLL
-            for (int i = 0; i < 4; ++i)
-                staged[(m * 16 + lane / 4 + i / 2 * 8) * TILE::STAGED_ROW + n * 8 + lane % 4 * 2 + i % 2] =
-                    sums[m][n][i];
+    for (int n = 0; n < TILE::WN / 8; ++n)
+        FUSEDMLP_UNROLL
+    for (int i = 0; i < 4; ++i)
+        staged[(m * 16 + lane / 4 + i / 2 * 8) * TILE::STAGED_ROW + n * 8 + lane % 4 * 2 + i % 2] =
+            sums[m][n][i];
     sync_warp();
-    if (count == 0) return;
+    if (count == 0)
+        return;
     const float scale = kept_scale(e.drop);
     FUSEDMLP_NO_UNROLL
     for (int r = lane / kOfRow; r < TILE::WM; r += kWarp / kOfRow) {
         const int64_t row = row0 + warp_m * TILE::WM + r;
-        if (row >= e.rows) break;
+        if (row >= e.rows)
+            break;
         float v[kEight];
         FUSEDMLP_UNROLL
-        for (int j = 0; j < kEight; ++j) v[j] = staged[r * TILE::STAGED_ROW + lane % kOfRow * kEight + j];
+        for (int j = 0; j < kEight; ++j)
+            v[j] = staged[r * TILE::STAGED_ROW + lane % kOfRow * kEight + j];
         const int64_t at = row * e.cols + col;
-        if (p.h) store_eight<T>(p.h, at, v, count, args.vectors);
+        if (p.h)
+            store_eight<T>(p.h, at, v, count, args.vectors);
         FUSEDMLP_UNROLL
-        for (int j = 0; j < kEight; ++j) v[j] += bias[j];
+        for (int j = 0; j < kEight; ++j)
+            v[j] += bias[j];
         activate<T, kPlain>(v, args.columns, scale, col, count);
         activate<T, kSloped>(v, args.columns, scale, col, count);
         activate<T, kSmooth>(v, args.columns, scale, col, count);
-        if (draws.on) drop(v, draws, args.columns.mask_row(row), uint32_t(col / kEight));
+        if (draws.on)
+            drop(v, draws, args.columns.mask_row(row), uint32_t(col / kEight));
         store_eight<T>(p.y, at, v, count, args.vectors);
     }
 }
@@ -203,12 +217,20 @@ int launch_tile(LinearActArgs& args, void* stream) {
 }
 
 template <class T>
-int launch_dtype(LinearActArgs& args, void* stream) {
-    // The widest tile that still gives work to most multiprocessors of a large GPU. Not measured.
-    constexpr int64_t kEnough = 96;
-    if (blocks_of<Large>(args.p.e) >= kEnough) return launch_tile<T, Large>(args, stream);
-    if (blocks_of<Medium>(args.p.e) >= kEnough) return launch_tile<T, Medium>(args, stream);
+int launch_dtype(LinearActArgs& args, void* stream, LinearTile tile) {
+    if (tile == LinearTile::kLarge)
+        return launch_tile<T, Large>(args, stream);
+    if (tile == LinearTile::kMedium)
+        return launch_tile<T, Medium>(args, stream);
     return launch_tile<T, Small>(args, stream);
+}
+
+// The widest tile that still gives work to most multiprocessors of a large GPU. Not measured.
+LinearTile tile_by_size(const EpilogueParams& e) {
+    constexpr int64_t kEnough = 96;
+    if (blocks_of<Large>(e) >= kEnough)
+        return LinearTile::kLarge;
+    return blocks_of<Medium>(e) >= kEnough ? LinearTile::kMedium : LinearTile::kSmall;
 }
 
 // Products above which a library's GEMM and one more kernel are taken. Not measured.
@@ -218,27 +240,33 @@ constexpr int64_t kMostProducts = int64_t(1) << 30;
 
 bool linear_act_takes(const LinearActParams& p) {
     const EpilogueParams& e = p.e;
-    if (e.dtype == Dtype::kFloat32 || e.rows == 0 || e.cols == 0) return false;
-    if (!aligned(p.x) || !aligned(p.w) || p.x_stride % 8 || p.w_stride % 8) return false;
+    if (e.dtype == Dtype::kFloat32 || e.rows == 0 || e.cols == 0)
+        return false;
+    if (!aligned(p.x) || !aligned(p.w) || p.x_stride % 8 || p.w_stride % 8)
+        return false;
     const double products = double(e.rows) * double(e.cols) * double(p.k);
     return products <= double(kMostProducts) && e.rows <= INT32_MAX && e.cols <= INT32_MAX;
 }
 
-int launch_linear_act(const LinearActParams& p, void* stream) {
+int launch_linear_act(const LinearActParams& p, void* stream, LinearTile tile) {
     const EpilogueParams& e = p.e;
-    if (e.rows == 0 || e.cols == 0) return 0;
+    if (e.rows == 0 || e.cols == 0)
+        return 0;
     if (all_dropped(e)) {
         LinearActParams kept = p;
         kept.e.drop.threshold = 0;
-        const int failed = p.h ? launch_linear_act(kept, stream) : 0;
+        const int failed = p.h ? launch_linear_act(kept, stream, tile) : 0;
         return failed ? failed : fill_zero(p.y, size_t(e.rows * e.cols) * size_of(e.dtype), stream);
     }
     LinearActArgs args;
     args.p = p;
     args.columns = Columns(e);
     args.vectors = takes_vectors(e.dtype, e.cols, {p.y, p.h});
-    if (e.dtype == Dtype::kFloat16) return launch_dtype<Half>(args, stream);
-    return launch_dtype<BFloat>(args, stream);
+    if (tile == LinearTile::kBySize)
+        tile = tile_by_size(e);
+    if (e.dtype == Dtype::kFloat16)
+        return launch_dtype<Half>(args, stream, tile);
+    return launch_dtype<BFloat>(args, stream, tile);
 }
 
 }  // namespace fusedmlp::cuda

@@ -5,11 +5,11 @@
 #include "cuda/numeric.cuh"
 
 #if defined(FUSEDMLP_EMULATE) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800)
-#define FUSEDMLP_TENSOR_CORES
+#    define FUSEDMLP_TENSOR_CORES
 #endif
 
 #ifdef FUSEDMLP_EMULATE
-#include "emulation/mma.h"
+#    include "emulation/mma.h"
 #else
 
 namespace fusedmlp::cuda {

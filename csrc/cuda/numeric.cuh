@@ -7,10 +7,10 @@
 #include "cuda/simt.h"
 
 #ifdef FUSEDMLP_EMULATE
-#include "emulation/numeric.h"
+#    include "emulation/numeric.h"
 #else
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#    include <cuda_bf16.h>
+#    include <cuda_fp16.h>
 #endif
 
 namespace fusedmlp::cuda {
@@ -80,22 +80,26 @@ struct Octet {
         if constexpr (VECTOR) {
             FUSEDMLP_UNROLL
             for (int i = 0; i < kWords; ++i)
-                words[i] = i * kPerWords < count ? load(reinterpret_cast<const Words*>(at) + i) : Words{};
+                words[i] =
+                    i * kPerWords < count ? load(reinterpret_cast<const Words*>(at) + i) : Words{};
         } else {
             FUSEDMLP_UNROLL
-            for (int j = 0; j < kEight; ++j) each[j] = j < count ? to_float(load(at + j)) : 0.0f;
+            for (int j = 0; j < kEight; ++j)
+                each[j] = j < count ? to_float(load(at + j)) : 0.0f;
         }
     }
 
     FUSEDMLP_DEVICE void get(float (&v)[kEight]) const {
         if constexpr (!VECTOR) {
             FUSEDMLP_UNROLL
-            for (int j = 0; j < kEight; ++j) v[j] = each[j];
+            for (int j = 0; j < kEight; ++j)
+                v[j] = each[j];
         } else {
             T element[kEight];
             memcpy(element, words, sizeof(words));
             FUSEDMLP_UNROLL
-            for (int j = 0; j < kEight; ++j) v[j] = to_float(element[j]);
+            for (int j = 0; j < kEight; ++j)
+                v[j] = to_float(element[j]);
         }
     }
 
@@ -106,7 +110,8 @@ struct Octet {
             for (int j = 0; j < kEight; ++j) {
                 T element;
                 round_to(element, v[j]);
-                if (j < count) store(at + j, element);
+                if (j < count)
+                    store(at + j, element);
             }
         } else if constexpr (sizeof(T) == 2) {
             const Words w{
@@ -119,7 +124,8 @@ struct Octet {
             for (int i = 0; i < kWords; ++i) {
                 Words w;
                 memcpy(&w, v + i * kPerWords, sizeof(w));
-                if (i * kPerWords < count) store(reinterpret_cast<Words*>(at) + i, w);
+                if (i * kPerWords < count)
+                    store(reinterpret_cast<Words*>(at) + i, w);
             }
         }
     }
@@ -134,15 +140,18 @@ inline bool aligned(const void* at) { return reinterpret_cast<uintptr_t>(at) % 1
 // Whether rows of `cols` elements can be read with Octet<T, true>.
 inline bool takes_vectors(Dtype dtype, int64_t cols, std::initializer_list<const void*> rows) {
     for (const void* at : rows)
-        if (!aligned(at)) return false;
+        if (!aligned(at))
+            return false;
     return cols % int64_t(16 / size_of(dtype)) == 0;
 }
 
 // Calls f(T{}) with the type of dtype.
 template <class F>
 int with_dtype(Dtype dtype, F&& f) {
-    if (dtype == Dtype::kFloat32) return f(float{});
-    if (dtype == Dtype::kFloat16) return f(Half{});
+    if (dtype == Dtype::kFloat32)
+        return f(float{});
+    if (dtype == Dtype::kFloat16)
+        return f(Half{});
     return f(BFloat{});
 }
 

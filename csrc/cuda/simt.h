@@ -1,6 +1,6 @@
-// What the kernels take from CUDA, in one place: threads, barriers, memory accesses, launches. Under
-// FUSEDMLP_EMULATE the same names come from emulation/simt.h and the kernels run on the CPU, which
-// is how tests execute every line of every .cu without a GPU. No torch.
+// What the kernels take from CUDA, in one place: threads, barriers, memory accesses, launches.
+// Under FUSEDMLP_EMULATE the same names come from emulation/simt.h and the kernels run on the CPU,
+// which is how tests execute every line of every .cu without a GPU. No torch.
 #pragma once
 
 #include <cstdint>
@@ -9,18 +9,18 @@
 #include "common/params.h"
 
 #ifdef FUSEDMLP_EMULATE
-#include "emulation/simt.h"
+#    include "emulation/simt.h"
 #else
 
-#include <cuda_runtime.h>
+#    include <cuda_runtime.h>
 
-#define FUSEDMLP_DEVICE __device__ __forceinline__
+#    define FUSEDMLP_DEVICE __device__ __forceinline__
 // `blocks` of `threads` have to fit on a multiprocessor: the cap on registers.
-#define FUSEDMLP_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
-#define FUSEDMLP_UNROLL _Pragma("unroll")
-#define FUSEDMLP_NO_UNROLL _Pragma("unroll 1")
-#define FUSEDMLP_UNROLL_BY(n) FUSEDMLP_PRAGMA(unroll n)
-#define FUSEDMLP_PRAGMA(text) _Pragma(#text)
+#    define FUSEDMLP_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+#    define FUSEDMLP_UNROLL _Pragma("unroll")
+#    define FUSEDMLP_NO_UNROLL _Pragma("unroll 1")
+#    define FUSEDMLP_UNROLL_BY(n) FUSEDMLP_PRAGMA(unroll n)
+#    define FUSEDMLP_PRAGMA(text) _Pragma(#text)
 
 namespace fusedmlp::cuda {
 
@@ -55,9 +55,15 @@ FUSEDMLP_DEVICE char* shared_memory() {
 // The only launch in this project, and its check. Returns a cudaError_t.
 template <class Params>
 int launch(
-    void (*kernel)(Params), int64_t blocks, int threads, size_t shared, void* stream, const Params& params
+    void (*kernel)(Params),
+    int64_t blocks,
+    int threads,
+    size_t shared,
+    void* stream,
+    const Params& params
 ) {
-    if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+    if (blocks > INT32_MAX)
+        return cudaErrorInvalidConfiguration;
     kernel<<<unsigned(blocks), threads, shared, static_cast<cudaStream_t>(stream)>>>(params);
     return cudaGetLastError();
 }
@@ -89,7 +95,8 @@ struct Divider {
         magic = exact ? UINT64_MAX / divisor + 1 : 0;
     }
     FUSEDMLP_DEVICE int64_t quotient(int64_t n) const {
-        if (divisor == 1) return n;
+        if (divisor == 1)
+            return n;
         return int64_t(magic ? multiply_high(uint64_t(n), magic) : uint64_t(n) / divisor);
     }
 };

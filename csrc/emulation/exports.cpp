@@ -14,7 +14,8 @@ namespace {
 // Scratch memory as an allocator gives it: anything, here NaN.
 struct Scratch {
     explicit Scratch(int64_t floats) : values(size_t(floats), NAN) {
-        if (floats) fusedmlp_emulation_memory(values.data(), floats * int64_t(sizeof(float)), 1);
+        if (floats)
+            fusedmlp_emulation_memory(values.data(), floats * int64_t(sizeof(float)), 1);
     }
     std::vector<float> values;
 };
@@ -33,8 +34,8 @@ EXPORT int fusedmlp_emulate_bias_act_dropout_bwd(const BiasActDropoutBwdParams* 
     return cuda::launch_bias_act_dropout_bwd(*p, scratch.values.data(), nullptr);
 }
 
-EXPORT int fusedmlp_emulate_linear_act(const LinearActParams* p) {
-    return cuda::launch_linear_act(*p, nullptr);
+EXPORT int fusedmlp_emulate_linear_act(const LinearActParams* p, int tile) {
+    return cuda::launch_linear_act(*p, nullptr, static_cast<cuda::LinearTile>(tile));
 }
 
 EXPORT int fusedmlp_emulated_linear_act_takes(const LinearActParams* p) {

@@ -1,5 +1,5 @@
-// ldmatrix, mma.sync and cp.async on the CPU, written from the fragment tables of the PTX ISA and not
-// from the kernels that use them. Stands in for the CUDA half of cuda/mma.cuh.
+// ldmatrix, mma.sync and cp.async on the CPU, written from the fragment tables of the PTX ISA and
+// not from the kernels that use them. Stands in for the CUDA half of cuda/mma.cuh.
 #pragma once
 
 #include "emulation/simt.h"
@@ -17,7 +17,7 @@ void cp_async_wait() {
 
 // Lane l gets elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of each matrix.
 inline void ldmatrix_x4(uint32_t (&d)[4], const void* row) {
-    emulation::allowed(row, 0, 16, false);
+    emulation::check_alignment(row, 16);
     const emulation::Exchange rows = emulation::exchange(&row, sizeof(row));
     const uint32_t lane = emulation::current.thread % 32;
     for (uint32_t matrix = 0; matrix < 4; ++matrix) {
@@ -50,13 +50,15 @@ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1
             const bool lower = i == 2 || i == 3 || i == 6 || i == 7;
             left[g + (lower ? 8 : 0)][2 * t + i % 2 + (i >= 4 ? 8 : 0)] = to_float(f.a[i]);
         }
-        for (int i = 0; i < 4; ++i) right[2 * t + i % 2 + (i >= 2 ? 8 : 0)][g] = to_float(f.b[i]);
+        for (int i = 0; i < 4; ++i)
+            right[2 * t + i % 2 + (i >= 2 ? 8 : 0)][g] = to_float(f.b[i]);
     }
     const int lane = int(emulation::current.thread % 32), g = lane / 4, t = lane % 4;
     for (int i = 0; i < 4; ++i) {
         const int row = g + (i >= 2 ? 8 : 0), column = 2 * t + i % 2;
         double sum = d[i];
-        for (int k = 0; k < 16; ++k) sum += double(left[row][k]) * double(right[k][column]);
+        for (int k = 0; k < 16; ++k)
+            sum += double(left[row][k]) * double(right[k][column]);
         d[i] = float(sum);
     }
 }

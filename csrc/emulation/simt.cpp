@@ -86,8 +86,10 @@ void resume(size_t i) {
 // Lets threads [begin, end) go on if all of them wait at the same barrier.
 bool release(size_t begin, size_t end, Barrier kind) {
     for (size_t i = begin; i < end; ++i)
-        if (fibers[i].done || fibers[i].waits != kind) return false;
-    for (size_t i = begin; i < end; ++i) fibers[i].waits = Barrier::kNone;
+        if (fibers[i].done || fibers[i].waits != kind)
+            return false;
+    for (size_t i = begin; i < end; ++i)
+        fibers[i].waits = Barrier::kNone;
     return true;
 }
 
@@ -108,20 +110,24 @@ void run_block(size_t threads, std::mt19937& random) {
         f.groups.clear();
     }
     for (;;) {
-        if (order == Order::kShuffled) std::shuffle(turn.begin(), turn.end(), random);
+        if (order == Order::kShuffled)
+            std::shuffle(turn.begin(), turn.end(), random);
         bool moved = false;
         for (const size_t i : turn) {
-            if (fibers[i].done || fibers[i].waits != Barrier::kNone) continue;
+            if (fibers[i].done || fibers[i].waits != Barrier::kNone)
+                continue;
             resume(i);
             moved = true;
         }
         for (size_t begin = 0; begin < threads; begin += 32)
             moved |= release(begin, std::min(begin + 32, threads), Barrier::kWarp);
         moved |= release(0, threads, Barrier::kBlock);
-        if (!moved) break;
+        if (!moved)
+            break;
     }
     for (size_t i = 0; i < threads; ++i) {
-        if (!fibers[i].done) fail(kLaunchFailure, "threads wait at a barrier that others do not reach");
+        if (!fibers[i].done)
+            fail(kLaunchFailure, "threads wait at a barrier that others do not reach");
         if (!fibers[i].open.empty() || !fibers[i].groups.empty())
             fail(kLaunchFailure, "a thread ended with asynchronous copies under way");
     }
@@ -152,16 +158,23 @@ Exchange exchange(const void* mine, size_t bytes) {
     return all;
 }
 
+void check_alignment(const void* at, size_t alignment) {
+    if (reinterpret_cast<uintptr_t>(at) % alignment)
+        fail(kMisaligned, "an access is not aligned to its width");
+}
+
 bool allowed(const void* at, size_t bytes, size_t alignment, bool write) {
     const auto begin = reinterpret_cast<uintptr_t>(at);
-    if (begin % alignment != 0) {
-        fail(kMisaligned, "an access is not aligned to its width");
-        return false;
-    }
-    if (ranges.empty()) return true;
+    check_alignment(at, alignment);
+    if (ranges.empty())
+        return true;
     for (const Range& r : ranges)
-        if (begin >= r.begin && begin + bytes <= r.end && (r.writable || !write)) return true;
-    fail(kIllegalAddress, write ? "a write outside of every output" : "a read outside of every tensor");
+        if (begin >= r.begin && begin + bytes <= r.end && (r.writable || !write))
+            return true;
+    fail(
+        kIllegalAddress,
+        write ? "a write outside of every output" : "a read outside of every tensor"
+    );
     return false;
 }
 
@@ -171,12 +184,13 @@ void copy_async(void* to, const void* from, int bytes, int width) {
     const auto at = static_cast<char*>(to);
     if (at < shared() || at + width > shared() + shared_bytes.size() - kMargin)
         return fail(kIllegalAddress, "an asynchronous copy leaves shared memory");
-    if ((at - shared()) % width) return fail(kMisaligned, "a copy into shared memory is not aligned");
-    if (reinterpret_cast<uintptr_t>(from) % size_t(width))
-        return fail(kMisaligned, "a copy from global memory is not aligned");
-    if (bytes && !allowed(from, size_t(bytes), 1, false)) return;
+    check_alignment(to, size_t(width));
+    check_alignment(from, size_t(width));
+    if (bytes && !allowed(from, size_t(bytes), 1, false))
+        return;
     const Copy c{to, from, bytes, width};
-    if (!late_copies) finish_copy(c);
+    if (!late_copies)
+        finish_copy(c);
     fibers[running].open.push_back(c);
 }
 
@@ -190,7 +204,8 @@ void copy_async_wait(int groups_left) {
     Fiber& f = fibers[running];
     while (f.groups.size() > size_t(groups_left)) {
         if (late_copies)
-            for (const Copy& c : f.groups.front()) finish_copy(c);
+            for (const Copy& c : f.groups.front())
+                finish_copy(c);
         f.groups.erase(f.groups.begin());
     }
 }
@@ -201,7 +216,8 @@ int run(const std::function<void()>& kernel, int64_t blocks, int threads, size_t
     if (blocks <= 0 || blocks > INT32_MAX || threads <= 0 || threads > 1024 || threads % 32 ||
         bytes > kSharedLimit)
         return 9;  // cudaErrorInvalidConfiguration
-    if (fibers.size() < size_t(threads)) fibers = std::vector<Fiber>(size_t(threads));
+    if (fibers.size() < size_t(threads))
+        fibers = std::vector<Fiber>(size_t(threads));
     shared_bytes.resize(bytes + kMargin);
     std::mt19937 random(1);
     body = &kernel;
@@ -227,7 +243,8 @@ EXPORT void fusedmlp_emulation_set(int order, int late) {
 
 // Names memory that kernels may use; null forgets all of it.
 EXPORT void fusedmlp_emulation_memory(const void* at, int64_t bytes, int writable) {
-    if (!at) return fusedmlp::emulation::ranges.clear();
+    if (!at)
+        return fusedmlp::emulation::ranges.clear();
     const auto begin = reinterpret_cast<uintptr_t>(at);
     fusedmlp::emulation::ranges.push_back({begin, begin + uintptr_t(bytes), writable != 0});
 }

@@ -52,6 +52,8 @@ Exchange exchange(const void* mine, size_t bytes);
 // Counts and reports an access that a GPU would not survive; true if it may be done.
 bool allowed(const void* at, size_t bytes, size_t alignment, bool write);
 
+void check_alignment(const void* at, size_t alignment);
+
 char* shared();
 void copy_async(void* to, const void* from, int bytes, int width);
 void copy_async_commit();
@@ -82,25 +84,33 @@ FUSEDMLP_DEVICE void forget_origin(uint64_t&) {}
 template <class V>
 FUSEDMLP_DEVICE V load(const V* at) {
     V value{};
-    if (emulation::allowed(at, sizeof(V), alignof(V), false)) std::memcpy(&value, at, sizeof(V));
+    if (emulation::allowed(at, sizeof(V), alignof(V), false))
+        std::memcpy(&value, at, sizeof(V));
     return value;
 }
 template <class V>
 FUSEDMLP_DEVICE void store(V* at, V value) {
-    if (emulation::allowed(at, sizeof(V), alignof(V), true)) std::memcpy(at, &value, sizeof(V));
+    if (emulation::allowed(at, sizeof(V), alignof(V), true))
+        std::memcpy(at, &value, sizeof(V));
 }
 
 FUSEDMLP_DEVICE char* shared_memory() { return emulation::shared(); }
 
 template <class Params>
 int launch(
-    void (*kernel)(Params), int64_t blocks, int threads, size_t shared, void*, const Params& params
+    void (*kernel)(Params),
+    int64_t blocks,
+    int threads,
+    size_t shared,
+    void*,
+    const Params& params
 ) {
     return emulation::run([&] { kernel(params); }, blocks, threads, shared);
 }
 
 inline int fill_zero(void* at, size_t bytes, void*) {
-    if (bytes) std::memset(at, 0, bytes);
+    if (bytes)
+        std::memset(at, 0, bytes);
     return 0;
 }
 

@@ -1,8 +1,8 @@
 """bias_act_dropout: y = drop(act(x + b)), forward and backward, without a GEMM.
 
-One program handles tiles of BLOCK_M rows and BLOCK_N columns; rows and columns beyond the tensor are
-masked. Sums over rows are done in two stages in a fixed order: a program adds its own rows, then
-one kernel adds the programs' rows. No atomics.
+One program handles tiles of BLOCK_M rows and BLOCK_N columns; rows and columns beyond the tensor
+are masked. Sums over rows are done in two stages in a fixed order: a program adds its own rows,
+then one kernel adds the programs' rows. No atomics.
 """
 
 import torch

@@ -20,7 +20,7 @@ def _power_of_two(n: int) -> int:
 _TILE, _SMALL_TILE, _SMALL = 4096, 1024, 1 << 19
 
 # Backward kernels that also sum over rows: about so many programs, so that a GPU is filled and the
-# second stage stays short. A constant, not the device's size: the order of sums is part of the result.
+# second stage stays short. Not the device's size: the order of sums is part of the result.
 _SUM_PROGRAMS = 1024
 
 
@@ -77,9 +77,14 @@ class Tile(NamedTuple):
 
     @property
     def parts(self) -> int:
-        """Into how many parts the epilogue cuts a tile's columns: about 16 elements a thread each."""
+        """Parts of its columns that the epilogue takes in turn: about 16 elements a thread each."""
         wanted = self.m * self.n // (16 * 32 * self.warps)
         return max(1, min(4, wanted, self.n // 16))
+
+    @property
+    def backward_parts(self) -> int:
+        """The same where the epilogue also holds a saved tensor and sums over rows."""
+        return max(1, min(2 * self.parts, self.n // 16))
 
 
 class Target(NamedTuple):
@@ -165,7 +170,7 @@ def shared_bytes(tile: Tile, itemsize: int) -> int:
 
 @functools.cache
 def fitting(kind: str, itemsize: int, target: Target) -> tuple[Tile, ...]:
-    """The tiles of a kind that a device can hold, with as many stages as its shared memory allows."""
+    """The tiles of a kind that a device can hold, with the stages its shared memory allows."""
     fit = []
     for tile in TILES[kind]:
         if tile.descriptors and not (target.backend == "cuda" and target.arch >= 90):
@@ -191,7 +196,7 @@ _KERNEL_CYCLES = 4000
 
 
 def cycles(tile: Tile, kind: str, m: int, n: int, k: int, itemsize: int, target: Target) -> float:
-    """A model of the time of one product: waves of tiles, each bound by arithmetic or by its loads."""
+    """A model of a product's time: waves of tiles, each bound by arithmetic or by its loads."""
     k_split = -(-k // tile.splits)
     arithmetic = max(tile.m, 64) * tile.n * k_split / _MULTIPLY_ADDS[kind]
     loads = (tile.m + tile.n) * k_split * itemsize / _L2_BYTES
@@ -203,21 +208,24 @@ def cycles(tile: Tile, kind: str, m: int, n: int, k: int, itemsize: int, target:
     return total
 
 
-@functools.lru_cache(maxsize=4096)
-def default_tile(op: str, kind: str, m: int, n: int, k: int, itemsize: int, target: Target) -> Tile:
-    """The tile that the model ranks first: what is used where nothing was tuned."""
-    candidates = []
+def candidates(
+    op: str, kind: str, m: int, n: int, k: int, itemsize: int, target: Target
+) -> list[Tile]:
+    """Every tile that can be chosen for a size, split along K where that can pay."""
+    found = []
     for tile in fitting(kind, itemsize, target):
         # Descriptors are made on the host for each call; they pay where the kernel is long.
         if tile.descriptors and m * n * k < 1 << 30:
             continue
-        candidates.append(tile)
+        found.append(tile)
         for splits in (2, 4, 8, 16, 32) if op == "linear_act" else ():
             if not tile.descriptors and k >= splits * max(256, 2 * tile.k) and m * n <= 1 << 20:
-                candidates.append(tile._replace(splits=splits))
-    return min(candidates, key=lambda t: cycles(t, kind, m, n, k, itemsize, target))
+                found.append(tile._replace(splits=splits))
+    return found
 
 
-def choose(op: str, kind: str, m: int, n: int, k: int, itemsize: int, target: Target) -> Tile:
-    """The tile for one call."""
-    return default_tile(op, kind, m, n, k, itemsize, target)
+@functools.lru_cache(maxsize=4096)
+def default_tile(op: str, kind: str, m: int, n: int, k: int, itemsize: int, target: Target) -> Tile:
+    """The tile that the model ranks first: what is used where nothing was tuned."""
+    found = candidates(op, kind, m, n, k, itemsize, target)
+    return min(found, key=lambda t: cycles(t, kind, m, n, k, itemsize, target))

@@ -3,8 +3,8 @@
     p = softmax(z)            q = (1 - e) onehot(target) + e / C        e: label smoothing
     loss = -sum(q log p)      dz = (p - q) * grad_scale
 
-A program handles BLOCK_M whole rows; columns beyond C are masked. Rows that fit into a tile are read
-once; longer ones are walked twice: running maximum and sum, then the gradient.
+A program handles BLOCK_M whole rows; columns beyond C are masked. Rows that fit into a tile are
+read once; longer ones are walked twice: running maximum and sum, then the gradient.
 """
 
 import torch

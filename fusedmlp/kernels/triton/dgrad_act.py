@@ -1,4 +1,4 @@
-"""dgrad_act: the input-gradient GEMM of one layer with the backward epilogue of the layer before it.
+"""dgrad_act: the input-gradient GEMM of a layer with the backward epilogue of the one before it.
 
     dy = dz W                                  dz (M, N)   W (N, K)   dy (M, K), never stored
     dz_before = keep ? dy * scale * act'(z_before) : 0
@@ -175,7 +175,7 @@ def dgrad_act(
     slope_count = slopes(act, slope)
     saved2 = rows_view(saved) if saves else out.view(m, n)
     p = Product(dz2, w.t(), "dgrad_act", tile)
-    slope_width = n if slope_count == 2 else p.tiles_n * p.tile.parts
+    slope_width = n if slope_count == 2 else p.tiles_n * p.tile.backward_parts
     sums = SlopeAndBiasSums(dz, b, slope, need_db, need_dslope, p.tiles_m, slope_width, n)
     launch(
         dgrad_act_kernel,
@@ -203,7 +203,7 @@ def dgrad_act(
         SLOPES=slope_count,
         SAVES=saves,
         DROPOUT=mode,
-        PARTS=p.tile.parts,
+        PARTS=p.tile.backward_parts,
         **p.constants,
     )
     return out, *sums.finish()

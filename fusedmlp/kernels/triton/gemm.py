@@ -1,4 +1,4 @@
-"""What the GEMM kernels share: the main loop on the device and, on the host, operands and precision."""
+"""What the GEMM kernels share: the main loop; on the host, operands, tile and precision."""
 
 import torch
 import triton
@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import dtypes
-from . import configs
+from . import configs, tune
 from .launch import INTERPRET, capability
 
 # `tl.dot` takes tf32 unless told otherwise; half-precision products are exact whatever is said.
@@ -81,19 +81,28 @@ def product_tile(
 
 
 @triton.jit
+def _halves(t, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    return t.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
 def column_parts(t, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The 1, 2 or 4 equal parts of t's columns, left to right. Costs nothing: registers are named."""
-    if PARTS == 1:
-        parts = (t,)
-    else:
-        left, right = t.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-        if PARTS == 2:
-            parts = (left, right)
-        else:
-            tl.static_assert(PARTS == 4, "1, 2 or 4 parts")
-            a, b = left.reshape(BLOCK_M, 2, BLOCK_N // 4).permute(0, 2, 1).split()
-            c, d = right.reshape(BLOCK_M, 2, BLOCK_N // 4).permute(0, 2, 1).split()
-            parts = (a, b, c, d)
+    """The PARTS equal parts of t's columns, left to right. Free: each is some of the registers."""
+    tl.static_assert(PARTS == 1 or PARTS == 2 or PARTS == 4 or PARTS == 8, "1, 2, 4 or 8 parts")
+    parts = (t,)
+    if PARTS > 1:
+        a, b = _halves(t, BLOCK_M, BLOCK_N)
+        parts = (a, b)
+        if PARTS > 2:
+            a, c = _halves(parts[0], BLOCK_M, BLOCK_N // 2)
+            e, g = _halves(parts[1], BLOCK_M, BLOCK_N // 2)
+            parts = (a, c, e, g)
+            if PARTS > 4:
+                a, b = _halves(parts[0], BLOCK_M, BLOCK_N // 4)
+                c, d = _halves(parts[1], BLOCK_M, BLOCK_N // 4)
+                e, f = _halves(parts[2], BLOCK_M, BLOCK_N // 4)
+                g, h = _halves(parts[3], BLOCK_M, BLOCK_N // 4)
+                parts = (a, b, c, d, e, f, g, h)
     return parts
 
 
@@ -126,7 +135,7 @@ class Product:
         kind = kind_of(x.dtype)
         target = capability(x)
         self.m, self.n, self.k = m, n, k
-        self.tile = tile = tile or configs.choose(op, kind, m, n, k, x.element_size(), target)
+        self.tile = tile = tile or tune.choose(op, kind, m, n, k, x, target)
         by_k = w.stride(1) != 1
         descriptors = 0
         if tile.descriptors and k and _describable(x) and _describable(w.t() if by_k else w):

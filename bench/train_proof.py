@@ -1,0 +1,162 @@
+"""That the trainer trains as PyTorch does, on Fashion-MNIST: accuracy over seeds, and parameters.
+
+    python -m bench.train_proof --data-dir DIR --seeds 10
+
+seeds.json    mean and deviation of the test accuracy over seeds, ours beside plain PyTorch's
+parity.json   error of all parameters after some steps, against an fp64 run of the same weights,
+              order and masks, over that of plain PyTorch in fp32; at most 2 is promised. Taken over
+              several seeds: one hidden unit that ends on the other side of 0 decides a single run
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fusedmlp import rng
+from fusedmlp.train import data, model, step
+
+from . import record
+from .train_baselines import InMemory, Job, Ours, jobs, plain_network
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, help="folder of Fashion-MNIST")
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder")
+    parser.add_argument("--seeds", type=int, default=10, help="0 leaves the accuracies out")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--parity-seeds", type=int, default=5, help="0 leaves the parity out")
+    parser.add_argument("--steps", type=int, nargs="*", default=[1, 50, 500])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    args = parser.parse_args(argv)
+    rows: dict[str, list[dict]] = {"seeds": [], "parity": []}
+    for job in jobs(args.data_dir, args.epochs, args.device):
+        loaded = data.load(job.config).to(args.device)
+        if args.seeds:
+            rows["seeds"].append(_accuracies(job, loaded, args.seeds))
+        if args.parity_seeds:
+            rows["parity"] += _parity(job, loaded, args.steps, args.parity_seeds)
+    for name, found in rows.items():
+        if found:
+            head = record.header(name, "bench.train_proof", argv, args.device)
+            record.write(args.out / f"{name}.json", head | {"rows": found})
+    return 0
+
+
+def _accuracies(job: Job, loaded: data.Data, seeds: int) -> dict:
+    found = {}
+    for way in (Ours(job, loaded), InMemory(job, loaded)):
+        found[way.name] = [way.run(seed) for seed in range(seeds)]
+        print(job.name, way.name, [f"{value:.4f}" for value in found[way.name]], flush=True)
+    (ours, plain) = found.values()
+    error = math.sqrt((statistics.variance(ours) + statistics.variance(plain)) / seeds)
+    gap = statistics.mean(ours) - statistics.mean(plain)
+    row = {"network": job.name, "seeds": seeds}
+    for name, values in (("fusedmlp", ours), ("PyTorch", plain)):
+        row[f"{name} mean"], row[f"{name} deviation"] = (
+            statistics.mean(values),
+            statistics.stdev(values),
+        )
+    return row | {"difference": gap, "difference in standard errors": gap / error}
+
+
+class _Masked:
+    """PyTorch's own loop in any dtype, with the package's masks put in by hand."""
+
+    def __init__(self, job: Job, loaded: data.Data, dtype: torch.dtype):
+        self.net = plain_network(job, loaded, job.config.seed).to(dtype)
+        self.linears = [m for m in self.net if isinstance(m, nn.Linear)]
+        self.ps, self.seed = job.config.dropout_per_layer(), job.config.seed
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=job.rate)
+        self.data, self.dtype, self.step = loaded, dtype, 0
+
+    def run(self, rows: torch.Tensor) -> None:
+        # The division in the run's own dtype: the inputs' rounding is part of what is compared.
+        x = self.data.x_train[rows].to(self.dtype) / self.data.scaling.divisor
+        for layer, (linear, p) in enumerate(zip(self.linears, self.ps, strict=False)):
+            x = F.relu(linear(x))
+            if p > 0:
+                stream = self.step * len(self.linears) + layer
+                keep = rng.dropout_mask(self.seed, stream, len(x), x.shape[1], p, device=x.device)
+                x = torch.where(keep, x / (1 - p), torch.zeros_like(x))
+        loss = F.cross_entropy(self.linears[-1](x), self.data.y_train[rows])
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.step += 1
+
+
+def _parity(job: Job, loaded: data.Data, at: list[int], seeds: int) -> list[dict]:
+    """One row for each number of steps: largest and root mean square error over all seeds."""
+    found: dict[int, list[list[torch.Tensor]]] = {steps: [] for steps in at}
+    for seed in range(seeds):
+        seeded = replace(job, config=job.config.replace(seed=seed))
+        for steps, errors in _errors(seeded, loaded, at):
+            found[steps].append(errors)
+    rows = []
+    for steps, errors in found.items():
+        ours, theirs = (torch.cat([pair[side] for pair in errors]) for side in (0, 1))
+        row = {"network": job.name, "steps": steps, "seeds": seeds}
+        for kind, measure in (("max", _max), ("RMS", _rms)):
+            row[f"{kind} error"], row[f"{kind} error of PyTorch"] = measure(ours), measure(theirs)
+            row[f"{kind} ratio"] = measure(ours) / measure(theirs)
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
+def _max(errors: torch.Tensor) -> float:
+    return errors.abs().max().item()
+
+
+def _rms(errors: torch.Tensor) -> float:
+    return errors.square().mean().sqrt().item()
+
+
+def _errors(job: Job, loaded: data.Data, at: list[int]) -> Iterator[tuple[int, list[torch.Tensor]]]:
+    """(steps, [ours, PyTorch's]): differences from fp64 of all parameters."""
+    truth, plain = _Masked(job, loaded, torch.float64), _Masked(job, loaded, torch.float32)
+    engine = _engine(job, loaded)
+    done, epoch = 0, 0
+    while done < max(at, default=0):
+        order = data.permutation(job.config.seed, epoch, len(loaded.x_train))
+        epoch += 1
+        for rows in order.to(loaded.x_train.device).split(job.config.batch_size):
+            for loop in (truth, plain):
+                loop.run(rows)
+            engine.step(rows)
+            done += 1
+            if done in at:
+                engine.sync()
+                exact = _flat(truth.net)
+                yield done, [_flat(net) - exact for net in (engine.task.model, plain.net)]
+            if done == max(at):
+                return
+
+
+def _engine(job: Job, loaded: data.Data):
+    net = model.build(job.config, loaded).to(loaded.x_train.device).train()
+    optimizer = model.optimizer_for(net, job.config, "cross_entropy")
+    task = step.Task(net, optimizer, "cross_entropy", loaded.x_train.device)
+    task.x, task.y, task.scaling = loaded.x_train, loaded.y_train, loaded.scaling
+    task.seed = job.config.seed
+    engine = step.choose(job.config.engine, task)
+    engine.set_step(0)
+    return engine
+
+
+def _flat(net: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().double().flatten() for p in net.parameters()])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

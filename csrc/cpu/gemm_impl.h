@@ -1,0 +1,172 @@
+// Micro-kernel and packing of gemm.h; included once for each instruction set. A tile of C stays in
+// registers: kMR rows of NV vectors, one broadcast of A against NV vectors of B for each k.
+
+namespace fusedmlp::FUSEDMLP_ISA {
+
+#define FN static inline __attribute__((always_inline))
+
+constexpr int kNR = 2 * VL;
+constexpr int64_t kDepth = 320;  // k of one pass: a panel of B of that depth stays in the L1 cache
+
+template <int M, int NV>
+static void micro(
+    const float* a, int64_t a_step, const float* b, int64_t b_step, int64_t k, float* c, int64_t ldc, int cols,
+    bool add
+) {
+    VF acc[M][NV];
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) acc[i][v] = set1(0.0f);
+    for (int64_t at = 0; at < k; ++at, a += a_step, b += b_step) {
+        VF bv[NV];
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) bv[v] = load(b + v * VL);
+#pragma GCC unroll 16
+        for (int i = 0; i < M; ++i) {
+            const VF av = set1(a[i]);
+#pragma GCC unroll 2
+            for (int v = 0; v < NV; ++v) acc[i][v] = fma(av, bv[v], acc[i][v]);
+        }
+    }
+    if (cols == NV * VL) {
+#pragma GCC unroll 16
+        for (int i = 0; i < M; ++i)
+#pragma GCC unroll 2
+            for (int v = 0; v < NV; ++v) {
+                float* at = c + i * ldc + v * VL;
+                store(at, add ? load(at) + acc[i][v] : acc[i][v]);
+            }
+        return;
+    }
+    const int last = cols - (NV - 1) * VL;
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) {
+            float* at = c + i * ldc + v * VL;
+            const int count = v == NV - 1 ? last : VL;
+            store_part(at, count, add ? load_part(at, count) + acc[i][v] : acc[i][v]);
+        }
+    }
+}
+
+using Micro = void (*)(
+    const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t, int, bool
+);
+
+template <int M>
+static constexpr void fill_micros(Micro (*table)[2]) {
+    if constexpr (M > 0) {
+        table[M][0] = &micro<M, 1>;
+        table[M][1] = &micro<M, 2>;
+        fill_micros<M - 1>(table);
+    }
+}
+
+struct Micros {
+    Micro of[kMR + 1][2] = {};
+    constexpr Micros() { fill_micros<kMR>(of); }
+};
+
+static void gemm_block(const cpu::GemmBlock& g) {
+    static constexpr Micros micros;
+    const int64_t panels = (g.n + kNR - 1) / kNR;
+    const int64_t passes = (g.k + kDepth - 1) / kDepth, depth = (g.k + passes - 1) / passes;
+    for (int64_t k0 = 0; k0 < g.k; k0 += depth) {
+        const int64_t k = g.k - k0 < depth ? g.k - k0 : depth;
+        for (int64_t jp = g.jp0; jp < g.jp1; ++jp) {
+            const bool last = g.b_last && jp == panels - 1;
+            const int64_t step = last ? g.b_last_step : g.b_step;
+            const float* b = (last ? g.b_last : g.b + jp * g.b_panel) + k0 * step;
+            const int64_t j = jp * kNR;
+            const int cols = int(g.n - j < kNR ? g.n - j : kNR);
+            const int wide = cols > VL;
+            for (int64_t ip = g.ip0; ip < g.ip1; ++ip) {
+                const int64_t i = ip * kMR;
+                const int64_t rows = g.m - i < kMR ? g.m - i : kMR;
+                micros.of[rows][wide](
+                    g.a + ip * g.a_panel + k0 * g.a_step, g.a_step, b, step, k, g.c + i * g.ldc + j,
+                    g.ldc, cols, k0 > 0
+                );
+            }
+        }
+    }
+}
+
+// VL columns of up to VL rows; rows that are not there are 0.
+FN void load_square(VF* r, const float* in, int64_t ld, int rows, int columns) {
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; ++i)
+        r[i] = i >= rows          ? set1(0.0f)
+               : columns == VL ? load(in + i * ld)
+                               : load_part(in + i * ld, columns);
+}
+
+// Panels whose width is no multiple of a vector, or half of one.
+static void
+pack_across_odd(float* out, int width, const float* in, int64_t ld, int64_t rows, int64_t k) {
+    for (int64_t at = 0; at < k; at += VL) {
+        const int columns = int(k - at < VL ? k - at : VL);
+        VF r[VL];
+        load_square(r, in + at, ld, int(rows), columns);
+        transpose(r);
+        float square[VL][VL];
+        for (int j = 0; j < VL; ++j) store(square[j], r[j]);
+        for (int j = 0; j < columns; ++j)
+            __builtin_memcpy(out + (at + j) * width, square[j], size_t(width) * sizeof(float));
+    }
+}
+
+// Two depths side by side fill a vector.
+static void pack_across_half(float* out, const float* in, int64_t ld, int64_t rows, int64_t k) {
+    constexpr int half = VL / 2;
+    int64_t at = 0;
+    for (; at + 2 * VL <= k; at += 2 * VL) {
+        VF r[VL];
+#pragma GCC unroll 8
+        for (int i = 0; i < half; ++i) {
+            r[i] = i < rows ? load(in + i * ld + at) : set1(0.0f);
+            r[half + i] = i < rows ? load(in + i * ld + at + VL) : set1(0.0f);
+        }
+        transpose(r);
+        float* low = out + at * half;
+#pragma GCC unroll 16
+        for (int j = 0; j < VL; ++j) store_halves(low + j * half, low + (VL + j) * half, r[j]);
+    }
+    pack_across_odd(out + at * half, half, in + at, ld, rows, k - at);
+}
+
+static void pack_across(float* out, int width, const float* in, int64_t ld, int64_t rows, int64_t k) {
+    if (2 * width == VL) return pack_across_half(out, in, ld, rows, k);
+    if (width % VL != 0) return pack_across_odd(out, width, in, ld, rows, k);
+    for (int64_t at = 0; at < k; at += VL) {
+        const int columns = int(k - at < VL ? k - at : VL);
+        for (int first = 0; first < width; first += VL) {
+            const int64_t left = rows - first;
+            VF r[VL];
+            load_square(r, in + first * ld + at, ld, int(left < 0 ? 0 : left), columns);
+            transpose(r);
+            float* to = out + at * width + first;
+#pragma GCC unroll 16
+            for (int j = 0; j < VL; ++j)
+                if (j < columns) store(to + j * width, r[j]);
+        }
+    }
+}
+
+static void pack_along(float* out, int width, const float* in, int64_t ld, int64_t cols, int64_t k) {
+    for (int64_t at = 0; at < k; ++at, out += width, in += ld) {
+        if (cols == width && width % VL == 0) {
+            for (int v = 0; v < width; v += VL) store(out + v, load(in + v));
+        } else {
+            for (int j = 0; j < width; ++j) out[j] = j < cols ? in[j] : 0.0f;
+        }
+    }
+}
+
+static constexpr cpu::GemmKernels kGemmKernels = {kMR, kNR, gemm_block, pack_across, pack_along};
+
+#undef FN
+
+}  // namespace fusedmlp::FUSEDMLP_ISA

@@ -1,0 +1,65 @@
+// Whole training steps on the CPU as one call. Plain pointers, no torch.
+#pragma once
+
+#include <vector>
+
+#include "cpu/step_kernels.h"
+
+namespace fusedmlp::cpu {
+
+// A parameter and what the optimiser keeps for it; null where there is none.
+struct StepParam {
+    float* value;
+    float* m1;            // momentum, or first moment
+    float* m2;            // second moment
+    int64_t size;         //
+    double lr;            //
+    double weight_decay;  //
+};
+
+// y = drop(act(x w^T + b)) with the numbers of EpilogueParams.
+struct StepLayer {
+    StepParam w;         // (N, K)
+    StepParam b;         // (N,) or null
+    StepParam slope;     // prelu only
+    int64_t k;           //
+    int64_t n;           //
+    int act;             // an Act
+    int saves;           // a Saves
+    float alpha;         //
+    uint64_t threshold;  //
+    float scale;         //
+    int64_t layer;       // its number: added to the stream of the step
+};
+
+enum Loss : int { kCrossEntropy = 0, kSquaredError = 1 };
+
+struct StepParams {
+    std::vector<StepLayer> layers;
+    ScalingParams scaling;   // of the data
+    const void* targets;     // (n,) int64, or (n, C) fp32
+    int loss;                // a Loss
+    float smoothing;         //
+    const int64_t* order;    // (rows,) of the data, step after step
+    int64_t rows;            // over all steps
+    int64_t batch;           // rows of a step; the last one may have fewer
+    int64_t seed;            // of the masks
+    int64_t first_step;      // step s takes the streams from (first_step + s) mask_layers on
+    int64_t mask_layers;     //
+    int rule;                // a Rule
+    double momentum;         // SGD
+    double beta1;            // AdamW
+    double beta2;            //
+    double eps;              //
+    int64_t updates;         // that AdamW has done before
+    double max_norm;         // gradients are clipped to it; 0: they are not
+    const double* lr_scale;  // (steps,) factors of the learning rate, or null
+    double* totals;          // (3,) sum of losses, number right, rows: added to
+    float* work;             // step_work(p) floats
+};
+
+// Floats of memory that steps of this batch take.
+int64_t step_work(const StepParams& p);
+int launch_steps(StepParams& p, ParallelFor parallel);
+
+}  // namespace fusedmlp::cpu

@@ -1,0 +1,70 @@
+// The row kernels of the training step, and the table of them that each instruction set offers.
+#pragma once
+
+#include "cpu/gemm.h"
+#include "cpu/tile.h"
+
+namespace fusedmlp::cpu {
+
+// (rows / divisor - mean) / std, in that order and with PyTorch's roundings.
+struct ScalingParams {
+    const void* rows;   // (n, width) uint8 or fp32
+    bool is_bytes;      //
+    float divisor;      // 1: no division
+    const float* mean;  // mean_size values, or null
+    const float* std;   //
+    int64_t mean_size;  // 1 or width
+    int64_t width;      //
+};
+
+// Rows [begin, end) of a batch; loss and right are added to.
+struct LossParams {
+    float* out;             // (rows, cols) outputs, replaced by the gradient of the mean loss
+    const int64_t* order;   // (rows,) numbers of the rows of the data
+    const void* targets;    // (n,) int64, or (n, cols) fp32
+    int64_t rows;           //
+    int64_t cols;           //
+    float smoothing;        // label smoothing, cross-entropy only
+};
+
+enum Rule : int { kSgd = 0, kNesterov = 1, kAdamW = 2 };
+
+// One step's numbers of an optimiser for one parameter, as PyTorch computes them.
+struct UpdateParams {
+    int rule;            // a Rule
+    float lr;            // SGD: learning rate; AdamW: step size, lr / (1 - beta1^t)
+    float weight_decay;  // AdamW: the factor 1 - lr weight_decay
+    float momentum;      // AdamW: 1 - beta1
+    float beta2;         // AdamW only
+    float rest2;         // AdamW only: 1 - beta2
+    float root;          // AdamW only: sqrt(1 - beta2^t)
+    float eps;           // AdamW only
+};
+
+struct StepKernels {
+    const char* name;
+    GemmKernels gemm;
+    void (*gather)(float* out, const ScalingParams& s, const int64_t* order, int64_t begin, int64_t end);
+    void (*cross_entropy)(const LossParams& p, int64_t begin, int64_t end, double* loss, int64_t* right);
+    void (*squared_error)(const LossParams& p, int64_t begin, int64_t end, double* loss, int64_t* right);
+    // w, first and second moment (null where there is none) from the gradient g.
+    void (*update)(const UpdateParams& u, float* w, const float* g, float* m1, float* m2, int64_t n);
+    double (*square_sum)(const float* g, int64_t n);
+    void (*scale)(float* g, float factor, int64_t n);
+};
+
+// Of the instruction set that kernels() of tile.h names.
+const StepKernels& step_kernels();
+
+}  // namespace fusedmlp::cpu
+
+#define FUSEDMLP_DECLARE_STEP(isa)                                                                 \
+    namespace fusedmlp::isa {                                                                      \
+    extern const cpu::StepKernels step_table;                                                      \
+    }
+FUSEDMLP_DECLARE_STEP(baseline)
+#ifdef FUSEDMLP_X86
+FUSEDMLP_DECLARE_STEP(avx2)
+FUSEDMLP_DECLARE_STEP(avx512)
+#endif
+#undef FUSEDMLP_DECLARE_STEP

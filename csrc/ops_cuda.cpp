@@ -1,0 +1,79 @@
+// The `native` ops for CUDA tensors. ops_common.h holds what they do, cuda/ the kernels.
+#ifdef FUSEDMLP_EMULATE
+#    include "emulation/device.h"
+#else
+#    include "device_cuda.h"
+#endif
+
+#include "ops_common.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace fusedmlp {
+namespace {
+
+constexpr const char* kCrossEntropy = "cross_entropy";
+
+// loss () fp32, and dx (M, C) of mean cross-entropy; in one pass of two kernels.
+std::tuple<Tensor, Tensor> cross_entropy_fwd(Tensor x, Tensor target, double smoothing) {
+    const char* op = kCrossEntropy;
+    const View xv(x), tv(target);
+    CrossEntropyParams p{};
+    p.dtype = check_tensor(op, "input", xv);
+    if (xv.dim != 2)
+        fail(op, ": input must be (M, C), got ", xv.shape());
+    if (tv.dtype != aoti_torch_dtype_int64() || tv.dim != 1 || tv.sizes[0] != xv.sizes[0])
+        fail(
+            op, ": target must be an int64 tensor (M,) with M = ", xv.sizes[0], " to match input ",
+            xv.shape(), ", got ", dtype_name(tv.dtype), " ", tv.shape()
+        );
+    check_same_device(op, "target", tv, xv);
+    if (!(smoothing >= 0.0 && smoothing <= 1.0))
+        fail(op, ": label_smoothing must be in [0, 1], got ", smoothing);
+    if (xv.sizes[1] == 0)
+        fail(op, ": input must have at least one class, got ", xv.shape());
+
+    Device device(op, xv);
+    const Dense dense_x(x), dense_target(target);
+    const Tensor loss = empty(op, device, nullptr, 0, aoti_torch_dtype_float32());
+    const Tensor dx = empty(op, device, xv.sizes, xv.dim, xv.dtype);
+    p.loss = View(loss).data();
+    p.dx = xv.numel ? View(dx).data() : nullptr;
+    p.x = xv.numel ? dense_x.data() : nullptr;
+    p.target = xv.numel ? static_cast<const int64_t*>(dense_target.data()) : nullptr;
+    p.smoothing = float(smoothing);
+    p.rows = xv.sizes[0];
+    p.cols = xv.sizes[1];
+    const int64_t floats = cuda::cross_entropy_scratch(p);
+    const Tensor scratch = empty(op, device, &floats, 1, aoti_torch_dtype_float32());
+    check_kernel(
+        device.cross_entropy(p, floats ? static_cast<float*>(View(scratch).data()) : nullptr), op
+    );
+    return {loss, dx};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fusedmlp, FUSEDMLP_DISPATCH_KEY, m) {
+    m.impl("linear_act_fwd.native", TORCH_BOX(&linear_act_fwd<Device>));
+    m.impl("linear_act_infer.native", TORCH_BOX(&linear_act_infer<Device>));
+    m.impl("bias_act_dropout_fwd.native", TORCH_BOX(&bias_act_dropout_fwd<Device>));
+    m.impl("bias_act_dropout_bwd.native", TORCH_BOX(&bias_act_dropout_bwd<Device>));
+    m.impl("cross_entropy_fwd.native", TORCH_BOX(&cross_entropy_fwd));
+}
+
+}  // namespace fusedmlp
+
+// "none=0 relu=1 ...", which Python compares with its own table.
+EXPORT const char* fusedmlp_activations() {
+    static const std::string table = [] {
+        std::string text;
+        for (int i = 0; i < fusedmlp::kActCount; ++i)
+            text.append(i ? " " : "")
+                .append(fusedmlp::kActNames[i])
+                .append("=")
+                .append(std::to_string(i));
+        return text;
+    }();
+    return table.c_str();
+}

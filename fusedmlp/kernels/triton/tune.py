@@ -1,0 +1,186 @@
+"""Tiles that were timed on this machine: kept on disk, looked up at a call, made ahead.
+
+The file holds one table a GPU and Triton version; a table maps an op, kind and size class (sizes
+rounded up to powers of two) to a tile. FUSEDMLP_AUTOTUNE decides what a call does with it:
+
+    unset   takes the tile of the file, else the default of configs.py; never tunes
+    1       tunes a size class that is not in the file at its first call, which then takes seconds
+    0       takes the defaults only
+
+While a CUDA graph is captured nothing is tuned, and with torch.use_deterministic_algorithms the
+defaults are taken: they are the same on every machine of a kind. Never runs in the interpreter.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+import triton
+
+from . import configs
+from .launch import INTERPRET
+
+log = logging.getLogger("fusedmlp")
+
+_tables: dict[str, dict[str, list]] | None = None
+
+
+def path() -> Path:
+    """Where the tiles are kept: under XDG_CACHE_HOME, by default ~/.cache."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "fusedmlp" / "triton_tiles.json"
+
+
+def _load() -> dict[str, dict[str, list]]:
+    global _tables
+    if _tables is None:
+        _tables = {}
+        try:
+            found = json.loads(path().read_text())
+            for name, table in found.items():
+                _tables[name] = {key: list(configs.Tile(*tile)) for key, tile in table.items()}
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            _tables = {}
+            log.warning("tuned tiles are not used: %s cannot be read: %s", path(), error)
+    return _tables
+
+
+def _save() -> None:
+    """Writes the tables in one step: a reader never sees half a file."""
+    target = path()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False) as f:
+        json.dump(_load(), f, indent=1)
+    os.replace(f.name, target)
+
+
+@functools.cache
+def _table_name(device: int) -> str:
+    return f"{torch.cuda.get_device_name(device)}, triton {triton.__version__}"
+
+
+def size_class(op: str, kind: str, m: int, n: int, k: int) -> str:
+    """Sizes that share a tile: equal after rounding up to powers of two."""
+    up = (1 << max(0, size - 1).bit_length() for size in (m, n, k))
+    return f"{op} {kind} " + "x".join(map(str, up))
+
+
+def forget() -> None:
+    """Reads the file again at the next call."""
+    global _tables
+    _tables = None
+    _stored.cache_clear()
+
+
+@functools.lru_cache(maxsize=4096)
+def _stored(
+    op: str, kind: str, m: int, n: int, k: int, itemsize: int, target: configs.Target, name: str
+) -> configs.Tile | None:
+    tile = _load().get(name, {}).get(size_class(op, kind, m, n, k))
+    if tile is None:
+        return None
+    tile = configs.Tile(*tile)
+    # A file of another version may name a tile that this one does not have.
+    known = tile._replace(splits=1) in configs.fitting(kind, itemsize, target)
+    return tile if known else None
+
+
+def choose(
+    op: str, kind: str, m: int, n: int, k: int, x: torch.Tensor, target: configs.Target
+) -> configs.Tile:
+    """The tile for one call on x's device."""
+    itemsize = x.element_size()
+    mode = os.environ.get("FUSEDMLP_AUTOTUNE", "")
+    if not x.is_cuda or mode == "0" or torch.are_deterministic_algorithms_enabled():
+        return configs.default_tile(op, kind, m, n, k, itemsize, target)
+    stored = _stored(op, kind, m, n, k, itemsize, target, _table_name(x.device.index))
+    if stored is None and mode == "1" and not torch.cuda.is_current_stream_capturing():
+        stored = tune_one(op, x.dtype, m, n, k, x.device.index)
+    return stored or configs.default_tile(op, kind, m, n, k, itemsize, target)
+
+
+def _call(op: str, dtype: torch.dtype, m: int, n: int, k: int, device: int) -> Callable:
+    """tile -> one call of an op with relu and dropout on random data."""
+    from ... import activations, rng
+    from .dgrad_act import dgrad_act
+    from .linear_act import run
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=dtype, device=f"cuda:{device}")
+
+    threshold, scale = rng.threshold_and_scale(0.1)
+    state = torch.zeros(2, dtype=torch.int64, device=f"cuda:{device}")
+    epilogue = randn(n), None, state, activations.RELU, 0.0, threshold, scale, 0, 0
+    x = randn(m, k)
+    if op == "linear_act":
+        w = randn(n, k)
+        return lambda tile: run(x, w, *epilogue, keep_h=False, tile=tile)
+    w, saved = randn(k, n), randn(m, n)
+    rest = activations.SAVE_Y, True, False
+    return lambda tile: dgrad_act(x, w, saved, *epilogue, *rest, tile=tile)
+
+
+def tune_one(
+    op: str,
+    dtype: torch.dtype,
+    m: int,
+    n: int,
+    k: int,
+    device: int = 0,
+    progress: Callable[[str], None] = log.info,
+) -> configs.Tile | None:
+    """Times every tile that can be chosen for one size, and keeps the fastest.
+
+    op        'linear_act' or 'dgrad_act'; x (m, k), output (m, n)
+    progress  called with one line a tile
+    returns   the fastest tile, None if none ran
+    """
+    from .gemm import kind_of
+    from .launch import capability
+
+    if INTERPRET:
+        raise RuntimeError("tune: the interpreter has nothing to time; unset TRITON_INTERPRET")
+    call = _call(op, dtype, m, n, k, device)
+    kind, target = kind_of(dtype), capability(torch.empty(0, device=f"cuda:{device}"))
+    times: dict[configs.Tile, float] = {}
+    candidates = configs.candidates(op, kind, m, n, k, dtype.itemsize, target)
+    for i, tile in enumerate(candidates, 1):
+        try:
+            times[tile] = triton.testing.do_bench(lambda t=tile: call(t), return_mode="median")
+        except triton.runtime.errors.OutOfResources as error:
+            progress(f"{op} {m}x{n}x{k} {i}/{len(candidates)} {tuple(tile)}: {error}")
+            continue
+        progress(
+            f"{op} {m}x{n}x{k} {i}/{len(candidates)} {tuple(tile)}: {1e3 * times[tile]:.1f} us"
+        )
+    if not times:
+        return None
+    best = min(times, key=times.get)
+    table = _load().setdefault(_table_name(device), {})
+    table[size_class(op, kind, m, n, k)] = list(best)
+    _save()
+    _stored.cache_clear()
+    return best
+
+
+def tune(
+    shapes: Iterable[tuple[int, int, int]],
+    dtypes: Iterable[torch.dtype] = (torch.bfloat16,),
+    device: int = 0,
+    progress: Callable[[str], None] = print,
+) -> None:
+    """Tunes both GEMM kernels ahead, for shapes (M, K, N) of layers. What `fusedmlp tune` calls."""
+    for m, k, n in shapes:
+        for dtype in dtypes:
+            tune_one("linear_act", dtype, m, n, k, device, progress)
+            # The backward of this layer's input: dz (M, N) times W (N, K).
+            tune_one("dgrad_act", dtype, m, k, n, device, progress)
