@@ -67,8 +67,24 @@ def default_names(case: Case) -> list[str]:
         names += ["graph", "auto graph"]
     if case.mode == "infer":
         names += ["addmm"] * (case.op == "linear_act") + ["op"] * (not modules)
-    ours = [name for name in dispatch.backends() if name != "reference" or not (cuda or modules)]
+    ours = [name for name in dispatch.backends() if name != route(case)]
+    # The reference is there to be right; where it takes seconds a call it is left out.
+    if cuda or modules or case.m * case.dims[-1] > 1 << 21:
+        ours = [name for name in ours if name != "reference"]
     return [*names, "auto", *ours, "floor"]
+
+
+def route(case: Case) -> str:
+    """What automatic choice runs a case on; a list with commas where its layers differ."""
+    op = "bias_act_dropout" if case.elementwise else "linear_act"
+    found = [
+        dispatch.explain(
+            op, rows=case.m, in_features=k, out_features=n, activation=act, p=p,
+            dtype=case.torch_dtype, device=case.device,
+        ).choice
+        for k, n, act, p in case.layers
+    ]  # fmt: skip
+    return found[0] if len(set(found)) == 1 else ",".join(found)
 
 
 class Problem:
@@ -124,6 +140,8 @@ class Problem:
         if name.endswith("graph"):
             inner = self.provider("auto" if name.startswith("auto") else "eager")
             return Provider(name, _captured(inner.run), inner.results, inner.ours)
+        if name in ("op", "addmm") and case.mode != "infer":
+            raise Unavailable("it has no gradient")
         backend, ours = None, name not in ("eager", "compile", "max-autotune", "addmm")
         if ours and name not in ("auto", "op"):
             backend = name

@@ -3,9 +3,9 @@
     python -m bench.report              # write; --check: only tell whether they are up to date
     python -m bench.report --plots docs/plots
 
-A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`. NAME is `train`, `grid`,
-`grid-all`, `saved-bytes`, or a group of bench/cases.py, with `gpu-` before it for a GPU's figures.
-Losing shapes stay in. Measures nothing.
+A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`. NAME is `grid`, `grid-all`,
+a group of bench/cases.py (these with `gpu-` before them for a GPU's figures), or the name of
+another results file, such as `train` or `saved-bytes`. Losing shapes stay in. Measures nothing.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def spread(three: list[float]) -> str:
 def _words(value) -> str:
     if isinstance(value, dict):
         cpu, gpu, threads = (value.get(name) for name in ("cpu", "gpu", "threads"))
-        parts = [gpu or cpu, f"{threads} threads" if threads and not gpu else None]
+        plural = "" if threads == 1 else "s"
+        parts = [gpu or cpu, f"{threads} thread{plural}" if threads and not gpu else None]
         return ", ".join(part for part in parts if part) or ", ".join(map(str, value.values()))
     return str(value)
 
@@ -165,8 +166,8 @@ def saved_bytes_table(found: dict) -> str:
     return markdown(head, lines, 3)
 
 
-def train_table(found: dict) -> str:
-    """The trainer's results: every column of its rows, lists as median (p20-p80)."""
+def plain_table(found: dict) -> str:
+    """Every column of every row as it is; three numbers are median (p20-p80)."""
     columns: list[str] = []
     for row in found["rows"]:
         columns += [name for name in row if name not in columns]
@@ -193,10 +194,11 @@ def _is_ops(found: dict, device: str, group: str) -> bool:
 def table(name: str, results: dict[Path, dict]) -> str:
     """The text of table `name`: one part for each results file that holds it."""
     pick: Callable[[Path, dict], bool]
-    if name == "train":
-        pick, make = (lambda path, found: path.stem.startswith("train")), train_table
-    elif name == "saved-bytes":
-        pick, make = (lambda path, found: found["name"] == "saved_bytes"), saved_bytes_table
+    whole_file = name.replace("-", "_")
+    ungrouped = {f["name"] for f in results.values() if not any("group" in r for r in f["rows"])}
+    if whole_file in ungrouped:
+        pick = lambda path, found: found["name"] == whole_file  # noqa: E731
+        make = saved_bytes_table if name == "saved-bytes" else plain_table
     else:
         device, group = ("cuda", name[4:]) if name.startswith("gpu-") else ("cpu", name)
         if group in ("grid", "grid-all"):

@@ -26,7 +26,7 @@ from fusedmlp import dispatch
 from . import cases, record, timing
 from .cases import Case
 from .check import wrong
-from .providers import Problem, Provider, Unavailable, default_names
+from .providers import Problem, Provider, Unavailable, default_names, route
 
 # A cell of the grid below this is measured again, longer, and the new figure replaces the old one.
 REMEASURE_BELOW = 0.98
@@ -115,11 +115,11 @@ def run_case(case: Case, names: list[str] | None, budget_s: float) -> list[dict]
                 provider = problem.provider(name)
                 reason = wrong(problem, provider)
             except (Unavailable, dispatch.BackendError) as refusal:
-                continue_without = str(refusal)
-                rows.append(case.columns() | {"provider": name, "unavailable": continue_without})
+                rows.append(case.columns() | {"provider": name, "unavailable": str(refusal)})
                 continue
             except Exception as error:  # a baseline that cannot run is a row, not the end
-                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+                told = str(error).strip().splitlines() or [""]
+                reason = f"{type(error).__name__}: {told[0]}"
             if reason:
                 rows.append(case.columns() | {"provider": name, "error": reason})
             else:
@@ -160,7 +160,7 @@ def _timed(case: Case, usable: dict[str, Provider], budget_s: float) -> list[dic
             if usable[name].saved is not None:
                 row["saved_bytes"] = usable[name].saved
             if name == "auto":
-                row["route"] = _route(case)
+                row["route"] = route(case)
             made.append(row | state)
     return made
 
@@ -183,20 +183,6 @@ def _peak(name: str, run) -> float | None:
     run()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def _route(case: Case) -> str:
-    """What automatic choice ran, for each layer."""
-    op = "bias_act_dropout" if case.elementwise else "linear_act"
-    found = [
-        dispatch.explain(
-            op, rows=case.m, in_features=k, out_features=n, activation=act,
-            p=0.0 if case.mode == "infer" and case.op in ("layer", "net") else p,
-            dtype=case.torch_dtype, device=case.device,
-        ).choice
-        for k, n, act, p in case.layers
-    ]  # fmt: skip
-    return found[0] if len(set(found)) == 1 else ",".join(found)
 
 
 def _line(row: dict) -> str:

@@ -70,7 +70,10 @@ class Ours:
 
     def run(self, seed: int) -> float:
         config = self.job.config.replace(seed=seed)
-        return fit(model.build(config, self.data), self.data, config).history[-1]["test_accuracy"]
+        result = fit(model.build(config, self.data), self.data, config)
+        if result.interrupted:
+            raise KeyboardInterrupt
+        return result.history[-1]["test_accuracy"]
 
 
 class InMemory:

@@ -35,18 +35,22 @@ struct View {
         int failed = aoti_torch_get_dtype(handle, &dtype) |
                      aoti_torch_get_device_type(handle, &device_type) |
                      aoti_torch_get_layout(handle, &layout) | aoti_torch_get_dim(handle, &dim);
-        if (failed) fail("fusedmlp: could not read a tensor argument");
-        if (layout != aoti_torch_layout_strided()) return;
+        if (failed)
+            fail("fusedmlp: could not read a tensor argument");
+        if (layout != aoti_torch_layout_strided())
+            return;
         failed = aoti_torch_get_sizes(handle, &sizes) | aoti_torch_get_numel(handle, &numel) |
                  aoti_torch_get_device_index(handle, &device_index);
-        if (failed) fail("fusedmlp: could not read a tensor argument");
+        if (failed)
+            fail("fusedmlp: could not read a tensor argument");
     }
 
     int64_t last() const { return dim ? sizes[dim - 1] : 1; }
     // Flattened leading dimensions; a 0-D or 1-D tensor is one row.
     int64_t rows() const {
         int64_t n = 1;
-        for (int64_t i = 0; i + 1 < dim; ++i) n *= sizes[i];
+        for (int64_t i = 0; i + 1 < dim; ++i)
+            n *= sizes[i];
         return n;
     }
     bool contiguous() const {
@@ -55,19 +59,23 @@ struct View {
     }
     void* data() const {
         void* at = nullptr;
-        if (aoti_torch_get_data_ptr(handle, &at)) fail("fusedmlp: a tensor argument has no memory");
+        if (aoti_torch_get_data_ptr(handle, &at))
+            fail("fusedmlp: a tensor argument has no memory");
         return at;
     }
     bool same_shape(const View& other) const {
-        if (dim != other.dim) return false;
+        if (dim != other.dim)
+            return false;
         for (int64_t i = 0; i < dim; ++i)
-            if (sizes[i] != other.sizes[i]) return false;
+            if (sizes[i] != other.sizes[i])
+                return false;
         return true;
     }
     std::string shape() const {
         std::ostringstream text;
         text << "(";
-        for (int64_t i = 0; i < dim; ++i) text << (i ? ", " : "") << sizes[i];
+        for (int64_t i = 0; i < dim; ++i)
+            text << (i ? ", " : "") << sizes[i];
         text << (dim == 1 ? ",)" : ")");
         return text.str();
     }
@@ -95,12 +103,14 @@ inline std::string dtype_name(int32_t dtype) {
         {aoti_torch_dtype_complex64(), "torch.complex64"},
     };
     for (const auto& [code, name] : names)
-        if (code == dtype) return name;
+        if (code == dtype)
+            return name;
     return "dtype " + std::to_string(dtype);
 }
 
 inline std::string device_name(const View& v) {
-    if (v.device_type == aoti_torch_device_type_cpu()) return "cpu";
+    if (v.device_type == aoti_torch_device_type_cpu())
+        return "cpu";
     const bool cuda = v.device_type == aoti_torch_device_type_cuda();
     return (cuda ? "cuda:" : "device:") + std::to_string(v.device_index);
 }
@@ -109,15 +119,20 @@ inline std::string device_name(const View& v) {
 inline Dtype check_tensor(const char* op, const char* name, const View& v) {
     if (v.layout != aoti_torch_layout_strided())
         fail(op, ": ", name, " must be a dense (strided) tensor, got another layout");
-    if (v.dtype == aoti_torch_dtype_float32()) return Dtype::kFloat32;
-    if (v.dtype == aoti_torch_dtype_float16()) return Dtype::kFloat16;
-    if (v.dtype == aoti_torch_dtype_bfloat16()) return Dtype::kBFloat16;
+    if (v.dtype == aoti_torch_dtype_float32())
+        return Dtype::kFloat32;
+    if (v.dtype == aoti_torch_dtype_float16())
+        return Dtype::kFloat16;
+    if (v.dtype == aoti_torch_dtype_bfloat16())
+        return Dtype::kBFloat16;
     fail(op, ": ", name, " must be one of float32, float16, bfloat16, got ", dtype_name(v.dtype));
 }
 
 inline void check_same_device(const char* op, const char* name, const View& v, const View& like) {
     if (v.device_type != like.device_type || v.device_index != like.device_index)
-        fail(op, ": ", name, " must be on ", device_name(like), " like input, got ", device_name(v));
+        fail(
+            op, ": ", name, " must be on ", device_name(like), " like input, got ", device_name(v)
+        );
 }
 
 // Bias and slope may be fp32 beside 16-bit inputs.
@@ -126,27 +141,31 @@ inline Dtype check_vector(const char* op, const char* name, const View& v, const
     const Dtype dtype = check_tensor(op, name, v);
     if (v.dtype != like.dtype && dtype != Dtype::kFloat32)
         fail(
-            op, ": ", name, " must be ", dtype_name(like.dtype), " or torch.float32 beside an input of ",
-            dtype_name(like.dtype), ", got ", dtype_name(v.dtype)
+            op, ": ", name, " must be ", dtype_name(like.dtype),
+            " or torch.float32 beside an input of ", dtype_name(like.dtype), ", got ",
+            dtype_name(v.dtype)
         );
     return dtype;
 }
 
 inline void check_bias(
-    const char* op, const View& b, const View& like, int64_t cols, const char* origin, const View& from
+    const char* op,
+    const View& b,
+    const View& like,
+    int64_t cols,
+    const char* origin,
+    const View& from
 ) {
     if (b.dim != 1 || b.sizes[0] != cols)
         fail(
-            op, ": bias must be (N,) with N = ", cols, " to match ", origin, " ", from.shape(), ", got ",
-            b.shape()
+            op, ": bias must be (N,) with N = ", cols, " to match ", origin, " ", from.shape(),
+            ", got ", b.shape()
         );
 }
 
 inline void check_slope(const char* op, const View& s, int64_t cols) {
     if (s.dim > 1 || (s.numel != 1 && s.numel != cols))
-        fail(
-            op, ": slope must have 1 or N = ", cols, " elements for prelu, got ", s.shape()
-        );
+        fail(op, ": slope must have 1 or N = ", cols, " elements for prelu, got ", s.shape());
 }
 
 inline void check_state(const char* op, const View& s, const View& like) {
@@ -162,11 +181,12 @@ inline void check_state(const char* op, const View& s, const View& like) {
 inline void check_linear(const char* op, const View& x, const View& w) {
     check_tensor(op, "input", x);
     check_tensor(op, "weight", w);
-    if (x.dim == 0) fail(op, ": input must be (..., K), got a 0-D tensor");
+    if (x.dim == 0)
+        fail(op, ": input must be (..., K), got a 0-D tensor");
     if (w.dim != 2 || w.sizes[1] != x.last())
         fail(
-            op, ": weight must be (N, K) with K = ", x.last(), " to match input ", x.shape(), ", got ",
-            w.shape()
+            op, ": weight must be (N, K) with K = ", x.last(), " to match input ", x.shape(),
+            ", got ", w.shape()
         );
     if (w.dtype != x.dtype)
         fail(
@@ -182,14 +202,17 @@ inline void check_numbers(const char* op, const EpilogueParams& e) {
         fail(op, ": act must be an id in [0, ", int(kActCount), "), got ", e.act);
     if (e.drop.threshold > uint64_t(two32))
         fail(op, ": threshold must be in [0, 2^32], got ", int64_t(e.drop.threshold));
-    if (e.drop.threshold == 0) return;
-    if (e.drop.row_offset < 0) fail(op, ": row_offset must be >= 0, got ", e.drop.row_offset);
+    if (e.drop.threshold == 0)
+        return;
+    if (e.drop.row_offset < 0)
+        fail(op, ": row_offset must be >= 0, got ", e.drop.row_offset);
     if (e.rows > two32 - e.drop.row_offset)
         fail(
             op, ": rows + row_offset must be at most 2^32 for dropout, got ", e.rows, " + ",
             e.drop.row_offset
         );
-    if (e.cols > 8 * two32) fail(op, ": columns must be at most 2^35 for dropout, got ", e.cols);
+    if (e.cols > 8 * two32)
+        fail(op, ": columns must be at most 2^35 for dropout, got ", e.cols);
 }
 
 }  // namespace fusedmlp

@@ -80,8 +80,8 @@ class Device {
         return compute_capability(index_) >= 80 && cuda::linear_act_takes(p);
     }
     int linear_act(const LinearActParams& p) { return cuda::launch_linear_act(p, stream_); }
-    int cross_entropy(const CrossEntropyParams& p, float* scratch) {
-        return cuda::launch_cross_entropy(p, scratch, stream_);
+    int cross_entropy(const CrossEntropyParams& p) {
+        return cuda::launch_cross_entropy(p, stream_);
     }
 
   private:

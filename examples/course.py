@@ -12,12 +12,13 @@ BLUE, RED, GREEN, GREY = "#1f6fb4", "#c0261c", "#1a7f37", "#808080"
 
 
 def arguments(argv, doc, *, epochs=None, dataset=None, seed=0):
-    """--out, --seed and --epochs; --dataset for the lessons that name a default for it."""
+    """--out and --seed; --epochs and --dataset for the lessons that train, or read images."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/examples"), help="for the picture")
     parser.add_argument("--seed", type=int, default=seed, help=f"default {seed}")
-    shown = epochs or "10 for Fashion-MNIST, 30 for the digits"
-    parser.add_argument("--epochs", type=int, default=epochs, help=f"default {shown}")
+    if epochs is not None or dataset is not None:
+        shown = epochs or "10 for Fashion-MNIST, 30 for the digits"
+        parser.add_argument("--epochs", type=int, default=epochs, help=f"default {shown}")
     if dataset is not None:
         parser.add_argument("--dataset", default=dataset, help=f"default {dataset}")
     return parser.parse_args(argv)
@@ -40,6 +41,11 @@ def images(args):
 def inputs(data, rows):
     """Rows (n, ...) of pixels as they are stored -> inputs (n, pixels) from 0 to 1."""
     return data.scaling(rows).flatten(1)
+
+
+def order(args, epoch, rows):
+    """Row numbers in the order in which `fit` takes them, so that lessons can be compared."""
+    return datasets.permutation(args.seed, epoch, rows)
 
 
 def figure(width, height):

@@ -7,7 +7,7 @@ import time
 
 import torch
 import torch.nn.functional as F
-from course import BLUE, RED, arguments, figure, images, inputs, save
+from course import BLUE, RED, arguments, figure, images, inputs, order, save
 
 import fusedmlp.functional as FF
 
@@ -15,9 +15,10 @@ HIDDEN, RATE = 256, 0.1
 
 
 def first_parameters(pixels, classes, seed):
-    generator = torch.Generator().manual_seed(seed)
-    w1 = 0.01 * torch.randn(pixels, HIDDEN, generator=generator)
-    w2 = 0.01 * torch.randn(HIDDEN, classes, generator=generator)
+    torch.manual_seed(seed)
+    # Drawn as (outputs, inputs) and transposed: lesson 3 starts from the same numbers.
+    w1 = 0.01 * torch.randn(HIDDEN, pixels).T
+    w2 = 0.01 * torch.randn(classes, HIDDEN).T
     parameters = [w1, torch.zeros(HIDDEN), w2, torch.zeros(classes)]
     return [p.requires_grad_() for p in parameters]
 
@@ -60,11 +61,10 @@ def train(net, data, args):
     """[(loss, test accuracy)] after each epoch, the same order of rows for every net."""
     x, x_test = inputs(data, data.x_train), inputs(data, data.x_test)
     parameters = first_parameters(data.in_features, data.out_features, args.seed)
-    generator = torch.Generator().manual_seed(args.seed)
     history = []
-    for _ in range(args.epochs):
-        order = torch.randperm(len(x), generator=generator)
-        loss = train_epoch(net, parameters, x, data.y_train, order.split(args.batch))
+    for epoch in range(args.epochs):
+        batches = order(args, epoch, len(x)).split(args.batch)
+        loss = train_epoch(net, parameters, x, data.y_train, batches)
         history.append((loss, accuracy(net, parameters, x_test, data.y_test)))
     return history
 

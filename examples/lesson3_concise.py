@@ -40,13 +40,13 @@ def main(argv=None):
     args = arguments(argv, __doc__, dataset="auto")
     data = images(args)
 
-    torch.manual_seed(args.seed)
     net = nn.Sequential(
         nn.Flatten(),
         nn.Linear(data.in_features, 256),
         nn.ReLU(),
         nn.Linear(256, data.out_features),
     )
+    torch.manual_seed(args.seed)
     net.apply(init_weights)
     net = fusedmlp.fuse(net)
     print(net.report())

@@ -85,7 +85,8 @@ def sweep(axis, data, args, label, cases):
     places, training, validation = zip(*points, strict=True)
     axis.plot(places, training, "o-", color=BLUE, label="training")
     axis.plot(places, validation, "o-", color=RED, label="validation")
-    axis.set(xscale="log", ylim=(-0.02, 0.75), xlabel=label)
+    axis.set(xscale="linear" if label == "training rows" else "log", xlabel=label)
+    axis.set_ylim(-0.02, 0.8)
     axis.grid(alpha=0.3)
     axis.legend()
     return points
@@ -130,7 +131,8 @@ def main(argv=None):
     axes[3].barh(names, [e for e, _ in results], color=colours)
     axes[3].axvline(test_error, color=RED, label="test error of the chosen one")
     axes[3].set(xlabel="validation error", title="width-dropout-decay")
-    axes[3].legend(fontsize=8)
+    axes[3].invert_yaxis()
+    axes[3].legend(loc="lower right", fontsize=9)
     save(picture, args, "lesson7_model_selection")
     return figures
 

@@ -14,6 +14,8 @@ from . import checks, differentiable
 from .activations import LEAKY_RELU, SAVE_NOTHING, SAVE_Y, SAVE_Z, saves
 from .ops import BY_BACKEND
 
+_NO_MORE = (None,) * 8  # the backend's name, the state and the numbers have no gradients
+
 
 def _wants_graph() -> bool:
     """True inside backward(create_graph=True). A compiled backward is never differentiated."""
@@ -25,6 +27,9 @@ def _matmul_grads(dz: Tensor, x: Tensor | None, w: Tensor | None):
 
     dz (..., N), x (..., K), w (N, K) -> dx (..., K), dw (N, K)
     """
+    if dz.dim() == 2 and x is not None and x.dim() == 2:
+        # The usual case, without the host cost of the general one.
+        return (None if w is None else dz.mm(w)), dz.t().mm(x)
     dx = dw = None
     if w is not None:
         dx = torch.matmul(dz, w)
@@ -69,19 +74,25 @@ class LinearAct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
+        if torch.is_autocast_enabled(dy.device.type):
+            with torch.autocast(dy.device.type, enabled=False):
+                return LinearAct._backward(ctx, dy)
+        return LinearAct._backward(ctx, dy)
+
+    @staticmethod
+    def _backward(ctx, dy):
         x, w, b, slope, state, saved = ctx.saved_tensors
         need_x, need_w, need_b, need_slope = ctx.needs_input_grad[:4]
-        with differentiable.no_autocast(dy.device.type):
-            if _wants_graph():
-                dz, db, dslope = differentiable.linear_act_bwd(
-                    dy, x, w, b, slope, state, saved, ctx.kind, *ctx.numbers
-                )
-            else:
-                dz, db, dslope = BY_BACKEND[ctx.backend].bias_act_dropout_bwd(
-                    dy, saved, b, slope, state, *ctx.numbers, ctx.kind, need_b, need_slope
-                )
-            dx, dw = _matmul_grads(dz, x if need_w else None, w if need_x else None)
-        return (dx, dw, db if need_b else None, dslope if need_slope else None) + (None,) * 8
+        if _wants_graph():
+            dz, db, dslope = differentiable.linear_act_bwd(
+                dy, x, w, b, slope, state, saved, ctx.kind, *ctx.numbers
+            )
+        else:
+            dz, db, dslope = BY_BACKEND[ctx.backend].bias_act_dropout_bwd(
+                dy, saved, b, slope, state, *ctx.numbers, ctx.kind, need_b, need_slope
+            )
+        dx, dw = _matmul_grads(dz, x if need_w else None, w if need_x else None)
+        return (dx, dw, db if need_b else None, dslope if need_slope else None) + _NO_MORE
 
 
 class BiasActDropout(torch.autograd.Function):
@@ -105,19 +116,25 @@ class BiasActDropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
+        if torch.is_autocast_enabled(dy.device.type):
+            with torch.autocast(dy.device.type, enabled=False):
+                return BiasActDropout._backward(ctx, dy)
+        return BiasActDropout._backward(ctx, dy)
+
+    @staticmethod
+    def _backward(ctx, dy):
         b, slope, state, saved = ctx.saved_tensors
         need_x, need_b, need_slope = ctx.needs_input_grad[:3]
-        with differentiable.no_autocast(dy.device.type):
-            if _wants_graph():
-                dz, db, dslope = differentiable.bias_act_dropout_bwd(
-                    dy, b, slope, state, saved, ctx.kind, *ctx.numbers
-                )
-            else:
-                dz, db, dslope = BY_BACKEND[ctx.backend].bias_act_dropout_bwd(
-                    dy, saved, b, slope, state, *ctx.numbers, ctx.kind, need_b, need_slope
-                )
+        if _wants_graph():
+            dz, db, dslope = differentiable.bias_act_dropout_bwd(
+                dy, b, slope, state, saved, ctx.kind, *ctx.numbers
+            )
+        else:
+            dz, db, dslope = BY_BACKEND[ctx.backend].bias_act_dropout_bwd(
+                dy, saved, b, slope, state, *ctx.numbers, ctx.kind, need_b, need_slope
+            )
         return (
             dz if need_x else None,
             db if need_b else None,
             dslope if need_slope else None,
-        ) + (None,) * 8
+        ) + _NO_MORE

@@ -58,6 +58,8 @@ def activation(op: str, name: object) -> int:
 
 def probability(op: str, p: object, name: str = "p") -> float:
     """A dropout probability in [0, 1]."""
+    if type(p) is float and 0.0 <= p <= 1.0:
+        return p
     if isinstance(p, bool) or not isinstance(p, Real):
         raise TypeError(f"{op}: {name} must be a number in [0, 1], got {type(p).__name__}")
     p = float(p)
@@ -68,6 +70,8 @@ def probability(op: str, p: object, name: str = "p") -> float:
 
 def int64(op: str, name: str, value: object) -> int:
     """A Python int that fits into 64 bits, signed."""
+    if type(value) is int and _INT64_MIN <= value <= _INT64_MAX:
+        return value
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
     if not _INT64_MIN <= value <= _INT64_MAX:
@@ -107,6 +111,8 @@ def state(op: str, value: object, device: torch.device | None = None) -> Tensor:
 
 def slope(op: str, act: int, value: object, columns: int) -> tuple[float, object]:
     """What `slope` means for an activation: (alpha for leaky_relu, tensor for prelu or None)."""
+    if value is None and act != activations.PRELU:
+        return DEFAULT_LEAKY_SLOPE, None
     if act == activations.PRELU:
         if value is None:
             raise ValueError(f"{op}: prelu needs slope, a tensor of 1 or N = {columns} elements")
@@ -116,8 +122,6 @@ def slope(op: str, act: int, value: object, columns: int) -> tuple[float, object
                 f"{op}: slope must have 1 or N = {columns} elements for prelu, got {_shape(value)}"
             )
         return 0.0, value
-    if value is None:
-        return DEFAULT_LEAKY_SLOPE, None
     if act != activations.LEAKY_RELU:
         name = activations.NAMES[act]
         raise ValueError(f"{op}: slope is for leaky_relu and prelu, got one for {name!r}")
@@ -202,8 +206,27 @@ def linear(op: str, x: object, w: object, b: object) -> None:
         vector(op, "bias", b, x, w.shape[0], f"weight {_shape(w)}")
 
 
+def _is_plain_bias(x: object, b: object) -> bool:
+    """True for the usual right arguments, as in _is_plain_linear."""
+    try:
+        return (
+            x.shape[-1:] == b.shape
+            and b.dim() == 1
+            and x.dtype is b.dtype
+            and x.dtype in dtypes.SUPPORTED
+            and x.device == b.device
+            and x.layout is b.layout is torch.strided
+        )
+    except (AttributeError, IndexError):
+        return False
+
+
 def elementwise(op: str, x: object, b: object) -> None:
     """Shapes, dtypes and devices of an epilogue on (..., N)."""
+    if b is None and type(x) is Tensor and x.dtype in dtypes.KERNEL and x.layout is torch.strided:
+        return
+    if _is_plain_bias(x, b):
+        return
     x = tensor(op, "input", x)
     if b is not None:
         if x.dim() == 0:

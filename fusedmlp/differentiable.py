@@ -7,23 +7,12 @@ here decides when.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import activations, checks, dtypes, rng
 from .activations import LEAKY_RELU, PRELU, RELU, SAVE_NOTHING, SAVE_Y, TABLE
-
-_NO_CONTEXT = contextlib.nullcontext()
-
-
-def no_autocast(device_type: str):
-    """A context without autocast; the real one costs microseconds, so only when it is on."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return _NO_CONTEXT
 
 
 def _keep(like: Tensor, state, threshold: int, layer: int, row_offset: int) -> Tensor | None:

@@ -214,6 +214,7 @@ def select(
     rows          M, the flattened batch
     in_features   K, 0 for bias_act_dropout
     out_features  N
+    returns       depends on torch.is_grad_enabled() too: an op's autograd node has its cost
     raises        BackendError if a backend was named that cannot run the call
     """
     named = backend if backend is not None else _forced or _from_environment
@@ -221,7 +222,17 @@ def select(
         # Compiled, sizes may be symbolic: choosing by them would compile once per size class.
         order = policy.order(device_type, op)
     else:
-        order = policy.choose(device_type, op, dtype, act, dropout, rows, in_features, out_features)
+        order = policy.choose(
+            device_type,
+            op,
+            dtype,
+            act,
+            dropout,
+            rows,
+            in_features,
+            out_features,
+            torch.is_grad_enabled(),
+        )
     return _resolve(order, named, op, device_type, dtype, dropout)
 
 
@@ -292,7 +303,10 @@ def explain(
         return Explanation(op, call, named, "it was asked for by name", {})
     choice = select(op, device_type, dtype, act, dropout, rows, in_features, out_features)
     k = in_features if op == "linear_act" else 0
-    why = policy.why(choice, device_type, op, dtype, act, dropout, rows, k, out_features)
+    first = policy.choose(
+        device_type, op, dtype, act, dropout, rows, k, out_features, torch.is_grad_enabled()
+    )[0]
+    why = policy.why(choice, first, act)
     if choice in refusals:
         refusals.pop(choice)
     return Explanation(op, call, choice, why, refusals)

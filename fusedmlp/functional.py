@@ -154,11 +154,10 @@ def run_linear_act(
 
 def linear_act_on(route: str, args: tuple) -> Tensor:
     """linear_act by a route of dispatch.select; `args` are those of the op, in its order."""
-    x, w, b, slope, state, *numbers = args
     if route == dispatch.EAGER:
         return differentiable.linear_act(*args)
-    if _needs_grad(x, w, b, slope):
-        return LinearAct.apply(x, w, b, slope, state, route, *numbers)
+    if _needs_grad(*args[:4]):
+        return LinearAct.apply(*args[:5], route, *args[5:])
     return ops.BY_BACKEND[route].linear_act_infer(*args)
 
 
@@ -192,11 +191,10 @@ def run_bias_act_dropout(
 
 def bias_act_dropout_on(route: str, args: tuple) -> Tensor:
     """bias_act_dropout by a route of dispatch.select; `args` are those of the op, in its order."""
-    x, b, slope, state, *numbers = args
     if route == dispatch.EAGER:
         return differentiable.bias_act_dropout(*args)
-    if _needs_grad(x, b, slope):
-        return BiasActDropout.apply(x, b, slope, state, route, *numbers)
+    if _needs_grad(*args[:3]):
+        return BiasActDropout.apply(*args[:4], route, *args[4:])
     return ops.BY_BACKEND[route].bias_act_dropout_fwd(*args)
 
 

@@ -77,8 +77,10 @@ class Linear(Structure):
 
 class CrossEntropy(Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("loss", "dx", "x", "target")),
+        *((name, c_void_p) for name in ("losses", "dx", "x", "target")),
+        ("ignore_index", c_int64),
         ("smoothing", c_float),
+        ("factor", c_float),
         ("dtype", c_int),
         ("rows", c_int64),
         ("cols", c_int64),
@@ -243,10 +245,10 @@ def takes(x, w, y) -> bool:
     return bool(library().fusedmlp_emulated_linear_act_takes(byref(params)))
 
 
-def cross_entropy(x, target, smoothing, want_dx=True):
-    loss = unwritten(dtype=torch.float32)
-    dx = torch.full_like(x, float("nan")) if want_dx else None
-    pointers = (_pointer(t) for t in (loss, dx, x, target))
-    params = CrossEntropy(*pointers, smoothing, DTYPE_IDS[x.dtype], *x.shape)
-    _launch("emulate_cross_entropy", params, (x, target), (loss, dx))
-    return loss, dx
+def cross_entropy(x, target, smoothing=0.0, ignore_index=-100, grad_scale=1.0):
+    losses, dx = unwritten(x.shape[0], dtype=torch.float32), torch.full_like(x, float("nan"))
+    pointers = (_pointer(t) for t in (losses, dx, x, target))
+    numbers = ignore_index, smoothing, grad_scale, DTYPE_IDS[x.dtype]
+    params = CrossEntropy(*pointers, *numbers, *x.shape)
+    _launch("emulate_cross_entropy", params, (x, target), (losses, dx))
+    return losses, dx

@@ -266,6 +266,16 @@ def test_a_marker_without_its_twin_is_an_error(checkout):
         report.main(["--root", str(checkout)])
 
 
+def test_the_trainers_results_become_a_table(checkout):
+    row = {"network": "784-256-10", "way": "fusedmlp", "seconds": [2.0, 1.9, 2.2], "accuracy": 0.88}
+    found = record.header("train", "bench.train_step", []) | {"rows": [row]}
+    record.write(checkout / "bench" / "results" / "train.json", found)
+    (checkout / "README.md").write_text("<!-- bench:train -->\n<!-- /bench:train -->\n")
+    report.main(["--root", str(checkout)])
+    text = (checkout / "README.md").read_text()
+    assert "| 784-256-10 | fusedmlp | 2.00 (1.90–2.20) | 0.88 |" in text
+
+
 def test_a_table_without_results_says_so(checkout):
     (checkout / "README.md").write_text("<!-- bench:gpu-step -->\n<!-- /bench:gpu-step -->\n")
     report.main(["--root", str(checkout)])

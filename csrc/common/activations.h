@@ -29,22 +29,12 @@ enum Act : int {
 enum Saves : int { kSavesNothing = 0, kSavesY = 1, kSavesZ = 2 };
 
 constexpr const char* kActNames[kActCount] = {
-    "none",
-    "relu",
-    "leaky_relu",
-    "prelu",
-    "elu",
-    "sigmoid",
-    "tanh",
-    "softplus",
-    "gelu",
-    "gelu_tanh",
-    "silu",
-    "relu_squared",
+    "none", "relu",     "leaky_relu", "prelu",     "elu",  "sigmoid",
+    "tanh", "softplus", "gelu",       "gelu_tanh", "silu", "relu_squared",
 };
 
 // True where y = act(z) determines act'(z).
-constexpr bool act_has_grad_y(int act) {
+FUSEDMLP_HD constexpr bool act_has_grad_y(int act) {
     return act == kRelu || act == kLeakyRelu || act == kElu || act == kSigmoid || act == kTanh ||
            act == kSoftplus || act == kReluSquared;
 }

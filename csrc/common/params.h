@@ -87,17 +87,19 @@ struct LinearActParams {
     EpilogueParams e;  //
 };
 
-// loss = mean over rows of the cross-entropy of softmax(x) with the smoothed target, and its
-// gradient. A target outside of [0, C) makes the loss and its row of dx NaN.
+// The cross-entropy of each row of softmax(x) with its smoothed target, 0 where the target is
+// ignore_index; dx = factor * its gradient. Another target outside of [0, C) makes both NaN.
 struct CrossEntropyParams {
-    void* loss;             // () fp32
-    void* dx;               // (M, C) of dtype, or null
+    float* losses;          // (M,)
+    void* dx;               // (M, C) of dtype
     const void* x;          // (M, C) logits
     const int64_t* target;  // (M,)
+    int64_t ignore_index;   //
     float smoothing;        // label smoothing, in [0, 1]
+    float factor;           //
     Dtype dtype;            //
     int64_t rows;           // M
-    int64_t cols;           // C
+    int64_t cols;           // C, not 0
 };
 
 namespace cuda {
@@ -120,8 +122,7 @@ int launch_linear_act(
     LinearTile tile = LinearTile::kBySize
 );
 
-int64_t cross_entropy_scratch(const CrossEntropyParams& p);
-int launch_cross_entropy(const CrossEntropyParams& p, float* scratch, void* stream);
+int launch_cross_entropy(const CrossEntropyParams& p, void* stream);
 
 }  // namespace cuda
 }  // namespace fusedmlp

@@ -4,9 +4,9 @@
 #include <cstdint>
 
 #ifdef __CUDACC__
-#define FUSEDMLP_HD __host__ __device__ __forceinline__
+#    define FUSEDMLP_HD __host__ __device__ __forceinline__
 #else
-#define FUSEDMLP_HD inline __attribute__((always_inline))
+#    define FUSEDMLP_HD inline __attribute__((always_inline))
 #endif
 
 namespace fusedmlp {
@@ -39,8 +39,7 @@ philox4x32_10(uint32_t k0, uint32_t k1, uint32_t c0, uint32_t c1, uint32_t c2, u
 }
 
 // The four words that columns 8 * group .. 8 * group + 7 of one row share.
-FUSEDMLP_HD PhiloxWords
-philox_group(uint64_t seed, uint64_t stream, uint32_t row, uint32_t group) {
+FUSEDMLP_HD PhiloxWords philox_group(uint64_t seed, uint64_t stream, uint32_t row, uint32_t group) {
     return philox4x32_10(
         uint32_t(seed), uint32_t(seed >> 32), group, row, uint32_t(stream), uint32_t(stream >> 32)
     );

@@ -27,7 +27,11 @@ int run(ParallelFor parallel, int64_t n, int64_t grain, const Body& body) {
 // Calls body(tile) for every tile; body may fill in more of it before running the kernel.
 template <class Body>
 int for_each_tile(
-    const Tile& common, const Plan& plan, const Inputs& inputs, ParallelFor parallel, const Body& body
+    const Tile& common,
+    const Plan& plan,
+    const Inputs& inputs,
+    ParallelFor parallel,
+    const Body& body
 ) {
     const int64_t elements = plan.tile_rows * plan.width;
     return run(
@@ -66,16 +70,19 @@ int add_up(double* sums, int64_t stride, const Plan& plan, int64_t cols, Paralle
     const int64_t grain = std::max<int64_t>(64, 2 * kGrain / plan.row_tiles);
     const int failed = run(parallel, plan.cols, grain, [=, &plan](int64_t begin, int64_t end) {
         for (int64_t tile = 1; tile < plan.row_tiles; ++tile)
-            for (int64_t c = begin; c < end; ++c) sums[c] += sums[tile * stride + c];
+            for (int64_t c = begin; c < end; ++c)
+                sums[c] += sums[tile * stride + c];
     });
     for (int64_t f = 1; f < plan.fold; ++f)
-        for (int64_t c = 0; c < cols; ++c) sums[c] += sums[f * cols + c];
+        for (int64_t c = 0; c < cols; ++c)
+            sums[c] += sums[f * cols + c];
     return failed;
 }
 
 void store_sums(void* out, const double* sums, Dtype dtype, int64_t n) {
     auto* rounded = static_cast<float*>(scratch(kBiasSlot, size_t(n) * sizeof(float)));
-    for (int64_t i = 0; i < n; ++i) rounded[i] = float(sums[i]);
+    for (int64_t i = 0; i < n; ++i)
+        rounded[i] = float(sums[i]);
     from_float(out, rounded, dtype, n);
 }
 
@@ -83,7 +90,8 @@ void store_sums(void* out, const double* sums, Dtype dtype, int64_t n) {
 
 int launch_bias_act_dropout_fwd(const BiasActDropoutFwdParams& p, ParallelFor parallel) {
     const EpilogueParams& e = p.e;
-    if (e.rows == 0 || e.cols == 0) return 0;
+    if (e.rows == 0 || e.cols == 0)
+        return 0;
     if (all_dropped(e)) {
         std::memset(p.y, 0, size_t(e.rows * e.cols) * size_of(e.dtype));
         return 0;
@@ -103,8 +111,10 @@ int launch_bias_act_dropout_bwd(const BiasActDropoutBwdParams& p, ParallelFor pa
     const size_t slope_bytes = size_t(e.slope_size) * size_of(e.slope_dtype);
     if (e.rows == 0 || e.cols == 0 || all_dropped(e)) {
         std::memset(p.dz, 0, size_t(e.rows * e.cols) * size_of(e.dtype));
-        if (p.db) std::memset(p.db, 0, bias_bytes);
-        if (p.dslope) std::memset(p.dslope, 0, slope_bytes);
+        if (p.db)
+            std::memset(p.db, 0, bias_bytes);
+        if (p.dslope)
+            std::memset(p.dslope, 0, slope_bytes);
         return 0;
     }
     const Plan plan = make_plan(e, p.db || p.dslope);
@@ -119,26 +129,26 @@ int launch_bias_act_dropout_bwd(const BiasActDropoutBwdParams& p, ParallelFor pa
     double* dslope = nullptr;
     if (p.db || p.dslope) {
         const int64_t planes = (p.db != nullptr) + (p.dslope != nullptr);
-        auto* sums = static_cast<double*>(scratch(kSumSlot, size_t(planes * plane) * sizeof(double)));
-        if (p.db) db = sums;
-        if (p.dslope) dslope = sums + (planes - 1) * plane;
+        auto* sums =
+            static_cast<double*>(scratch(kSumSlot, size_t(planes * plane) * sizeof(double)));
+        if (p.db)
+            db = sums;
+        if (p.dslope)
+            dslope = sums + (planes - 1) * plane;
     }
-    int failed = for_each_tile(
-        common, plan, inputs, parallel,
-        [=](Tile& t, int64_t row_tile) {
-            alignas(64) float rows[2 * (kMaxWidth + kPad)];
-            t.scratch = rows;
-            if (db) {
-                t.db = db + row_tile * stride + t.col0;
-                std::fill_n(t.db, round_up(t.width, kPad), 0.0);
-            }
-            if (dslope) {
-                t.dslope = dslope + row_tile * stride + t.col0;
-                std::fill_n(t.dslope, round_up(t.width, kPad), 0.0);
-            }
-            kernel(t);
+    int failed = for_each_tile(common, plan, inputs, parallel, [=](Tile& t, int64_t row_tile) {
+        alignas(64) float rows[2 * (kMaxWidth + kPad)];
+        t.scratch = rows;
+        if (db) {
+            t.db = db + row_tile * stride + t.col0;
+            std::fill_n(t.db, round_up(t.width, kPad), 0.0);
         }
-    );
+        if (dslope) {
+            t.dslope = dslope + row_tile * stride + t.col0;
+            std::fill_n(t.dslope, round_up(t.width, kPad), 0.0);
+        }
+        kernel(t);
+    });
     if (db) {
         failed |= add_up(db, stride, plan, e.cols, parallel);
         store_sums(p.db, db, e.bias_dtype, e.cols);
@@ -146,7 +156,8 @@ int launch_bias_act_dropout_bwd(const BiasActDropoutBwdParams& p, ParallelFor pa
     if (dslope) {
         failed |= add_up(dslope, stride, plan, e.cols, parallel);
         if (e.slope_size == 1)
-            for (int64_t c = 1; c < e.cols; ++c) dslope[0] += dslope[c];
+            for (int64_t c = 1; c < e.cols; ++c)
+                dslope[0] += dslope[c];
         store_sums(p.dslope, dslope, e.slope_dtype, e.slope_size);
     }
     return failed;

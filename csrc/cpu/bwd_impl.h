@@ -1,9 +1,7 @@
 // dz = keep ? dy * scale * act'(z) : 0 for one tile, and its column sums before it is rounded;
 // included once for each instruction set.
-#include "cpu/vec_math.h"
-#include "cpu/vec_act.h"
-#include "cpu/vec_philox.h"
 #include "cpu/sweep.h"
+#include "cpu/vec_act.h"
 
 namespace fusedmlp::FUSEDMLP_ISA {
 
@@ -47,7 +45,8 @@ struct Bwd {
     }
     // In fp32 for kSumRows rows, then in double: as exact as the terms, at the price of fp32.
     INLINE void done() {
-        if (++summed == cpu::kSumRows) flush();
+        if (++summed == cpu::kSumRows)
+            flush();
     }
     INLINE void flush() {
         flush(db, db_total);
@@ -55,38 +54,48 @@ struct Bwd {
         summed = 0;
     }
     INLINE void flush(float* sums, double* total) {
-        if (!sums) return;
-        for (int64_t i = 0; i < width; i += VL) add_to_double(total + i, load(sums + i));
+        if (!sums)
+            return;
+        for (int64_t i = 0; i < width; i += VL)
+            add_to_double(total + i, load(sums + i));
         clear(sums);
     }
     INLINE void clear(float* sums) {
-        if (!sums) return;
-        for (int64_t i = 0; i < width; i += VL) store(sums + i, set1(0.0f));
+        if (!sums)
+            return;
+        for (int64_t i = 0; i < width; i += VL)
+            store(sums + i, set1(0.0f));
     }
 
     // s: the slope; ds: gradient of the slope
     INLINE VF value(VF g, VF v, VF b, VF s, VM keep, VF& ds) const {
-        if constexpr (DROP) g = g * scale;
+        if constexpr (DROP)
+            g = g * scale;
         if constexpr (SAVES == kSavesY) {
-            if constexpr (DROP && ACT != kRelu) v = v * inverse_scale;
+            if constexpr (DROP && ACT != kRelu)
+                v = v * inverse_scale;
             g = act_grad_y<ACT>(g, v, s);
         } else if constexpr (SAVES == kSavesZ) {
             const VF z = v + b;
             if constexpr (ACT == kPrelu) {
                 ds = drop_if(gt(z, set1(0.0f)), g * z);
-                if constexpr (DROP) ds = keep_if(keep, ds);
+                if constexpr (DROP)
+                    ds = keep_if(keep, ds);
             }
             g = act_grad_z<ACT>(g, z, s);
         }
         // With ReLU y = 0 where it was dropped.
-        if constexpr (DROP && !(ACT == kRelu && SAVES == kSavesY)) g = keep_if(keep, g);
+        if constexpr (DROP && !(ACT == kRelu && SAVES == kSavesY))
+            g = keep_if(keep, g);
         return g;
     }
 
     INLINE void add(int64_t i, VF g, VF ds) const {
-        if (db) store(db + i, load(db + i) + g);
+        if (db)
+            store(db + i, load(db + i) + g);
         if constexpr (ACT == kPrelu) {
-            if (dslope) store(dslope + i, load(dslope + i) + ds);
+            if (dslope)
+                store(dslope + i, load(dslope + i) + ds);
         }
     }
 
@@ -112,9 +121,12 @@ struct Bwd {
         float b[VL] = {}, s[VL] = {};
         const size_t bytes = size_t(n) * sizeof(T);
         __builtin_memcpy(d, dy + i, bytes);
-        if constexpr (SAVES != kSavesNothing) __builtin_memcpy(v, saved + i, bytes);
-        if constexpr (SAVES == kSavesZ) __builtin_memcpy(b, bias + i, size_t(n) * sizeof(float));
-        if constexpr (act_has_slope(ACT)) __builtin_memcpy(s, slope + i, size_t(n) * sizeof(float));
+        if constexpr (SAVES != kSavesNothing)
+            __builtin_memcpy(v, saved + i, bytes);
+        if constexpr (SAVES == kSavesZ)
+            __builtin_memcpy(b, bias + i, size_t(n) * sizeof(float));
+        if constexpr (act_has_slope(ACT))
+            __builtin_memcpy(s, slope + i, size_t(n) * sizeof(float));
         VF ds = set1(0.0f);
         const VF g = value(load(d), load(v), load(b), load(s), keep, ds);
         // Past the end dy = 0 and so are g and ds, or they are NaN and lie in the padding.
@@ -131,12 +143,13 @@ static void bwd_tile(const cpu::Tile& t) {
     Bwd<T, ACT, SAVES, DROP> op(t);
     sweep<draws, act_is_light(ACT)>(t, op);
     op.flush();
-    if (t.stream) fence();
+    if (t.stream)
+        fence();
 }
 
 template <class T, int ACT, int SAVES>
 static cpu::Kernel bwd_of(bool dropout) {
-    constexpr bool exists = ACT == kNone         ? SAVES == kSavesNothing
+    constexpr bool exists = ACT == kNone       ? SAVES == kSavesNothing
                             : SAVES == kSavesY ? act_has_grad_y(ACT)
                                                : SAVES == kSavesZ;
     if constexpr (exists)
@@ -150,7 +163,8 @@ static cpu::Kernel bwd_of(int act, int saves, bool dropout) {
     if constexpr (ACT == kActCount) {
         return nullptr;
     } else {
-        if (act != ACT) return bwd_of<T, ACT + 1>(act, saves, dropout);
+        if (act != ACT)
+            return bwd_of<T, ACT + 1>(act, saves, dropout);
         return saves == kSavesNothing ? bwd_of<T, ACT, kSavesNothing>(dropout)
                : saves == kSavesY     ? bwd_of<T, ACT, kSavesY>(dropout)
                                       : bwd_of<T, ACT, kSavesZ>(dropout);
@@ -159,9 +173,12 @@ static cpu::Kernel bwd_of(int act, int saves, bool dropout) {
 
 cpu::Kernel bwd_kernel(int act, int saves, Dtype dtype, bool dropout) {
     switch (dtype) {
-        case Dtype::kFloat32: return bwd_of<float>(act, saves, dropout);
-        case Dtype::kFloat16: return bwd_of<Half>(act, saves, dropout);
-        case Dtype::kBFloat16: return bwd_of<BFloat>(act, saves, dropout);
+    case Dtype::kFloat32:
+        return bwd_of<float>(act, saves, dropout);
+    case Dtype::kFloat16:
+        return bwd_of<Half>(act, saves, dropout);
+    case Dtype::kBFloat16:
+        return bwd_of<BFloat>(act, saves, dropout);
     }
     return nullptr;
 }

@@ -18,7 +18,8 @@ bool scalar_act(int act, int what, const float* in, float slope, float* out, int
     if constexpr (ACT == kActCount) {
         return false;
     } else {
-        if (act != ACT) return scalar_act<ACT + 1>(act, what, in, slope, out, n);
+        if (act != ACT)
+            return scalar_act<ACT + 1>(act, what, in, slope, out, n);
         for (int64_t i = 0; i < n; ++i) {
             if (what == kForward) {
                 out[i] = act_fwd<ACT>(in[i], slope);
@@ -43,7 +44,10 @@ EXPORT const char* fusedmlp_activations() {
     static const std::string table = [] {
         std::string text;
         for (int i = 0; i < fusedmlp::kActCount; ++i)
-            text.append(i ? " " : "").append(fusedmlp::kActNames[i]).append("=").append(std::to_string(i));
+            text.append(i ? " " : "")
+                .append(fusedmlp::kActNames[i])
+                .append("=")
+                .append(std::to_string(i));
         return text;
     }();
     return table.c_str();
@@ -56,14 +60,14 @@ EXPORT const char* fusedmlp_cpu_isa() { return fusedmlp::cpu::kernels().name; }
 EXPORT int fusedmlp_set_cpu_isa(const char* name) { return fusedmlp::cpu::set_isa(name); }
 
 // act(z), act'(z) from z, or from y, for n values; 0 where there is no such function.
-EXPORT int fusedmlp_scalar_act(int act, int what, const float* in, float slope, float* out, int64_t n) {
+EXPORT int
+fusedmlp_scalar_act(int act, int what, const float* in, float slope, float* out, int64_t n) {
     return fusedmlp::scalar_act(act, what, in, slope, out, n);
 }
 
 // The windows of columns [0, n) of one row.
-EXPORT void fusedmlp_scalar_windows(
-    int64_t seed, int64_t stream, uint32_t row, uint32_t* out, int64_t n
-) {
+EXPORT void
+fusedmlp_scalar_windows(int64_t seed, int64_t stream, uint32_t row, uint32_t* out, int64_t n) {
     for (int64_t c = 0; c < n; ++c) {
         const auto words = fusedmlp::philox_group(
             uint64_t(seed), uint64_t(stream), row, uint32_t(c / fusedmlp::kPhiloxColumns)

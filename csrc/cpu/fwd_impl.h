@@ -1,8 +1,6 @@
 // y = drop(act(x + bias)) for one tile; included once for each instruction set.
-#include "cpu/vec_math.h"
-#include "cpu/vec_act.h"
-#include "cpu/vec_philox.h"
 #include "cpu/sweep.h"
+#include "cpu/vec_act.h"
 
 namespace fusedmlp::FUSEDMLP_ISA {
 
@@ -20,8 +18,8 @@ struct Fwd {
     bool stream_out;
 
     INLINE explicit Fwd(const cpu::Tile& t)
-        : out(static_cast<T*>(t.out)), in(static_cast<const T*>(t.in)), y(out), x(in),
-          bias(t.bias), slope(t.slope), scale(set1(t.scale)), stream_out(t.stream) {}
+        : out(static_cast<T*>(t.out)), in(static_cast<const T*>(t.in)), y(out), x(in), bias(t.bias),
+          slope(t.slope), scale(set1(t.scale)), stream_out(t.stream) {}
 
     INLINE void row(int64_t start) {
         y = out + start;
@@ -53,7 +51,8 @@ struct Fwd {
         float b[VL] = {}, s[VL] = {};
         __builtin_memcpy(copy, x + i, size_t(n) * sizeof(T));
         __builtin_memcpy(b, bias + i, size_t(n) * sizeof(float));
-        if constexpr (act_has_slope(ACT)) __builtin_memcpy(s, slope + i, size_t(n) * sizeof(float));
+        if constexpr (act_has_slope(ACT))
+            __builtin_memcpy(s, slope + i, size_t(n) * sizeof(float));
         store(copy, value(load(copy) + load(b), s, keep));
         __builtin_memcpy(y + i, copy, size_t(n) * sizeof(T));
     }
@@ -63,7 +62,8 @@ template <class T, int ACT, bool DROP>
 static void fwd_tile(const cpu::Tile& t) {
     Fwd<T, ACT, DROP> op(t);
     sweep<DROP, act_is_light(ACT)>(t, op);
-    if (t.stream) fence();
+    if (t.stream)
+        fence();
 }
 
 template <class T, int ACT>
@@ -81,9 +81,12 @@ static cpu::Kernel fwd_of(int act, bool dropout) {
 
 cpu::Kernel fwd_kernel(int act, Dtype dtype, bool dropout) {
     switch (dtype) {
-        case Dtype::kFloat32: return fwd_of<float>(act, dropout);
-        case Dtype::kFloat16: return fwd_of<Half>(act, dropout);
-        case Dtype::kBFloat16: return fwd_of<BFloat>(act, dropout);
+    case Dtype::kFloat32:
+        return fwd_of<float>(act, dropout);
+    case Dtype::kFloat16:
+        return fwd_of<Half>(act, dropout);
+    case Dtype::kBFloat16:
+        return fwd_of<BFloat>(act, dropout);
     }
     return nullptr;
 }

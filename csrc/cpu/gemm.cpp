@@ -1,4 +1,5 @@
-// The blocking of gemm.h: packs what the micro-kernel cannot read where it lies, cuts C into blocks.
+// The blocking of gemm.h: packs what the micro-kernel cannot read where it lies, cuts C into
+// blocks.
 #include "cpu/gemm.h"
 
 #include <algorithm>
@@ -87,8 +88,10 @@ int launch_gemm(const Gemm& g, ParallelFor parallel) {
 
     // Where C is small, smaller blocks, so that all threads have some.
     int64_t rows = kBlockRows / mr, cols = kBlockCols / nr;
-    while (rows > 2 && panels_of(a_panels, rows) * panels_of(b_panels, cols) < 16) rows /= 2;
-    while (cols > 1 && panels_of(a_panels, rows) * panels_of(b_panels, cols) < 16) cols /= 2;
+    while (rows > 2 && panels_of(a_panels, rows) * panels_of(b_panels, cols) < 16)
+        rows /= 2;
+    while (cols > 1 && panels_of(a_panels, rows) * panels_of(b_panels, cols) < 16)
+        cols /= 2;
     const int64_t across = panels_of(b_panels, cols), blocks = panels_of(a_panels, rows) * across;
     failed |= run(parallel, blocks, g.m * g.n * g.k / blocks, [&](int64_t begin, int64_t end) {
         for (int64_t at = begin; at < end; ++at) {

@@ -10,23 +10,33 @@ constexpr int64_t kDepth = 320;  // k of one pass: a panel of B of that depth st
 
 template <int M, int NV>
 static void micro(
-    const float* a, int64_t a_step, const float* b, int64_t b_step, int64_t k, float* c, int64_t ldc, int cols,
+    const float* a,
+    int64_t a_step,
+    const float* b,
+    int64_t b_step,
+    int64_t k,
+    float* c,
+    int64_t ldc,
+    int cols,
     bool add
 ) {
     VF acc[M][NV];
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 2
-        for (int v = 0; v < NV; ++v) acc[i][v] = set1(0.0f);
+        for (int v = 0; v < NV; ++v)
+            acc[i][v] = set1(0.0f);
     for (int64_t at = 0; at < k; ++at, a += a_step, b += b_step) {
         VF bv[NV];
 #pragma GCC unroll 2
-        for (int v = 0; v < NV; ++v) bv[v] = load(b + v * VL);
+        for (int v = 0; v < NV; ++v)
+            bv[v] = load(b + v * VL);
 #pragma GCC unroll 16
         for (int i = 0; i < M; ++i) {
             const VF av = set1(a[i]);
 #pragma GCC unroll 2
-            for (int v = 0; v < NV; ++v) acc[i][v] = fma(av, bv[v], acc[i][v]);
+            for (int v = 0; v < NV; ++v)
+                acc[i][v] = fma(av, bv[v], acc[i][v]);
         }
     }
     if (cols == NV * VL) {
@@ -51,9 +61,8 @@ static void micro(
     }
 }
 
-using Micro = void (*)(
-    const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t, int, bool
-);
+using Micro =
+    void (*)(const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t, int, bool);
 
 template <int M>
 static constexpr void fill_micros(Micro (*table)[2]) {
@@ -98,7 +107,7 @@ static void gemm_block(const cpu::GemmBlock& g) {
 FN void load_square(VF* r, const float* in, int64_t ld, int rows, int columns) {
 #pragma GCC unroll 16
     for (int i = 0; i < VL; ++i)
-        r[i] = i >= rows          ? set1(0.0f)
+        r[i] = i >= rows       ? set1(0.0f)
                : columns == VL ? load(in + i * ld)
                                : load_part(in + i * ld, columns);
 }
@@ -112,7 +121,8 @@ pack_across_odd(float* out, int width, const float* in, int64_t ld, int64_t rows
         load_square(r, in + at, ld, int(rows), columns);
         transpose(r);
         float square[VL][VL];
-        for (int j = 0; j < VL; ++j) store(square[j], r[j]);
+        for (int j = 0; j < VL; ++j)
+            store(square[j], r[j]);
         for (int j = 0; j < columns; ++j)
             __builtin_memcpy(out + (at + j) * width, square[j], size_t(width) * sizeof(float));
     }
@@ -132,14 +142,18 @@ static void pack_across_half(float* out, const float* in, int64_t ld, int64_t ro
         transpose(r);
         float* low = out + at * half;
 #pragma GCC unroll 16
-        for (int j = 0; j < VL; ++j) store_halves(low + j * half, low + (VL + j) * half, r[j]);
+        for (int j = 0; j < VL; ++j)
+            store_halves(low + j * half, low + (VL + j) * half, r[j]);
     }
     pack_across_odd(out + at * half, half, in + at, ld, rows, k - at);
 }
 
-static void pack_across(float* out, int width, const float* in, int64_t ld, int64_t rows, int64_t k) {
-    if (2 * width == VL) return pack_across_half(out, in, ld, rows, k);
-    if (width % VL != 0) return pack_across_odd(out, width, in, ld, rows, k);
+static void
+pack_across(float* out, int width, const float* in, int64_t ld, int64_t rows, int64_t k) {
+    if (2 * width == VL)
+        return pack_across_half(out, in, ld, rows, k);
+    if (width % VL != 0)
+        return pack_across_odd(out, width, in, ld, rows, k);
     for (int64_t at = 0; at < k; at += VL) {
         const int columns = int(k - at < VL ? k - at : VL);
         for (int first = 0; first < width; first += VL) {
@@ -150,17 +164,21 @@ static void pack_across(float* out, int width, const float* in, int64_t ld, int6
             float* to = out + at * width + first;
 #pragma GCC unroll 16
             for (int j = 0; j < VL; ++j)
-                if (j < columns) store(to + j * width, r[j]);
+                if (j < columns)
+                    store(to + j * width, r[j]);
         }
     }
 }
 
-static void pack_along(float* out, int width, const float* in, int64_t ld, int64_t cols, int64_t k) {
+static void
+pack_along(float* out, int width, const float* in, int64_t ld, int64_t cols, int64_t k) {
     for (int64_t at = 0; at < k; ++at, out += width, in += ld) {
         if (cols == width && width % VL == 0) {
-            for (int v = 0; v < width; v += VL) store(out + v, load(in + v));
+            for (int v = 0; v < width; v += VL)
+                store(out + v, load(in + v));
         } else {
-            for (int j = 0; j < width; ++j) out[j] = j < cols ? in[j] : 0.0f;
+            for (int j = 0; j < width; ++j)
+                out[j] = j < cols ? in[j] : 0.0f;
         }
     }
 }

@@ -40,10 +40,12 @@ const Candidate kCandidates[] = {
 const Kernels& choose(const char* highest) {
     bool reached = true;
     if (highest)
-        for (const Candidate& c : kCandidates) reached &= std::strcmp(c.kernels.name, highest) != 0;
+        for (const Candidate& c : kCandidates)
+            reached &= std::strcmp(c.kernels.name, highest) != 0;
     for (const Candidate& c : kCandidates) {
         reached |= highest && std::strcmp(c.kernels.name, highest) == 0;
-        if (reached && c.supported()) return c.kernels;
+        if (reached && c.supported())
+            return c.kernels;
     }
     return kCandidates[sizeof kCandidates / sizeof *kCandidates - 1].kernels;
 }

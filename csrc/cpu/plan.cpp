@@ -23,7 +23,8 @@ void* scratch(Slot slot, size_t bytes) {
         const size_t wanted = (bytes + 4095) / 4096 * 4096;
         m.at.reset(std::aligned_alloc(64, wanted));
         m.bytes = m.at ? wanted : 0;
-        if (!m.at) throw std::bad_alloc();
+        if (!m.at)
+            throw std::bad_alloc();
     }
     return m.at.get();
 }
@@ -37,7 +38,8 @@ Plan make_plan(const EpilogueParams& e, bool sums) {
     // Rows that waste much of a draw or end in a broken vector: several make one flat row.
     if (e.cols < 256 && e.cols % 64 != 0) {
         p.fold = std::max<int64_t>(1, std::min(e.rows, kFlatWidth / e.cols));
-        if (p.fold >= 16) p.fold &= ~int64_t(15);
+        if (p.fold >= 16)
+            p.fold &= ~int64_t(15);
     }
     p.folded = e.cols < 256 && e.cols % 64 != 0;
     p.rows = ceil_div(e.rows, p.fold);
@@ -109,7 +111,8 @@ const float* filled(Slot slot, float value, int64_t n) {
 struct MinusZeros {
     float value[kMaxWidth + kPad];
     constexpr MinusZeros() : value() {
-        for (float& v : value) v = -0.0f;
+        for (float& v : value)
+            v = -0.0f;
     }
 };
 alignas(64) constexpr MinusZeros kMinusZeros;
@@ -171,7 +174,8 @@ Inputs::Inputs(const EpilogueParams& e, const Plan& plan) : folded(plan.folded) 
     }
     if (e.drop.threshold) {
         philox = make_philox(e.drop);
-        if (folded) fold = make_fold(plan.fold, e.cols);
+        if (folded)
+            fold = make_fold(plan.fold, e.cols);
     }
 }
 

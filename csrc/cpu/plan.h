@@ -14,15 +14,15 @@ enum Slot { kBiasSlot, kSlopeSlot, kFoldSlot, kSumSlot, kSlots };
 void* scratch(Slot slot, size_t bytes);
 
 struct Plan {
-    int64_t size;        // M N
-    int64_t rows;        // of the flat matrix
-    int64_t cols;        //
-    int64_t fold;        // true rows in a flat row
-    int64_t width;       // columns of a tile
-    int64_t col_tiles;   //
-    int64_t tile_rows;   //
-    int64_t row_tiles;   //
-    bool folded;         // narrow: masks are drawn for a whole flat row
+    int64_t size;       // M N
+    int64_t rows;       // of the flat matrix
+    int64_t cols;       //
+    int64_t fold;       // true rows in a flat row
+    int64_t width;      // columns of a tile
+    int64_t col_tiles;  //
+    int64_t tile_rows;  //
+    int64_t row_tiles;  //
+    bool folded;        // narrow: masks are drawn for a whole flat row
 
     int64_t tiles() const { return row_tiles * col_tiles; }
 };

@@ -13,8 +13,10 @@ namespace fusedmlp::cpu {
 const StepKernels& step_kernels() {
     const char* name = kernels().name;
 #ifdef FUSEDMLP_X86
-    if (!std::strcmp(name, avx512::step_table.name)) return avx512::step_table;
-    if (!std::strcmp(name, avx2::step_table.name)) return avx2::step_table;
+    if (!std::strcmp(name, avx512::step_table.name))
+        return avx512::step_table;
+    if (!std::strcmp(name, avx2::step_table.name))
+        return avx2::step_table;
 #endif
     (void)name;
     return baseline::step_table;
@@ -23,7 +25,7 @@ const StepKernels& step_kernels() {
 namespace {
 
 constexpr int64_t kGrain = 16384;  // elements for which another thread is worth its start
-constexpr int64_t kParts = 64;     // most partial sums of a loss; their number depends on sizes only
+constexpr int64_t kParts = 64;  // most partial sums of a loss; their number depends on sizes only
 
 template <class Body>
 int run(ParallelFor parallel, int64_t n, int64_t grain, const Body& body) {
@@ -69,7 +71,8 @@ Buffers lay_out(const StepParams& p, float* base) {
         widest = std::max(widest, l.n);
         largest = std::max(largest, l.n * l.k);
         scratch = std::max(
-            {scratch, gemm_scratch(m, l.n, l.k), gemm_scratch(l.n, l.k, m), gemm_scratch(m, l.k, l.n)}
+            {scratch, gemm_scratch(m, l.n, l.k), gemm_scratch(l.n, l.k, m),
+             gemm_scratch(m, l.k, l.n)}
         );
     }
     b.x = arena.take(m * p.layers[0].k);
@@ -82,7 +85,8 @@ Buffers lay_out(const StepParams& p, float* base) {
         b.db.push_back(arena.take(l.n));
         b.slope.push_back(arena.take(l.n));
     }
-    for (float*& dy : b.dy) dy = arena.take(m * widest);
+    for (float*& dy : b.dy)
+        dy = arena.take(m * widest);
     b.scratch = arena.take(scratch);
     b.floats = arena.used;
     return b;
@@ -102,10 +106,13 @@ class Step {
         lr_scale_ = p_.lr_scale ? p_.lr_scale[step] : 1.0;
         updates_ = p_.updates + step + 1;
         gather();
-        for (size_t i = 0; i < p_.layers.size(); ++i) forward(i);
+        for (size_t i = 0; i < p_.layers.size(); ++i)
+            forward(i);
         loss();
-        for (size_t i = p_.layers.size(); i-- > 0;) backward(i);
-        if (p_.max_norm > 0.0) clip_and_update();
+        for (size_t i = p_.layers.size(); i-- > 0;)
+            backward(i);
+        if (p_.max_norm > 0.0)
+            clip_and_update();
     }
 
     int failed = 0;
@@ -129,9 +136,9 @@ class Step {
 
     void gather() {
         const int64_t width = p_.scaling.width;
-        failed |= run(parallel_, rows_, std::max<int64_t>(1, kGrain / width), [&](int64_t i, int64_t end) {
-            kernels_.gather(b_.x, p_.scaling, order_, i, end);
-        });
+        failed |=
+            run(parallel_, rows_, std::max<int64_t>(1, kGrain / width),
+                [&](int64_t i, int64_t end) { kernels_.gather(b_.x, p_.scaling, order_, i, end); });
     }
 
     void forward(size_t i) {
@@ -158,15 +165,20 @@ class Step {
         }
         top_ = out;
         const LossParams l{out, order_, p_.targets, rows_, last.n, p_.smoothing};
-        const auto kernel = p_.loss == kCrossEntropy ? kernels_.cross_entropy : kernels_.squared_error;
+        const auto kernel =
+            p_.loss == kCrossEntropy ? kernels_.cross_entropy : kernels_.squared_error;
         double losses[kParts] = {};
         int64_t rights[kParts] = {};
         const int64_t part = ceil_div(rows_, kParts), parts = ceil_div(rows_, part);
         // An exponential takes about as long as eight other elements.
-        failed |= run(parallel_, parts, std::max<int64_t>(1, kGrain / (8 * part * last.n)), [&](int64_t at, int64_t end) {
-            for (; at < end; ++at)
-                kernel(l, at * part, std::min(rows_, (at + 1) * part), &losses[at], &rights[at]);
-        });
+        failed |=
+            run(parallel_, parts, std::max<int64_t>(1, kGrain / (8 * part * last.n)),
+                [&](int64_t at, int64_t end) {
+                    for (; at < end; ++at)
+                        kernel(
+                            l, at * part, std::min(rows_, (at + 1) * part), &losses[at], &rights[at]
+                        );
+                });
         for (int64_t at = 0; at < parts; ++at) {
             p_.totals[0] += losses[at];
             p_.totals[1] += double(rights[at]);
@@ -257,14 +269,17 @@ class Step {
     }
 
     void update(const StepParam& w, const float* grad) {
-        if (!w.value) return;
+        if (!w.value)
+            return;
         const UpdateParams u = numbers(w);
-        failed |= run(parallel_, ceil_div(w.size, 256), kGrain / 256, [&](int64_t begin, int64_t end) {
-            const int64_t at = begin * 256, n = std::min(w.size, end * 256) - at;
-            kernels_.update(
-                u, w.value + at, grad + at, w.m1 ? w.m1 + at : nullptr, w.m2 ? w.m2 + at : nullptr, n
-            );
-        });
+        failed |=
+            run(parallel_, ceil_div(w.size, 256), kGrain / 256, [&](int64_t begin, int64_t end) {
+                const int64_t at = begin * 256, n = std::min(w.size, end * 256) - at;
+                kernels_.update(
+                    u, w.value + at, grad + at, w.m1 ? w.m1 + at : nullptr,
+                    w.m2 ? w.m2 + at : nullptr, n
+                );
+            });
     }
 
     template <class Body>
@@ -272,8 +287,10 @@ class Step {
         for (size_t i = 0; i < p_.layers.size(); ++i) {
             const StepLayer& l = p_.layers[i];
             body(l.w, b_.dw[i]);
-            if (l.b.value) body(l.b, b_.db[i]);
-            if (l.slope.value) body(l.slope, b_.slope[i]);
+            if (l.b.value)
+                body(l.b, b_.db[i]);
+            if (l.slope.value)
+                body(l.slope, b_.slope[i]);
         }
     }
 
@@ -285,7 +302,8 @@ class Step {
         });
         const double factor = p_.max_norm / (std::sqrt(squares) + 1e-6);
         for_each_gradient([&](const StepParam& w, float* g) {
-            if (!(factor >= 1.0)) kernels_.scale(g, float(factor), w.size);
+            if (!(factor >= 1.0))
+                kernels_.scale(g, float(factor), w.size);
             update(w, g);
         });
     }

@@ -53,7 +53,8 @@ FN void transpose(VF* r) {
         t[4 + j] = _mm256_permute2f128_ps(r[j], r[4 + j], 0x31);
     }
 #pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) r[j] = t[j];
+    for (int j = 0; j < 8; ++j)
+        r[j] = t[j];
 }
 
 #undef FN

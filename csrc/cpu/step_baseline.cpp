@@ -17,7 +17,9 @@ FN VF select_part(int n, VF a, VF b) { return select(VI{0, 1, 2, 3} < set1_int(n
 FN void store_halves(float* low, float* high, VF v) {
     low[0] = v[0], low[1] = v[1], high[0] = v[2], high[1] = v[3];
 }
-FN VF load_bytes(const uint8_t* p) { return VF{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
+FN VF load_bytes(const uint8_t* p) {
+    return VF{float(p[0]), float(p[1]), float(p[2]), float(p[3])};
+}
 FN float sum_of(VF v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 FN float max_of(VF v) {
     const float a = v[0] > v[2] ? v[0] : v[2], b = v[1] > v[3] ? v[1] : v[3];

@@ -1,7 +1,6 @@
 // The row kernels of step_kernels.h; included once for each instruction set.
-#include "cpu/vec_math.h"
 #include "cpu/gemm_impl.h"
-
+#include "cpu/vec_math.h"
 
 namespace fusedmlp::FUSEDMLP_ISA {
 
@@ -22,13 +21,20 @@ enum Mean { kNoMean, kOneMean, kMeanRow };
 
 template <class T, bool DIVIDES, Mean MEAN>
 static void gather_rows(
-    float* out, const cpu::ScalingParams& s, const int64_t* order, int64_t begin, int64_t end
+    float* out,
+    const cpu::ScalingParams& s,
+    const int64_t* order,
+    int64_t begin,
+    int64_t end
 ) {
     const VF divisor = set1(s.divisor);
-    const VF mean = set1(MEAN == kOneMean ? *s.mean : 0.0f), std = set1(MEAN == kOneMean ? *s.std : 1.0f);
+    const VF mean = set1(MEAN == kOneMean ? *s.mean : 0.0f),
+             std = set1(MEAN == kOneMean ? *s.std : 1.0f);
     const auto value = [&](VF v, VF m, VF d) {
-        if constexpr (DIVIDES) v = v / divisor;
-        if constexpr (MEAN != kNoMean) v = (v - m) / d;
+        if constexpr (DIVIDES)
+            v = v / divisor;
+        if constexpr (MEAN != kNoMean)
+            v = (v - m) / d;
         return v;
     };
     const int64_t width = s.width, whole = width / VL * VL;
@@ -59,10 +65,16 @@ static void gather_rows(
 
 template <class T, bool DIVIDES>
 static void gather_of(
-    float* out, const cpu::ScalingParams& s, const int64_t* order, int64_t begin, int64_t end
+    float* out,
+    const cpu::ScalingParams& s,
+    const int64_t* order,
+    int64_t begin,
+    int64_t end
 ) {
-    if (!s.mean) return gather_rows<T, DIVIDES, kNoMean>(out, s, order, begin, end);
-    if (s.mean_size == 1) return gather_rows<T, DIVIDES, kOneMean>(out, s, order, begin, end);
+    if (!s.mean)
+        return gather_rows<T, DIVIDES, kNoMean>(out, s, order, begin, end);
+    if (s.mean_size == 1)
+        return gather_rows<T, DIVIDES, kOneMean>(out, s, order, begin, end);
     gather_rows<T, DIVIDES, kMeanRow>(out, s, order, begin, end);
 }
 
@@ -78,9 +90,8 @@ gather(float* out, const cpu::ScalingParams& s, const int64_t* order, int64_t be
 }
 
 // With q = (1 - e) [target] + e / C: loss = log sum exp z - sum q z; its gradient: softmax z - q.
-static void cross_entropy(
-    const cpu::LossParams& p, int64_t begin, int64_t end, double* loss, int64_t* right
-) {
+static void
+cross_entropy(const cpu::LossParams& p, int64_t begin, int64_t end, double* loss, int64_t* right) {
     const auto* labels = static_cast<const int64_t*>(p.targets);
     const int64_t cols = p.cols, whole = cols / VL * VL;
     const int rest = int(cols - whole);
@@ -89,25 +100,30 @@ static void cross_entropy(
     for (int64_t row = begin; row < end; ++row) {
         float* z = p.out + row * cols;
         VF top = lowest, sum = set1(0.0f), plain = set1(0.0f);
-        for (int64_t i = 0; i < whole; i += VL) top = max(load(z + i), top);
-        if (rest) top = max(select_part(rest, load_part(z + whole, rest), lowest), top);
+        for (int64_t i = 0; i < whole; i += VL)
+            top = max(load(z + i), top);
+        if (rest)
+            top = max(select_part(rest, load_part(z + whole, rest), lowest), top);
         const float highest = max_of(top);
         const int64_t label = labels[p.order[row]];
         const bool known = label >= 0 && label < cols;
         const float at_label = known ? z[label] : __builtin_nanf("");
         bool is_right = at_label == highest;
-        for (int64_t i = 0; is_right && i < label; ++i) is_right = z[i] != highest;
+        for (int64_t i = 0; is_right && i < label; ++i)
+            is_right = z[i] != highest;
         const VF shift = set1(highest);
         for (int64_t i = 0; i < whole; i += VL) {
             const VF v = load(z + i), e = exp(v - shift);
-            if (p.smoothing != 0.0f) plain = plain + v;
+            if (p.smoothing != 0.0f)
+                plain = plain + v;
             sum = sum + e;
             store(z + i, e);
         }
         if (rest) {
             const VF v = load_part(z + whole, rest);
             const VF e = select_part(rest, exp(v - shift), set1(0.0f));
-            if (p.smoothing != 0.0f) plain = plain + v;
+            if (p.smoothing != 0.0f)
+                plain = plain + v;
             sum = sum + e;
             store_part(z + whole, rest, e);
         }
@@ -121,15 +137,17 @@ static void cross_entropy(
         *right += is_right;
         // An unknown label makes the row NaN, and with it the loss.
         const VF factor = set1(known ? share / total : at_label), less = set1(even * share);
-        for (int64_t i = 0; i < whole; i += VL) store(z + i, load(z + i) * factor - less);
-        if (rest) store_part(z + whole, rest, load_part(z + whole, rest) * factor - less);
-        if (known) z[label] -= (1.0f - p.smoothing) * share;
+        for (int64_t i = 0; i < whole; i += VL)
+            store(z + i, load(z + i) * factor - less);
+        if (rest)
+            store_part(z + whole, rest, load_part(z + whole, rest) * factor - less);
+        if (known)
+            z[label] -= (1.0f - p.smoothing) * share;
     }
 }
 
-static void squared_error(
-    const cpu::LossParams& p, int64_t begin, int64_t end, double* loss, int64_t* right
-) {
+static void
+squared_error(const cpu::LossParams& p, int64_t begin, int64_t end, double* loss, int64_t* right) {
     const int64_t cols = p.cols;
     const float factor = float(2.0 / (double(p.rows) * double(cols)));
     for (int64_t row = begin; row < end; ++row) {
@@ -167,8 +185,8 @@ struct Sgd {
 struct AdamW {
     VF step, keep, first, second, rest, root, eps;
     explicit AdamW(const cpu::UpdateParams& u)
-        : step(set1(-u.lr)), keep(set1(u.weight_decay)), first(set1(u.momentum)), second(set1(u.beta2)),
-          rest(set1(u.rest2)), root(set1(u.root)), eps(set1(u.eps)) {}
+        : step(set1(-u.lr)), keep(set1(u.weight_decay)), first(set1(u.momentum)),
+          second(set1(u.beta2)), rest(set1(u.rest2)), root(set1(u.root)), eps(set1(u.eps)) {}
     FN VF next(VF w, VF g, VF& m, VF& v, const AdamW& s) {
         m = fma(s.first, g - m, m);
         v = fma(s.rest * g, g, v * s.second);
@@ -183,15 +201,20 @@ static void update_with(const R& rule, float* w, const float* g, float* m1, floa
     for (; i + VL <= n; i += VL) {
         VF m = M1 ? load(m1 + i) : none, v = M2 ? load(m2 + i) : none;
         store(w + i, R::next(load(w + i), load(g + i), m, v, rule));
-        if constexpr (M1) store(m1 + i, m);
-        if constexpr (M2) store(m2 + i, v);
+        if constexpr (M1)
+            store(m1 + i, m);
+        if constexpr (M2)
+            store(m2 + i, v);
     }
-    if (i == n) return;
+    if (i == n)
+        return;
     const int rest = int(n - i);
     VF m = M1 ? load_part(m1 + i, rest) : none, v = M2 ? load_part(m2 + i, rest) : none;
     store_part(w + i, rest, R::next(load_part(w + i, rest), load_part(g + i, rest), m, v, rule));
-    if constexpr (M1) store_part(m1 + i, rest, m);
-    if constexpr (M2) store_part(m2 + i, rest, v);
+    if constexpr (M1)
+        store_part(m1 + i, rest, m);
+    if constexpr (M2)
+        store_part(m2 + i, rest, v);
 }
 
 static void
@@ -212,21 +235,25 @@ static double square_sum(const float* g, int64_t n) {
         // Short sums in fp32, their sum in double.
         VF sum = set1(0.0f);
         const int64_t stop = n - i < 64 * VL ? n : i + 64 * VL;
-        for (; i + VL <= stop; i += VL) sum = fma(load(g + i), load(g + i), sum);
+        for (; i + VL <= stop; i += VL)
+            sum = fma(load(g + i), load(g + i), sum);
         total += double(sum_of(sum));
         if (i < stop && stop == n)
-            for (; i < n; ++i) total += double(g[i]) * double(g[i]);
+            for (; i < n; ++i)
+                total += double(g[i]) * double(g[i]);
     }
     return total;
 }
 
 static void scale(float* g, float factor, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) g[i] *= factor;
+    for (int64_t i = 0; i < n; ++i)
+        g[i] *= factor;
 }
 
 extern const cpu::StepKernels step_table;
 const cpu::StepKernels step_table = {
-    FUSEDMLP_ISA_NAME, kGemmKernels, gather, cross_entropy, squared_error, update, square_sum, scale,
+    FUSEDMLP_ISA_NAME, kGemmKernels, gather,     cross_entropy,
+    squared_error,     update,       square_sum, scale,
 };
 
 #undef FN

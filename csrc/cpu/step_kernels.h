@@ -19,12 +19,12 @@ struct ScalingParams {
 
 // Rows [begin, end) of a batch; loss and right are added to.
 struct LossParams {
-    float* out;             // (rows, cols) outputs, replaced by the gradient of the mean loss
-    const int64_t* order;   // (rows,) numbers of the rows of the data
-    const void* targets;    // (n,) int64, or (n, cols) fp32
-    int64_t rows;           //
-    int64_t cols;           //
-    float smoothing;        // label smoothing, cross-entropy only
+    float* out;            // (rows, cols) outputs, replaced by the gradient of the mean loss
+    const int64_t* order;  // (rows,) numbers of the rows of the data
+    const void* targets;   // (n,) int64, or (n, cols) fp32
+    int64_t rows;          //
+    int64_t cols;          //
+    float smoothing;       // label smoothing, cross-entropy only
 };
 
 enum Rule : int { kSgd = 0, kNesterov = 1, kAdamW = 2 };
@@ -44,11 +44,36 @@ struct UpdateParams {
 struct StepKernels {
     const char* name;
     GemmKernels gemm;
-    void (*gather)(float* out, const ScalingParams& s, const int64_t* order, int64_t begin, int64_t end);
-    void (*cross_entropy)(const LossParams& p, int64_t begin, int64_t end, double* loss, int64_t* right);
-    void (*squared_error)(const LossParams& p, int64_t begin, int64_t end, double* loss, int64_t* right);
+    void (*gather)(
+        float* out,
+        const ScalingParams& s,
+        const int64_t* order,
+        int64_t begin,
+        int64_t end
+    );
+    void (*cross_entropy)(
+        const LossParams& p,
+        int64_t begin,
+        int64_t end,
+        double* loss,
+        int64_t* right
+    );
+    void (*squared_error)(
+        const LossParams& p,
+        int64_t begin,
+        int64_t end,
+        double* loss,
+        int64_t* right
+    );
     // w, first and second moment (null where there is none) from the gradient g.
-    void (*update)(const UpdateParams& u, float* w, const float* g, float* m1, float* m2, int64_t n);
+    void (*update)(
+        const UpdateParams& u,
+        float* w,
+        const float* g,
+        float* m1,
+        float* m2,
+        int64_t n
+    );
     double (*square_sum)(const float* g, int64_t n);
     void (*scale)(float* g, float factor, int64_t n);
 };

@@ -1,4 +1,7 @@
 // Activations and their derivatives on vectors: the twin of common/activations.h.
+#pragma once
+
+#include "cpu/vec_math.h"
 
 namespace fusedmlp::FUSEDMLP_ISA {
 
@@ -77,11 +80,13 @@ FN VF act_grad_z(VF g, VF z, VF slope) {
         const VF cdf = normal_cdf(z, bell);
         return g * fma(z, bell * set1(kInvSqrt2Pi), cdf);
     } else if constexpr (ACT == kGeluTanh) {
-        // With e = exp(-|u|) and r = 1 / (1 + e), s (1 - s) = e r^2 loses no digits where s is near 1.
+        // With e = exp(-|u|) and r = 1 / (1 + e), s (1 - s) = e r^2 loses no digits where s is
+        // near 1.
         const VF zz = z * z, u = gelu_tanh_arg(z, zz);
         const VF e = exp(negate(abs(u))), r = one / (one + e), er = e * r;
         const VF s = select(gt(u, zero), r, er);
-        const VF du = fma(zz, set1(6.0f * kGeluTanhBeta * kGeluTanhKappa), set1(2.0f * kGeluTanhBeta));
+        const VF du =
+            fma(zz, set1(6.0f * kGeluTanhBeta * kGeluTanhKappa), set1(2.0f * kGeluTanhBeta));
         return g * fma(z * (er * r), du, s);
     } else if constexpr (ACT == kSilu) {
         const VF e = exp(negate(abs(z))), r = one / (one + e), er = e * r;

@@ -81,9 +81,12 @@ FN VM not_below(VI w, VI threshold) {
 
 FN VQ set1_q(uint64_t v) { return _mm256_set1_epi64x((long long)v); }
 FN VQ lanes_q() { return _mm256_setr_epi64x(0, 1, 2, 3); }
-FN VQ load_q(const uint32_t* p) { return _mm256_cvtepu32_epi64(_mm_loadu_si128((const __m128i*)p)); }
+FN VQ load_q(const uint32_t* p) {
+    return _mm256_cvtepu32_epi64(_mm_loadu_si128((const __m128i*)p));
+}
 FN VQ add_q(VQ a, VQ b) { return _mm256_add_epi64(a, b); }
 FN VQ mul_q(VQ a, VQ b) { return _mm256_mul_epu32(a, b); }
+FN VQ raised_q(VQ a) { return _mm256_slli_epi64(a, 32); }
 FN VQ high_q(VQ a) { return _mm256_shuffle_epi32(a, 0xf5); }
 FN VQ xor_q(VQ a, VQ b) { return _mm256_xor_si256(a, b); }
 FN VQ xor_q(VQ a, VQ b, VQ c) {
@@ -93,23 +96,21 @@ FN VQ xor_q(VQ a, VQ b, VQ c) {
     return _mm256_xor_si256(a, known);
 }
 
-FN VQ pair_q(VQ w, VQ next) {
-    const VI twice = _mm256_setr_epi8(
-        0, 1, 2, 3, 2, 3, -1, -1, 8, 9, 10, 11, 10, 11, -1, -1,
-        0, 1, 2, 3, 2, 3, -1, -1, 8, 9, 10, 11, 10, 11, -1, -1
+FN void in_order(VQ w10, VQ w32, VI out[4]) {
+    // A 128-bit half holds w[1], w[0], w[3], w[2]; windows 0 to 3 below, 4 to 7 above.
+    const VI bytes = _mm256_setr_epi8(
+        4, 5, 6, 7, 6, 7, 0, 1, 0, 1, 2, 3, 2, 3, 12, 13, 12, 13, 14, 15, 14, 15, 8, 9, 8, 9, 10,
+        11, 10, 11, 4, 5
     );
-    return _mm256_or_si256(_mm256_shuffle_epi8(w, twice), _mm256_slli_epi64(next, 48));
-}
-FN void in_order(const VQ pair[4], VI out[4]) {
-    const VI a = _mm256_unpacklo_epi64(pair[0], pair[1]), b = _mm256_unpacklo_epi64(pair[2], pair[3]);
-    const VI c = _mm256_unpackhi_epi64(pair[0], pair[1]), d = _mm256_unpackhi_epi64(pair[2], pair[3]);
-    out[0] = _mm256_permute2x128_si256(a, b, 0x20);
-    out[1] = _mm256_permute2x128_si256(c, d, 0x20);
-    out[2] = _mm256_permute2x128_si256(a, b, 0x31);
-    out[3] = _mm256_permute2x128_si256(c, d, 0x31);
+    const VI even = _mm256_unpacklo_epi64(w10, w32), odd = _mm256_unpackhi_epi64(w10, w32);
+    out[0] = _mm256_shuffle_epi8(_mm256_permute4x64_epi64(even, 0x44), bytes);
+    out[1] = _mm256_shuffle_epi8(_mm256_permute4x64_epi64(odd, 0x44), bytes);
+    out[2] = _mm256_shuffle_epi8(_mm256_permute4x64_epi64(even, 0xee), bytes);
+    out[3] = _mm256_shuffle_epi8(_mm256_permute4x64_epi64(odd, 0xee), bytes);
 }
 FN void store_groups(uint32_t* out, const uint32_t* offset, const VI v[4]) {
-    for (int i = 0; i < 4; ++i) store_bits(out + offset[i], v[i]);
+    for (int i = 0; i < 4; ++i)
+        store_bits(out + offset[i], v[i]);
 }
 
 #undef FN

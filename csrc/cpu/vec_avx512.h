@@ -4,8 +4,8 @@
 
 #if defined(__GNUC__) && !defined(__clang__)
 // gcc 12 warns of its own header's undefined vectors, which is what they are for.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
+#    pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#    pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <immintrin.h>
 
@@ -50,63 +50,84 @@ FN void add_to_double(double* p, VF v) {
     _mm512_storeu_pd(p + 8, _mm512_loadu_pd(p + 8) + _mm512_cvtps_pd(hi));
 }
 
+FN VI set1_bits(uint32_t v) { return _mm512_set1_epi32(int(v)); }
+
 FN VF load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 FN void store(Half* p, VF v) {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
+// Word i of 16 values to the upper half of lane i, and back.
+struct alignas(64) BFloatWords {
+    uint16_t up[32], down[32];
+    constexpr BFloatWords() : up(), down() {
+        for (int i = 0; i < 16; ++i) {
+            up[2 * i] = up[2 * i + 1] = uint16_t(i);
+            down[i] = down[16 + i] = uint16_t(2 * i + 1);
+        }
+    }
+};
+constexpr BFloatWords kBFloatWords;
+
 FN VF load(const BFloat* p) {
-    const VI v = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
+    const VI words = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p));
+    const VI up = _mm512_load_si512(kBFloatWords.up);
+    return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, up, words));
 }
 FN void store(BFloat* p, VF v) {
-    const VI bits = _mm512_castps_si512(v);
-    const VI lsb = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const VI up = _mm512_add_epi32(bits, _mm512_add_epi32(lsb, _mm512_set1_epi32(0x7fff)));
+    const VI bits = _mm512_castps_si512(v), half = _mm512_add_epi32(bits, set1_bits(0x7fff));
+    const VM odd = _mm512_test_epi32_mask(bits, set1_bits(0x10000));
     const VM nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    const VI r = _mm512_mask_or_epi32(up, nan, bits, _mm512_set1_epi32(0x00400000));
-    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16)));
+    const VI up = _mm512_mask_sub_epi32(half, odd, half, set1_bits(~0u));
+    const VI r = _mm512_mask_or_epi32(up, nan, bits, set1_bits(0x00400000));
+    const VI words = _mm512_permutexvar_epi16(_mm512_load_si512(kBFloatWords.down), r);
+    _mm256_storeu_si256((__m256i*)p, _mm512_castsi512_si256(words));
 }
 
 FN VI load_bits(const uint32_t* p) { return _mm512_loadu_si512(p); }
 FN void store_bits(uint32_t* p, VI v) { _mm512_storeu_si512(p, v); }
-FN VI set1_bits(uint32_t v) { return _mm512_set1_epi32(int(v)); }
 FN VM not_below(VI w, VI threshold) { return _mm512_cmpge_epu32_mask(w, threshold); }
 
-// The lane order that makes in_order() cheap: lanes 0, 2, 4, 6 hold groups 0 to 3.
 FN VQ set1_q(uint64_t v) { return _mm512_set1_epi64((long long)v); }
-FN VQ lanes_q() { return _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7); }
+FN VQ lanes_q() { return _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7); }
 FN VQ load_q(const uint32_t* p) {
-    return _mm512_permutexvar_epi64(
-        lanes_q(), _mm512_cvtepu32_epi64(_mm256_loadu_si256((const __m256i*)p))
-    );
+    return _mm512_cvtepu32_epi64(_mm256_loadu_si256((const __m256i*)p));
 }
 FN VQ add_q(VQ a, VQ b) { return _mm512_add_epi64(a, b); }
 FN VQ mul_q(VQ a, VQ b) { return _mm512_mul_epu32(a, b); }
+FN VQ raised_q(VQ a) { return _mm512_slli_epi64(a, 32); }
 FN VQ high_q(VQ a) { return _mm512_shuffle_epi32(a, _MM_PERM_DDBB); }
 FN VQ xor_q(VQ a, VQ b) { return _mm512_xor_si512(a, b); }
 FN VQ xor_q(VQ a, VQ b, VQ c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
 
-FN VQ pair_q(VQ w, VQ next) {
-    const VI twice = _mm512_broadcast_i32x4(
-        _mm_setr_epi8(0, 1, 2, 3, 2, 3, 0, 1, 8, 9, 10, 11, 10, 11, 8, 9)
-    );
-    const __mmask64 last = 0xc0c0c0c0c0c0c0c0;  // bytes 6 and 7 of each lane
-    return _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(w, twice), last, next, twice);
-}
-FN void in_order(const VQ pair[4], VI out[4]) {
-    const VI a = _mm512_unpacklo_epi64(pair[0], pair[1]), b = _mm512_unpacklo_epi64(pair[2], pair[3]);
-    const VI c = _mm512_unpackhi_epi64(pair[0], pair[1]), d = _mm512_unpackhi_epi64(pair[2], pair[3]);
-    const VI first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
-    const VI second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-    out[0] = _mm512_permutex2var_epi64(a, first, b);
-    out[1] = _mm512_permutex2var_epi64(a, second, b);
-    out[2] = _mm512_permutex2var_epi64(c, first, d);
-    out[3] = _mm512_permutex2var_epi64(c, second, d);
+// 16-bit pieces of windows 0 to 7 of groups 2i and 2i + 1; 4 lane + (0..3) is of w10, + 32 of w32.
+struct alignas(64) WindowPieces {
+    uint16_t of[4][32];
+    constexpr WindowPieces() : of() {
+        // w[0] to w[3] begin at piece 2, 0, 34 and 32.
+        const int first[4] = {2, 0, 34, 32};
+        for (int i = 0; i < 4; ++i)
+            for (int g = 0; g < 2; ++g)
+                for (int k = 0; k < 4; ++k) {
+                    const int lane = 4 * (2 * i + g), w = first[k], next = first[(k + 1) % 4];
+                    uint16_t* at = of[i] + 16 * g + 4 * k;
+                    at[0] = uint16_t(lane + w);
+                    at[1] = at[2] = uint16_t(lane + w + 1);
+                    at[3] = uint16_t(lane + next);
+                }
+    }
+};
+constexpr WindowPieces kWindowPieces;
+
+FN void in_order(VQ w10, VQ w32, VI out[4]) {
+    for (int i = 0; i < 4; ++i)
+        out[i] = _mm512_permutex2var_epi16(w10, _mm512_load_si512(kWindowPieces.of[i]), w32);
 }
 FN void store_groups(uint32_t* out, const uint32_t* offset, const VI v[4]) {
     for (int i = 0; i < 4; ++i) {
         _mm256_storeu_si256((__m256i*)(out + offset[2 * i]), _mm512_castsi512_si256(v[i]));
-        _mm256_storeu_si256((__m256i*)(out + offset[2 * i + 1]), _mm512_extracti64x4_epi64(v[i], 1));
+        _mm256_storeu_si256(
+            (__m256i*)(out + offset[2 * i + 1]), _mm512_extracti64x4_epi64(v[i], 1)
+        );
     }
 }
 

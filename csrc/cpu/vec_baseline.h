@@ -5,7 +5,7 @@
 #pragma once
 
 #ifdef __SSE2__
-#include <emmintrin.h>
+#    include <emmintrin.h>
 #endif
 
 namespace fusedmlp::baseline {
@@ -51,7 +51,8 @@ FN VF max(VF a, VF b) { return a > b ? a : b; }
 FN VF min(VF a, VF b) { return a < b ? a : b; }
 FN VF sqrt(VF a) {
     VF r;
-    for (int i = 0; i < VL; ++i) r[i] = __builtin_sqrtf(a[i]);
+    for (int i = 0; i < VL; ++i)
+        r[i] = __builtin_sqrtf(a[i]);
     return r;
 }
 FN VF sign(VF a) { return VF(VI(a) & set1_int(INT32_MIN)); }
@@ -61,7 +62,7 @@ FN VF flip(VF a, VF sign_bit) { return VF(VI(a) ^ VI(sign_bit)); }
 FN VM gt(VF a, VF b) { return a > b; }
 FN VM le(VF a, VF b) { return a <= b; }
 FN VF select(VM m, VF a, VF b) { return VF((m & VI(a)) | (~m & VI(b))); }
-FN VF keep_if(VM m, VF a) { return VF(m & VI(a)); }   // else +0
+FN VF keep_if(VM m, VF a) { return VF(m & VI(a)); }  // else +0
 FN VF product_if(VM m, VF a, VF b) { return VF(m & VI(a * b)); }
 FN VF drop_if(VM m, VF a) { return VF(~m & VI(a)); }  // then +0
 
@@ -88,7 +89,8 @@ FN VF scale_by_pow2(VF p, VF n) {
 
 // p[i] += v[i]
 FN void add_to_double(double* p, VF v) {
-    for (int i = 0; i < VL; ++i) p[i] += double(v[i]);
+    for (int i = 0; i < VL; ++i)
+        p[i] += double(v[i]);
 }
 
 // IEEE half and bfloat16; stores round to nearest even and keep NaN.
@@ -137,25 +139,27 @@ FN VQ mul_q(VQ a, VQ b) {
     return (a & 0xffffffffu) * (b & 0xffffffffu);
 #endif
 }
+FN VQ raised_q(VQ a) { return a << 32; }  // low word above, 0 below
 FN VQ high_q(VQ a) { return a >> 32; }
 FN VQ xor_q(VQ a, VQ b) { return a ^ b; }
 FN VQ xor_q(VQ a, VQ b, VQ c) { return a ^ (b ^ c); }
 
-// Both windows of a word: w below, (w >> 16) | (next << 16) above. All 64 bits count.
-FN VQ pair_q(VQ w, VQ next) {
-    const VQ low = w & 0xffffffffu;
-    return low | ((low >> 16) << 32) | (next << 48);
-}
-// pair[k] holds columns 2k, 2k + 1 of each lane's group; out: 4 VL windows in column order.
-FN void in_order(const VQ pair[4], VI out[4]) {
+// w10, w32: w[1] below and w[0] above, w[3] below and w[2] above. out: 4 VL windows in column
+// order.
+FN void in_order(VQ w10, VQ w32, VI out[4]) {
+    const VU a = VU(w10), b = VU(w32);
     for (int lane = 0; lane < 2; ++lane) {
-        out[2 * lane] = VI(VQ{pair[0][lane], pair[1][lane]});
-        out[2 * lane + 1] = VI(VQ{pair[2][lane], pair[3][lane]});
+        const VU w = lane ? __builtin_shufflevector(a, b, 3, 2, 7, 6)
+                          : __builtin_shufflevector(a, b, 1, 0, 5, 4);
+        const VU odd = (w >> 16) | (__builtin_shufflevector(w, w, 1, 2, 3, 0) << 16);
+        out[2 * lane] = VI(__builtin_shufflevector(w, odd, 0, 4, 1, 5));
+        out[2 * lane + 1] = VI(__builtin_shufflevector(w, odd, 2, 6, 3, 7));
     }
 }
 // Group i of v, 8 windows, to out + offset[i]; in ascending order, as they may overlap.
 FN void store_groups(uint32_t* out, const uint32_t* offset, const VI v[4]) {
-    for (int i = 0; i < 4; ++i) store_bits(out + offset[i / 2] + 4 * (i % 2), v[i]);
+    for (int i = 0; i < 4; ++i)
+        store_bits(out + offset[i / 2] + 4 * (i % 2), v[i]);
 }
 
 #undef FN

@@ -1,6 +1,7 @@
 // exp and its relatives on vectors, branch-free, right at NaN, infinities, -0 and subnormals.
 // Polynomials: minimax fits of relative error (bounds beside each), evaluated in fp32. The sweep
 // in tests/test_native.py measures the result against fp64.
+#pragma once
 
 namespace fusedmlp::FUSEDMLP_ISA {
 
@@ -76,9 +77,7 @@ FN VF tanh(VF x) {
     return copysign(select(gt(a, set1(0.625f)), large, small), x);
 }
 
-FN VF softplus(VF x) {
-    return max(set1(0.0f), x) + log1p_of_fraction(exp(negate(abs(x))));
-}
+FN VF softplus(VF x) { return max(set1(0.0f), x) + log1p_of_fraction(exp(negate(abs(x)))); }
 
 // The standard normal distribution function at x, and e^(-x^2 / 2).
 FN VF normal_cdf(VF x, VF& bell) {

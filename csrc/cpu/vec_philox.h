@@ -1,5 +1,6 @@
 // The mask of rng.py for VL / 2 groups of 8 columns at once: one group in each 64-bit lane, its
 // words in the low halves. A round is then two multiplications and two shifts.
+#pragma once
 
 namespace fusedmlp::FUSEDMLP_ISA {
 
@@ -26,6 +27,8 @@ struct Draw {
     VQ k1[kPhiloxRounds];
     VQ product1;  // M1 * stream low, the same for every element
     VQ stream_high;
+    VQ last_k0;  // keys of the last round, in the upper words
+    VQ last_k1;
     uint64_t row_offset;
 
     FN explicit Draw(const cpu::Philox& p) {
@@ -35,6 +38,8 @@ struct Draw {
         }
         product1 = set1_q(uint64_t(kPhiloxM1) * uint32_t(p.stream));
         stream_high = set1_q(p.stream >> 32);
+        last_k0 = raised_q(k0[kPhiloxRounds - 1]);
+        last_k1 = raised_q(k1[kPhiloxRounds - 1]);
         row_offset = p.row_offset;
     }
 
@@ -51,12 +56,12 @@ struct Draw {
         return {product, high_q(product)};
     }
 
-    // D draws side by side, as a round waits longer for its products than it computes. words[d][k]:
-    // w[k] of every lane's group. between(i) is called after round i, 2 to 9, for other work that
-    // shall be done meanwhile.
+    // D draws side by side, as a round waits longer for its products than it computes. words[d]:
+    // w[1] and w[0], w[3] and w[2] of every lane's group, one below the other. between(i) is called
+    // after round i, 2 to 9, for other work that shall be done meanwhile.
     template <int D, class Between>
     FN void
-    draw(const DrawRow* row, const DrawColumn* column, VQ (*words)[4], Between between) const {
+    draw(const DrawRow* row, const DrawColumn* column, VQ (*words)[2], Between between) const {
         const VQ m0 = set1_q(kPhiloxM0), m1 = set1_q(kPhiloxM1);
         VQ c0[D], c1[D], c2[D], c3[D];
 #pragma GCC unroll 16
@@ -68,7 +73,7 @@ struct Draw {
         }
         between(2);
 #pragma GCC unroll 16
-        for (int i = 3; i < kPhiloxRounds; ++i) {
+        for (int i = 3; i < kPhiloxRounds - 1; ++i) {
 #pragma GCC unroll 16
             for (int d = 0; d < D; ++d) {
                 const VQ p0 = mul_q(c0[d], m0), p1 = mul_q(c2[d], m1);
@@ -81,22 +86,11 @@ struct Draw {
         }
 #pragma GCC unroll 16
         for (int d = 0; d < D; ++d) {
-            words[d][0] = c0[d];
-            words[d][1] = c1[d];
-            words[d][2] = c2[d];
-            words[d][3] = c3[d];
+            words[d][0] = xor_q(mul_q(c2[d], m1), raised_q(c1[d]), last_k0);
+            words[d][1] = xor_q(mul_q(c0[d], m0), raised_q(c3[d]), last_k1);
         }
     }
 };
-
-// 4 VL windows in column order.
-static FN void windows_of(const VQ words[4], VI out[4]) {
-    const VQ pair[4] = {
-        pair_q(words[0], words[1]), pair_q(words[1], words[2]), pair_q(words[2], words[3]),
-        pair_q(words[3], words[0])
-    };
-    in_order(pair, out);
-}
 
 // The windows of one flat row of a folded matrix, in flat order. out: flat columns + kPad.
 static inline void draw_folded(const Draw& d, const cpu::Fold& f, int64_t flat_row, uint32_t* out) {
@@ -104,7 +98,7 @@ static inline void draw_folded(const Draw& d, const cpu::Fold& f, int64_t flat_r
     for (int64_t q = 0; q < f.groups; q += VL) {
         DrawRow row[2];
         DrawColumn column[2];
-        VQ words[2][4];
+        VQ words[2][2];
         for (int i = 0; i < 2; ++i) {
             row[i] = d.row(add_q(first, load_q(f.row + q + i * (VL / 2))));
             column[i] = d.column(load_q(f.group + q + i * (VL / 2)));
@@ -112,7 +106,7 @@ static inline void draw_folded(const Draw& d, const cpu::Fold& f, int64_t flat_r
         d.draw<2>(row, column, words, [](int) {});
         for (int i = 0; i < 2; ++i) {
             VI w[4];
-            windows_of(words[i], w);
+            in_order(words[i][0], words[i][1], w);
             store_groups(out, f.offset + q + i * (VL / 2), w);
         }
     }

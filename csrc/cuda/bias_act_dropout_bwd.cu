@@ -241,12 +241,11 @@ int launch_bias_act_dropout_bwd(const BiasActDropoutBwdParams& p, float* scratch
         return launch(kernel, blocks_of(args.tiles), kThreads, shared, stream, args);
     });
     if (!failed && db_floats)
-        failed = add_rows(p.db, e.bias_dtype, scratch, args.tiles.chunks, e.cols, 1.0f, stream);
+        failed = add_rows(p.db, e.bias_dtype, scratch, args.tiles.chunks, e.cols, stream);
     if (!failed && dslope_floats)
         failed = add_rows(
             p.dslope, e.slope_dtype, scratch + db_floats,
-            one_slope ? blocks_of(args.tiles) : args.tiles.chunks, one_slope ? 1 : e.cols, 1.0f,
-            stream
+            one_slope ? blocks_of(args.tiles) : args.tiles.chunks, one_slope ? 1 : e.cols, stream
         );
     return failed;
 }

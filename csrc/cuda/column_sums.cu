@@ -12,7 +12,6 @@ struct AddRowsArgs {
     Dtype dtype;      // of out
     int64_t rows;     // R
     int64_t cols;     // N
-    float factor;
 };
 
 // Thread (part, column) adds every kParts-th row, the first part then all parts.
@@ -32,7 +31,7 @@ FUSEDMLP_KERNEL(kColumns* kParts, 4) add_rows_kernel(const AddRowsArgs p) {
         FUSEDMLP_UNROLL
         for (int i = 1; i < kParts; ++i)
             sum += sums[i * kColumns + column];
-        store_as(p.out, p.dtype, col, sum * p.factor);
+        store_as(p.out, p.dtype, col, sum);
     }
 }
 
@@ -51,21 +50,13 @@ FUSEDMLP_KERNEL(kColumns* kParts, 4) add_column_kernel(const AddRowsArgs p) {
             sums[thread] += sums[thread + half];
     }
     if (thread == 0)
-        store_as(p.out, p.dtype, 0, sums[0] * p.factor);
+        store_as(p.out, p.dtype, 0, sums[0]);
 }
 
 }  // namespace
 
-int add_rows(
-    void* out,
-    Dtype dtype,
-    const float* in,
-    int64_t rows,
-    int64_t cols,
-    float factor,
-    void* stream
-) {
-    const AddRowsArgs args{out, in, dtype, rows, cols, factor};
+int add_rows(void* out, Dtype dtype, const float* in, int64_t rows, int64_t cols, void* stream) {
+    const AddRowsArgs args{out, in, dtype, rows, cols};
     const int threads = kColumns * kParts;
     return launch(
         cols == 1 ? add_column_kernel : add_rows_kernel, ceil_div(cols, kColumns), threads,

@@ -109,15 +109,7 @@ FUSEDMLP_DEVICE void add_block(
         sync_block();
 }
 
-// out (N,) = factor * sum over rows of in (R, N).
-int add_rows(
-    void* out,
-    Dtype dtype,
-    const float* in,
-    int64_t rows,
-    int64_t cols,
-    float factor,
-    void* stream
-);
+// out (N,) = sum over rows of in (R, N).
+int add_rows(void* out, Dtype dtype, const float* in, int64_t rows, int64_t cols, void* stream);
 
 }  // namespace fusedmlp::cuda

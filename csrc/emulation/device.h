@@ -37,8 +37,8 @@ class Device {
     }
     bool takes(const LinearActParams& p) { return cuda::linear_act_takes(p); }
     int linear_act(const LinearActParams& p) { return cuda::launch_linear_act(p, nullptr); }
-    int cross_entropy(const CrossEntropyParams& p, float* scratch) {
-        return cuda::launch_cross_entropy(p, scratch, nullptr);
+    int cross_entropy(const CrossEntropyParams& p) {
+        return cuda::launch_cross_entropy(p, nullptr);
     }
 };
 

@@ -43,6 +43,5 @@ EXPORT int fusedmlp_emulated_linear_act_takes(const LinearActParams* p) {
 }
 
 EXPORT int fusedmlp_emulate_cross_entropy(const CrossEntropyParams* p) {
-    Scratch scratch(cuda::cross_entropy_scratch(*p));
-    return cuda::launch_cross_entropy(*p, scratch.values.data(), nullptr);
+    return cuda::launch_cross_entropy(*p, nullptr);
 }

@@ -96,7 +96,8 @@ class FusedLinear(nn.Linear):
             threshold, scale = self._check(w, slope, p)
         else:
             named = dispatch.explicit(None)
-            key = (x.shape, x.dtype, x.layout, x.device, p, named, id(w), id(b), id(slope))
+            what = (x.shape, x.dtype, x.layout, x.device, torch.is_grad_enabled())
+            key = (*what, p, named, id(w), id(b), id(slope))
             memo = self._memo
             if memo[0] != key:
                 memo = self.__dict__["_memo"] = key, *self._find(x, w, b, slope, p, named)

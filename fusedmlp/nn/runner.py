@@ -13,7 +13,16 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .. import activations, checks, dispatch, dtypes, functional, rng
 from .masks import Masks
-from .stretches import ACTIVATIONS, Single, Stretch, activation_of, find, is_candidate, is_tampered
+from .stretches import (
+    ACTIVATIONS,
+    Single,
+    Stretch,
+    activation_of,
+    find,
+    is_candidate,
+    is_fused_module,
+    is_tampered,
+)
 
 _NONE, _PRELU, _SOFTPLUS = activations.NONE, activations.PRELU, activations.SOFTPLUS
 # Other subclasses of Tensor (DTensor, quantised weights) bring functions of their own.
@@ -24,11 +33,22 @@ _WITH_PARAMETERS = frozenset(cls for cls, (_, objection) in ACTIVATIONS.items() 
 class Plan:
     """How a container's present children are run.
 
-    quiet  (shape, dtype, device) of an input for which no op is faster than the modules themselves,
-           or None
+    quiet  (shape, dtype, device, grad mode) of an input for which no op is faster than the modules
+           themselves, or None
+    calls  the children as functions; what is no more than its forward, by its forward
     """
 
-    __slots__ = ("children", "dropouts", "items", "nested", "others", "quiet", "types", "watched")
+    __slots__ = (
+        "calls",
+        "children",
+        "dropouts",
+        "items",
+        "nested",
+        "others",
+        "quiet",
+        "types",
+        "watched",
+    )
 
     def __init__(self, children: list[nn.Module]):
         self.children = children
@@ -42,6 +62,11 @@ class Plan:
             (m, type(m), is_tampered(m), m.__dict__.get("inplace"), _parameters_of(m))
             for m in present
             if is_candidate(m)
+        ]
+        self.calls = [
+            m.forward if is_candidate(m) and not is_tampered(m) and not is_fused_module(m) else m
+            for m in children
+            if m is not None
         ]
         self.others = [
             (m, type(m), m.__dict__.get("inplace")) for m in present if not is_candidate(m)
@@ -75,7 +100,17 @@ class Plan:
     def is_quiet(self, x: object) -> bool:
         """True if the children may simply be called one after the other."""
         quiet = self.quiet
-        if quiet is None or type(x) is not Tensor or (x.shape, x.dtype, x.device) != quiet:
+        if (
+            quiet is None
+            or type(x) is not Tensor
+            or (
+                x.shape,
+                x.dtype,
+                x.device,
+                torch.is_grad_enabled(),
+            )
+            != quiet
+        ):
             return False
         for m in self.dropouts:
             if m.training and m.p:
@@ -88,7 +123,7 @@ class Plan:
             for item in self.items:
                 if type(item) is Stretch and item.memo is not None and item.memo[1] is not None:
                     return y
-            self.quiet = (x.shape, x.dtype, x.device)
+            self.quiet = (x.shape, x.dtype, x.device, torch.is_grad_enabled())
         return y
 
 
@@ -149,7 +184,8 @@ def _run_stretch(stretch: Stretch, x, masks: Masks):
             return _run_plain(stretch, x)
         named = dispatch.explicit(None)
         # The tensors of a module by identity: a changed dtype or shape is found by the op itself.
-        key = (x.shape, x.dtype, x.layout, x.device, threshold != 0, named, id(w), id(b), id(slope))
+        what = (x.shape, x.dtype, x.layout, x.device, torch.is_grad_enabled())
+        key = (*what, threshold != 0, named, id(w), id(b), id(slope))
         memo = stretch.memo
         if memo is None or memo[0] != key:
             memo = stretch.memo = key, _choose(x, w, b, act, slope, threshold != 0, named)

@@ -42,9 +42,9 @@ class FusedSequential(nn.Sequential):
         if torch.compiler.is_compiling():
             return self.run_fused(input, Masks(self.first_layer, True))
         plan = self._present_plan()
-        if plan.is_quiet(input):
-            for module in plan.children:
-                input = module(input)
+        if plan.is_quiet(input) and not plan.is_stale() and not torch_module._has_any_global_hook():
+            for call in plan.calls:
+                input = call(input)
             return input
         return self._run(plan, input, Masks(self.first_layer, must_trace()))
 

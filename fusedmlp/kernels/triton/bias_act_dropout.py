@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 from . import configs
-from .device import act_fwd, drop, load_slope, load_stream, pre_activation_grad
+from .device import act_fwd
+from .epilogue import drop, load_slope, load_stream, pre_activation_grad
 from .launch import dropout_arguments, launch, rows_view, slopes, vector
 
 

@@ -15,13 +15,8 @@ import triton.language as tl
 
 from . import bias_act_dropout
 from .bias_act_dropout import SlopeAndBiasSums, zero_sums
-from .device import (
-    in_store_layout,
-    load_slope,
-    load_stream,
-    pre_activation_grad,
-    tile_of,
-)
+from .device import tile_of
+from .epilogue import in_store_layout, load_slope, load_stream, pre_activation_grad
 from .gemm import Product, column_parts, product_tile, use_library
 from .launch import dropout_arguments, launch, rows_view, slopes, vector
 

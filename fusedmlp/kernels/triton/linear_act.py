@@ -10,116 +10,10 @@ import triton
 import triton.language as tl
 
 from . import bias_act_dropout, configs
-from .device import act_fwd, drop_after_product, load_slope, load_stream, tile_of
-from .gemm import Product, column_parts, product_tile, use_library
+from .device import tile_of
+from .epilogue import load_stream, store_outputs, store_part
+from .gemm import Product, product_tile, use_library
 from .launch import dropout_arguments, launch, rows_view, slopes, vector
-
-
-@triton.jit
-def _store_part(
-    y_ptr,
-    h_ptr,
-    h,
-    b_ptr,
-    slope_ptr,
-    seed,
-    stream,
-    first_row,
-    first_column,
-    M,
-    N,
-    alpha,
-    threshold,
-    scale,
-    counter_row,
-    ACT: tl.constexpr,
-    SLOPES: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Stores h (BLOCK_M, BLOCK_N) where it is wanted, and y = drop(act(h + b))."""
-    row = first_row + tl.arange(0, BLOCK_M)
-    column = first_column + tl.arange(0, BLOCK_N)
-    inside_n = column < N
-    inside = (row < M)[:, None] & inside_n[None, :]
-    at = row[:, None] * N + column[None, :]
-    if h_ptr is not None:
-        tl.store(h_ptr + at, h, mask=inside)
-    z = h
-    if b_ptr is not None:
-        z += tl.load(b_ptr + column, mask=inside_n, other=0.0).to(tl.float32)[None, :]
-    y = act_fwd(z, load_slope(slope_ptr, alpha, column, inside_n, SLOPES), ACT)
-    if DROPOUT != 0:
-        # Rounded before the selection: then only y changes its layout for the store, not the mask.
-        y = drop_after_product(
-            (y * scale).to(y_ptr.dtype.element_ty),
-            seed,
-            stream,
-            counter_row,
-            first_column,
-            threshold,
-            DROPOUT,
-            BLOCK_M,
-            BLOCK_N,
-        )
-    tl.store(y_ptr + at, y, mask=inside)
-
-
-@triton.jit
-def _store_outputs(
-    y_ptr,
-    h_ptr,
-    h,
-    b_ptr,
-    slope_ptr,
-    seed,
-    stream,
-    first_row,
-    first_column,
-    M,
-    N,
-    alpha,
-    threshold,
-    scale,
-    counter_row,
-    ACT: tl.constexpr,
-    SLOPES: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """_store_part on PARTS parts of h's columns, one after the other.
-
-    A wide tile's accumulator fills half of a thread's registers: with the whole of it in flight
-    the epilogue spills (128 x 256, gelu, dropout: 648 bytes a thread).
-    """
-    WIDTH: tl.constexpr = BLOCK_N // PARTS
-    parts = column_parts(h, PARTS, BLOCK_M, BLOCK_N)
-    for i in tl.static_range(PARTS):
-        _store_part(
-            y_ptr,
-            h_ptr,
-            parts[i],
-            b_ptr,
-            slope_ptr,
-            seed,
-            stream,
-            first_row,
-            first_column + i * WIDTH,
-            M,
-            N,
-            alpha,
-            threshold,
-            scale,
-            counter_row,
-            ACT,
-            SLOPES,
-            DROPOUT,
-            BLOCK_M,
-            WIDTH,
-        )
 
 
 @triton.jit(do_not_specialize=["threshold", "layer", "row_offset"])
@@ -182,7 +76,7 @@ def linear_act_fwd_kernel(
         BLOCK_K,
     )
     seed, stream = load_stream(state_ptr, layer, DROPOUT)
-    _store_outputs(
+    store_outputs(
         y_ptr,
         h_ptr,
         h,
@@ -299,7 +193,7 @@ def linear_act_merge_kernel(
         h += tl.load(at, mask=inside, other=0.0)
         at += M.to(tl.int64) * N
     seed, stream = load_stream(state_ptr, layer, DROPOUT)
-    _store_part(
+    store_part(
         y_ptr,
         h_ptr,
         h,

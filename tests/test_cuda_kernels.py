@@ -1,0 +1,328 @@
+"""The CUDA kernels without a GPU: every line of csrc/cuda/*.cu runs on the CPU (see csrc/emulation).
+
+Values and masks against the reference, for every order of threads and time of asynchronous copies;
+the emulated machine itself; and that it sees the mistakes it is there to see.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fusedmlp import activations, rng
+
+from . import check_op, emulation
+from .check_op import DTYPES, SEED, STREAM, Case
+
+pytestmark = pytest.mark.skipif(
+    emulation.cannot_build() is not None, reason=str(emulation.cannot_build())
+)
+STATE = torch.tensor([SEED, STREAM])
+HALVES = [torch.float16, torch.bfloat16]
+MACHINES = [("forwards", True), ("backwards", False), ("shuffled", True)]
+
+
+@pytest.fixture(params=MACHINES, ids=lambda m: f"{m[0]}-{'late' if m[1] else 'early'}")
+def machine(request):
+    emulation.set_machine(*request.param)
+    yield request.param
+    emulation.set_machine()
+
+
+def numbers(act="none", p=0.0, alpha=0.01, layer=3, row_offset=5):
+    threshold, scale = rng.threshold_and_scale(p)
+    return activations.IDS[act], alpha, threshold, scale, layer, row_offset
+
+
+def keep(m, n, p):
+    """The mask that `numbers` asks for."""
+    return rng.dropout_mask(SEED, STREAM + 3, m, n, p, row_offset=5)
+
+
+def assert_within_budget(case, inputs, **got):
+    """The outputs and gradients given are within the error budget."""
+    truth, yardstick = check_op.oracle(case, inputs), check_op.plain(case, inputs)
+    for name, t in got.items():
+        share = check_op.excess(t, yardstick[name], truth[name], case.dtype)
+        assert share <= 1, f"{case}: {name} uses {share:.2f} of the error budget"
+
+
+def run_elementwise(case, inputs):
+    """y and all gradients by the forward and the backward kernel, as the autograd Function does."""
+    b, slope = inputs.get("b"), inputs.get("slope")
+    args = b, slope, STATE, *numbers(case.act, case.p, layer=0, row_offset=0)
+    y = emulation.bias_act_dropout_fwd(inputs["x"], *args)
+    saves = activations.saves(activations.IDS[case.act], 0.01, case.dtype, case.p > 0)
+    saved = {0: None, 1: y, 2: inputs["x"]}[saves]
+    sums = saves, b is not None, slope is not None
+    dz, db, dslope = emulation.bias_act_dropout_bwd(inputs["dy"], saved, *args, *sums)
+    found = dict(y=y, dx=dz, db=db, dslope=dslope)
+    return {name: t for name, t in found.items() if t.numel()}
+
+
+def aligned(t, pad=0):
+    """The same values in rows that begin at multiples of 16 bytes."""
+    wide = t.new_full((t.shape[0], -(-t.shape[1] // 8) * 8 + pad), float("nan"))
+    wide[:, : t.shape[1]] = t
+    return wide[:, : t.shape[1]]
+
+
+# --- bias_act_dropout ---------------------------------------------------------------------------
+
+# (M, N): one element; 16-byte rows and not; a Philox group cut off; blocks and chunks of several
+ELEMENTS = [(1, 1), (37, 29), (64, 64), (3, 1031), (700, 20), (33, 1096)]
+
+
+@pytest.mark.parametrize("shape", ELEMENTS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_elementwise_kernels_are_within_the_error_budget(dtype, shape, machine):
+    m, n = shape
+    for i, act in enumerate(activations.NAMES):
+        p = (0.0, 0.3)[i % 2] if m > 1 else 0.0
+        case = Case("bias_act_dropout", m, 0, n, act, p, DTYPES[dtype])
+        inputs = case.inputs()
+        got = run_elementwise(case, inputs)
+        if m * n == 1:
+            continue  # the budget of one element can be 0
+        assert_within_budget(case, inputs, **got)
+        if p:
+            dropped = ~rng.dropout_mask(SEED, STREAM, m, n, p)
+            assert (got["y"][dropped] == 0).all() and (got["dx"][dropped] == 0).all()
+
+
+@pytest.mark.parametrize("slopes", [0, 1])
+@pytest.mark.parametrize("act", ["relu", "gelu", "prelu"])
+def test_sums_of_many_blocks_have_the_same_bits_in_every_order_of_threads(act, slopes):
+    """Several chunks of rows and tiles of columns, so that the second stage has work."""
+    case = Case("bias_act_dropout", 1500, 0, 40, act, 0.2, torch.float32, slope_elements=slopes)
+    inputs = case.inputs()
+    results = []
+    for machine in MACHINES:
+        emulation.set_machine(*machine)
+        results.append(run_elementwise(case, inputs))
+    emulation.set_machine()
+    for got in results[1:]:
+        assert all(torch.equal(got[name], results[0][name]) for name in got)
+    assert_within_budget(case, inputs, **results[0])
+
+
+@pytest.mark.parametrize("columns", [16, 20, 17])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_masks_are_those_of_the_specification_at_any_address(dtype, columns):
+    """16-byte accesses or single elements, the mask is the same."""
+    for offset in (0, 1, 3):
+        x = torch.ones(offset + 50 * columns, dtype=DTYPES[dtype])[offset:].view(50, columns)
+        y = emulation.bias_act_dropout_fwd(x, None, None, STATE, *numbers(p=0.4))
+        assert torch.equal(y != 0, keep(50, columns, 0.4))
+
+
+def test_a_large_row_offset_wraps_as_32_bits():
+    x = torch.ones(20, 9)
+    args = *numbers(p=0.5)[:-1], 2**32 - 20
+    y = emulation.bias_act_dropout_fwd(x, None, None, STATE, *args)
+    mask = rng.dropout_mask(SEED, STREAM + 3, 20, 9, 0.5, row_offset=2**32 - 20)
+    assert torch.equal(y != 0, mask)
+
+
+def test_the_output_may_be_the_input():
+    x = torch.randn(70, 24)
+    expected = emulation.bias_act_dropout_fwd(x, None, None, STATE, *numbers("gelu", 0.3))
+    emulation.bias_act_dropout_fwd(x, None, None, STATE, *numbers("gelu", 0.3), y=x)
+    assert torch.equal(x, expected)
+
+
+# --- linear_act ---------------------------------------------------------------------------------
+
+# (M, K, N): one; ragged in all; exact tiles; one off; a long K; rows of one chunk; no K
+PRODUCTS = [(1, 1, 1), (37, 53, 29), (64, 64, 64), (129, 72, 65), (16, 784, 24), (70, 8, 10),
+            (33, 0, 40)]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
+@pytest.mark.parametrize("tile", ["small", "medium", "large"])
+def test_the_tensor_core_kernel_is_within_the_error_budget(tile, shape, machine):
+    m, k, n = shape
+    for i, act in enumerate(("none", "relu", "prelu", "gelu")):
+        dtype, p = HALVES[i % 2], (0.0, 0.3)[i // 2] if m > 1 else 0.0
+        case = Case("linear_act", m, k, n, act, p, dtype)
+        inputs = case.inputs()
+        inputs["x"], inputs["w"] = aligned(inputs["x"], pad=8), aligned(inputs["w"])
+        args = inputs["x"], inputs["w"], inputs["b"], inputs.get("slope"), STATE
+        args += numbers(act, p, layer=0, row_offset=0)
+        y, h = emulation.linear_act_fwd(*args, tile=tile)
+        alone, none = emulation.linear_act_fwd(*args, tile=tile, want_h=False)
+        assert torch.equal(y, alone) and none is None
+        if p:
+            assert (y[~rng.dropout_mask(SEED, STREAM, m, n, p)] == 0).all()
+        if m * n > 1:
+            assert_within_budget(case, inputs, y=y)
+            bare = replace(case, act="none", p=0.0, bias=False)
+            if k:
+                bare_inputs = {name: inputs[name] for name in ("x", "w", "dy")}
+                assert_within_budget(bare, bare_inputs, y=h)
+            else:
+                assert (h == 0).all()
+
+
+def test_tiles_give_the_same_masks_and_everything_dropped_is_plus_zero():
+    x, w = torch.ones(70, 16).bfloat16(), torch.ones(72, 16).bfloat16()
+    for tile in ("small", "medium", "large"):
+        y, _ = emulation.linear_act_fwd(x, w, None, None, STATE, *numbers(p=0.4), tile=tile)
+        assert torch.equal(y != 0, keep(70, 72, 0.4))
+        y, h = emulation.linear_act_fwd(x, w, None, None, STATE, *numbers(p=1.0), tile=tile)
+        assert (y == 0).all() and not torch.signbit(y).any() and (h == 16).all()
+
+
+def test_the_tensor_core_kernel_takes_what_it_can_and_nothing_else():
+    def takes(m=64, k=64, n=64, dtype=torch.bfloat16, x_offset=0, pad=0):
+        x = torch.zeros(m * (k + pad) + x_offset, dtype=dtype)[x_offset:].view(m, k + pad)[:, :k]
+        y = torch.zeros(m, n, dtype=dtype)
+        return emulation.takes(x, torch.zeros(n, k, dtype=dtype), y)
+
+    assert takes() and takes(dtype=torch.float16) and takes(k=8) and takes(n=1) and takes(m=1)
+    assert takes(pad=8)
+    assert not takes(dtype=torch.float32)
+    assert not takes(k=20)  # rows of 40 bytes
+    assert not takes(pad=4)
+    assert not takes(x_offset=1)
+    assert not takes(m=4096, n=1024, k=1024)  # the library's
+
+
+# --- cross_entropy ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 10), (70, 33), (3, 1000)], ids=str)
+def test_cross_entropy_is_that_of_torch(shape, smoothing, machine):
+    x = (3 * torch.randn(*shape)).requires_grad_()
+    target = torch.randint(shape[1], (shape[0],))
+    target[-1] = -100
+    expected = F.cross_entropy(x, target, label_smoothing=smoothing, reduction="none")
+    (gradient,) = torch.autograd.grad(expected.sum() * 0.25, x)
+    losses, dx = emulation.cross_entropy(x.detach(), target, smoothing, grad_scale=0.25)
+    torch.testing.assert_close(losses, expected.detach())
+    torch.testing.assert_close(dx, gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_cross_entropy_of_infinite_logits_and_of_unknown_targets():
+    x = torch.tensor([[1.0, -torch.inf, 2.0], [1e4, -1e4, 0.0], [1.0, 2.0, 3.0], [0.0, 0.0, 0.0]])
+    losses, dx = emulation.cross_entropy(x, torch.tensor([0, 0, 3, -1]))
+    torch.testing.assert_close(losses[:2], F.cross_entropy(x[:2], torch.tensor([0, 0]), reduction="none"))
+    assert losses[2:].isnan().all() and dx[2:].isnan().all() and dx[:2].isfinite().all()
+
+
+# --- the emulated machine -----------------------------------------------------------------------
+
+
+def test_emulated_16_bit_numbers_are_those_of_torch():
+    """Every fp16 and bf16 value is read right, and a sweep of fp32 values is rounded right."""
+    bits = torch.arange(-(2**15), 2**15).to(torch.int16)
+    tie = torch.tensor([65504.0, 65519.9, 65520.0, 2.0**-25, 2.0**-24 * 1.5, 2.0**-14 - 2.0**-26])
+    floats = torch.arange(-(2**31), 2**31, 99_991).to(torch.int32).view(torch.float32)
+    floats = torch.cat([floats, tie, -tie])
+    for dtype in HALVES:
+        every = bits.view(dtype)
+        every = every[~every.isnan()].reshape(1, -1)
+        assert torch.equal(emulation.bias_act_dropout_fwd(every, None, None, None, *numbers()), every)
+        # An fp32 bias on -0, rounded once: what the store does.
+        zeros = torch.full((1, floats.numel()), -0.0, dtype=dtype)
+        got = emulation.bias_act_dropout_fwd(zeros, floats, None, None, *numbers())
+        assert torch.equal(got[0].nan_to_num(7), floats.to(dtype).nan_to_num(7))
+
+
+@pytest.mark.parametrize("what", ["a short output", "a short bias"])
+def test_an_access_outside_of_the_tensors_is_an_error(what, capfd):
+    x, b = torch.randn(10, 16), torch.randn(16)
+    y = torch.empty(10, 16)
+    if what == "a short output":
+        y = y[:9]
+    else:
+        b = b[:15]
+    with pytest.raises(emulation.KernelError, match="error 700"):
+        emulation.bias_act_dropout_fwd(x, b, None, None, *numbers("relu"), y=y)
+    assert "outside of every" in capfd.readouterr().err
+
+
+# name -> (file, what is there, what a careless hand would make of it)
+MISTAKES = {
+    "no barrier before the staging area": (
+        "linear_act.cu", r"sync_block\(\);  // the stages become[^\n]*", ""),
+    "no barrier between stages": (
+        "linear_act.cu", r"(so that|All have this stage)([^;]*\n)\s*sync_block\(\);", r"\1\2"),
+    "a stage too few waited for": (
+        "linear_act.cu", r"cp_async_wait<TILE::STAGES - 2>", "cp_async_wait<TILE::STAGES - 1>"),
+    "fetched into the stage in use": ("linear_act.cu", r"free = TILE::STAGES - 1;", "free = 0;"),
+    "no barrier after the partial sums": (
+        "column_sums.cuh", r"sums\[thread\] = sum;  // \(parts, columns\)\s*sync_block\(\);",
+        "sums[thread] = sum;"),
+    "rows of b swapped": ("linear_act.cu", r"lane / 8 % 2", "lane / 16 % 2"),
+    "no swizzle on one side": ("linear_act.cu", r"2 \* k \+ lane / 16", "2 * k"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_emulated_machine_finds_a_mistake(mistake, tmp_path):
+    """Each of these leaves code that compiles and that may well pass on a GPU, most of the time."""
+    name, there, instead = MISTAKES[mistake]
+    shutil.copytree(emulation.CSRC, tmp_path / "csrc")
+    file = tmp_path / "csrc" / "cuda" / name
+    text, changed = re.subn(there, instead, file.read_text())
+    assert changed, f"{there} is not in {name} any more"
+    file.write_text(text)
+    code = """
+import sys
+from pathlib import Path
+import torch
+from tests import emulation, test_cuda_kernels as t
+emulation.ROOT, emulation.CSRC = Path(sys.argv[1]), Path(sys.argv[1], "csrc")
+folders = emulation.CSRC / "cuda", emulation.CSRC / "emulation"
+emulation.SOURCES = sorted([*folders[0].glob("*.cu"), *folders[1].glob("*.cpp")])
+product = t.Case("linear_act", 70, 400, 72, "none", 0.0, torch.bfloat16, bias=False)
+sums = t.Case("bias_act_dropout", 600, 0, 40, "none", 0.0, torch.float32)
+found = 0
+for machine in t.MACHINES:
+    emulation.set_machine(*machine)
+    for tile in ("small", "medium", "large", ""):
+        case = product if tile else sums
+        inputs = case.inputs()
+        try:
+            if tile:
+                args = inputs["x"], inputs["w"], None, None, None, *t.numbers()
+                got = dict(y=emulation.linear_act_fwd(*args, tile=tile)[0])
+            else:
+                got = t.run_elementwise(case, inputs)
+            t.assert_within_budget(case, inputs, **got)
+        except (emulation.KernelError, AssertionError):
+            found += 1
+sys.exit(3 if found else 0)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=emulation.ROOT, capture_output=True
+    )
+    assert run.returncode == 3, run.stderr.decode()
+
+
+# --- the binding --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_op_suite_passes_on_emulated_kernels():
+    """Checks, views, allocations and routes of ops_cuda.cpp with every kernel, on CPU tensors."""
+    files = ["tests/test_ops.py", "tests/test_corners.py", "tests/test_checks.py"]
+    chosen = "native and not threads and not extension"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += ["-p", "tests.emulated_native", *files, "-k", chosen]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+    run = subprocess.run(
+        command, cwd=emulation.ROOT, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert passed and int(passed[1]) > 100, run.stdout[-1000:]
