@@ -4,8 +4,8 @@
     python -m bench.cuda_kernels --out bench/results/cuda_kernels.json
 
 Registers, stack and local memory come from cuobjdump's resource report; accesses to local memory
-(spills), tensor-core instructions, asynchronous copies and the widths of global accesses are counted
-in the disassembly. No GPU is needed. Exit status 1 if a kernel uses local memory, or if a kernel
+(spills), tensor-core instructions, asynchronous copies and the widths of global accesses are
+counted in the disassembly. No GPU is needed. Exit status 1 if a kernel uses local memory, or if a kernel
 that is meant to run on tensor cores has none of their instructions.
 """
 

@@ -1,5 +1,6 @@
 // Argument checks of the ops, for calls that go to them directly: the wording of
-// fusedmlp/checks.py. Raises ValueError in Python. For the binding files only.
+// fusedmlp/checks.py. A RuntimeError in Python, as all that is
+// thrown in an op. For the binding files only.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -17,16 +18,11 @@ namespace fusedmlp {
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-[[noreturn]] inline void raise(const std::string& message) {
-    // Becomes ValueError on its way through pybind11.
-    throw std::invalid_argument(message);
-}
-
 template <class... Parts>
 [[noreturn, gnu::noinline, gnu::cold]] void fail(const Parts&... parts) {
     std::ostringstream text;
     (text << ... << parts);
-    raise(text.str());
+    throw std::runtime_error(text.str());
 }
 
 // The facts about a tensor that checks and kernels need, fetched once.

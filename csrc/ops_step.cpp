@@ -175,6 +175,7 @@ int64_t train_steps(
     p.loss = int(loss);
     p.smoothing = float(smoothing);
     if (batch < 1) fail(kOp, ": batch must be at least 1, got ", batch);
+    p.order = static_cast<const int64_t*>(ov.data());
     p.rows = ov.numel;
     p.batch = batch;
     p.seed = seed;

@@ -9,6 +9,7 @@ from .dispatch import BackendError, backends, explain, use_backend
 from .functional import dropout_state
 from .nn import FusedDropout, FusedLinear, FusedMLP, FusedSequential
 from .surgery import fuse, unfuse
+from .tracing import compile_backend
 
 __all__ = [
     "BackendError",
@@ -18,6 +19,7 @@ __all__ = [
     "FusedSequential",
     "__version__",
     "backends",
+    "compile_backend",
     "dropout_state",
     "explain",
     "functional",

@@ -7,6 +7,7 @@ call.
 
 from __future__ import annotations
 
+import functools
 import types
 import weakref
 
@@ -16,6 +17,7 @@ from torch import nn
 from .nn import FusedMLP, FusedSequential
 from .nn.report import Report, of, why_left_alone
 from .nn.stretches import Stretch, find, is_fused_module
+from .tracing import TracedForward, class_of
 
 # Wrappers stay bound to the very module that they were given: a copy would not be fused.
 _WRAPPERS = frozenset(
@@ -23,7 +25,7 @@ _WRAPPERS = frozenset(
 )
 
 
-def fuse(module: nn.Module, *, inplace: bool = False) -> nn.Module:
+def fuse(module: nn.Module, *, inplace: bool = False, trace: bool = False) -> nn.Module:
     """The model with every nn.Sequential in it, at any depth, as a FusedSequential.
 
     Same values, gradients and state_dict; dropout masks are this package's. The children of a
@@ -36,6 +38,9 @@ def fuse(module: nn.Module, *, inplace: bool = False) -> nn.Module:
              that has an nn.Sequential somewhere below is copied too, but for its attributes: the
              copy shares parameters, buffers and hooks with the original.
              True: the containers themselves change their class, and `module` is returned
+    trace    True: modules written as classes too, `F.relu(self.fc1(x))`, through torch.fx; Net
+             becomes a FusedNet, a subclass of it. What torch.fx cannot trace, or would get wrong,
+             is left alone and reported
     returns  a module of the same class, or a FusedSequential for an nn.Sequential
     raises   TypeError if it is no module; ValueError for a wrapped or compiled one, if not inplace
 
@@ -43,7 +48,7 @@ def fuse(module: nn.Module, *, inplace: bool = False) -> nn.Module:
     outside of any nn.Sequential. If what follows writes into the result of a fused container
     (`out += x`), write `out = out + x`.
     """
-    fused = _convert("fuse", module, inplace, _to_fused)
+    fused = _convert("fuse", module, inplace, _to_fused_or_traced() if trace else _to_fused)
     _number(fused, 0, leaves=False)
     if not hasattr(fused, "report") and not isinstance(fused, torch.jit.ScriptModule):
         fused.report = _Reporter(fused)
@@ -63,10 +68,13 @@ def unfuse(module: nn.Module, *, inplace: bool = False) -> nn.Module:
     return plain
 
 
-def report(module: nn.Module) -> Report:
-    """What of a model runs as one op, what does not, and why. Print it."""
+def report(module: nn.Module, input=None) -> Report:
+    """What of a model runs as one op, what does not, and why. Print it.
+
+    input  a tensor, or a tuple of arguments: adds time and memory on it, before and after fusing
+    """
     _check("report", module)
-    return of(module)
+    return of(module, input)
 
 
 def number_layers(module: nn.Module, first_layer: int = 0) -> int:
@@ -93,7 +101,7 @@ def _number(module: nn.Module, first: int, leaves: bool) -> int:
     def number(m: nn.Module, first: int) -> int:
         """As Masks counts in one forward of m."""
         seen.add(id(m))
-        if leaves or isinstance(m, FusedSequential):
+        if leaves or isinstance(m, FusedSequential | TracedForward):
             m.first_layer = first
         if not isinstance(m, FusedSequential):
             return first + m.layer_count()
@@ -106,7 +114,7 @@ def _number(module: nn.Module, first: int, leaves: bool) -> int:
 
     for m in module.modules():
         if is_fused_module(m) and id(m) not in seen:
-            if leaves or isinstance(m, FusedSequential):
+            if leaves or isinstance(m, FusedSequential | TracedForward):
                 first = number(m, first)
     return first
 
@@ -120,7 +128,17 @@ def _to_fused(m: nn.Module) -> type | None:
     return None
 
 
+def _to_fused_or_traced():
+    @functools.cache  # a module is asked about once for each one that it is in
+    def new_class(m: nn.Module) -> type | None:
+        return _to_fused(m) or class_of(m)
+
+    return new_class
+
+
 def _to_plain(m: nn.Module) -> type | None:
+    if isinstance(m, TracedForward):
+        return type(m).plain_class
     return nn.Sequential if type(m) in (FusedSequential, FusedMLP) else None
 
 
@@ -138,7 +156,8 @@ def _convert(op: str, module: nn.Module, inplace: bool, new_class) -> nn.Module:
 
 def _forget(m: nn.Module) -> None:
     m.__dict__.pop("_plan", None)
-    if not isinstance(m, FusedSequential):
+    m.__dict__.pop("_traces", None)
+    if not isinstance(m, FusedSequential | TracedForward):
         m.__dict__.pop("first_layer", None)
 
 
@@ -223,9 +242,9 @@ class _Reporter:
     def __init__(self, module: nn.Module):
         self._module = weakref.ref(module)
 
-    def __call__(self) -> Report:
-        """What runs as one op, what does not, and why. Print it."""
-        return of(self._module())
+    def __call__(self, input=None) -> Report:
+        """As fusedmlp.surgery.report."""
+        return of(self._module(), input)
 
     def __getstate__(self):
         return {"module": self._module()}

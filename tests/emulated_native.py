@@ -2,10 +2,11 @@
 
     pytest -p tests.emulated_native tests/test_ops.py -k native
 
-csrc/ops_cuda.cpp and every csrc/cuda/*.cu, compiled by the C++ compiler, register themselves for CPU
-tensors, so that the suite runs through the same binding and kernels as on a GPU.
+csrc/ops_cuda.cpp and every csrc/cuda/*.cu, compiled by the C++ compiler, register themselves for
+CPU tensors, so that the suite runs through the same binding and kernels as on a GPU.
 """
 
+import ctypes
 from pathlib import Path
 
 import torch
@@ -29,9 +30,15 @@ def build() -> Path:
 
 
 def pytest_configure(config):
-    torch.ops.load_library(str(build()))
+    path = str(build())
+    torch.ops.load_library(path)
+    launches = ctypes.CDLL(path).fusedmlp_emulation_launches
+    launches.restype = ctypes.c_int64
+    config.emulated_launches = launches
+    extension.unavailable = lambda device_type: (
+        None if device_type == "cpu" else "only CPU tensors are emulated"
+    )
 
-    def unavailable(device_type):
-        return None if device_type == "cpu" else "only CPU tensors are emulated"
 
-    extension.unavailable = unavailable
+def pytest_terminal_summary(terminalreporter, config):
+    terminalreporter.write_line(f"emulated launches: {config.emulated_launches()}")

@@ -1,8 +1,8 @@
 """The CUDA kernels on the CPU: csrc/cuda/*.cu compiled by the C++ compiler, run by csrc/emulation.
 
-The launchers are called through ctypes on CPU tensors. Every call names the memory it may touch, so
-that an access outside of it is an error, as are misaligned accesses and barriers that not all threads
-reach. Imports nothing of the package's kernels.
+The launchers are called through ctypes on CPU tensors. Every call names the memory it may touch,
+so that an access outside of it is an error, as are misaligned accesses and barriers that not all
+threads reach. Imports nothing of the package's kernels.
 """
 
 import ctypes

@@ -76,7 +76,7 @@ def aligned(t, pad=0):
 # --- bias_act_dropout ---------------------------------------------------------------------------
 
 # (M, N): one element; 16-byte rows and not; a Philox group cut off; blocks and chunks of several
-ELEMENTS = [(1, 1), (37, 29), (64, 64), (3, 1031), (700, 20), (33, 1096)]
+ELEMENTS = [(1, 1), (37, 29), (64, 64), (3, 1031), (700, 20), (5, 1096)]
 
 
 @pytest.mark.parametrize("shape", ELEMENTS, ids=str)
@@ -110,6 +110,22 @@ def test_sums_of_many_blocks_have_the_same_bits_in_every_order_of_threads(act, s
     for got in results[1:]:
         assert all(torch.equal(got[name], results[0][name]) for name in got)
     assert_within_budget(case, inputs, **results[0])
+
+
+@pytest.mark.parametrize("columns", [1000, 1004, 999])
+def test_large_sizes_take_several_groups_a_thread_and_wide_tiles(columns):
+    m, dtype = 2100, torch.float16
+    x, dy = torch.randn(2, m, columns).to(dtype)
+    b = torch.randn(columns)
+    mask = keep(m, columns, 0.25)
+    args = b, None, STATE, *numbers("relu", 0.25)
+    y = emulation.bias_act_dropout_fwd(x, *args)
+    expected = torch.where(mask, F.relu(x.float() + b) * numbers(p=0.25)[3], 0.0).to(dtype)
+    assert torch.equal(y, expected)
+    dz, db, _ = emulation.bias_act_dropout_bwd(dy, y, *args, 1, True, False)
+    kept = torch.where(y <= 0, 0.0, dy.float() * numbers(p=0.25)[3])
+    assert torch.equal(dz, kept.to(dtype))
+    torch.testing.assert_close(db, kept.double().sum(0).float(), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("columns", [16, 20, 17])
@@ -213,7 +229,9 @@ def test_cross_entropy_is_that_of_torch(shape, smoothing, machine):
 def test_cross_entropy_of_infinite_logits_and_of_unknown_targets():
     x = torch.tensor([[1.0, -torch.inf, 2.0], [1e4, -1e4, 0.0], [1.0, 2.0, 3.0], [0.0, 0.0, 0.0]])
     losses, dx = emulation.cross_entropy(x, torch.tensor([0, 0, 3, -1]))
-    torch.testing.assert_close(losses[:2], F.cross_entropy(x[:2], torch.tensor([0, 0]), reduction="none"))
+    torch.testing.assert_close(
+        losses[:2], F.cross_entropy(x[:2], torch.tensor([0, 0]), reduction="none")
+    )
     assert losses[2:].isnan().all() and dx[2:].isnan().all() and dx[:2].isfinite().all()
 
 
@@ -229,7 +247,9 @@ def test_emulated_16_bit_numbers_are_those_of_torch():
     for dtype in HALVES:
         every = bits.view(dtype)
         every = every[~every.isnan()].reshape(1, -1)
-        assert torch.equal(emulation.bias_act_dropout_fwd(every, None, None, None, *numbers()), every)
+        assert torch.equal(
+            emulation.bias_act_dropout_fwd(every, None, None, None, *numbers()), every
+        )
         # An fp32 bias on -0, rounded once: what the store does.
         zeros = torch.full((1, floats.numel()), -0.0, dtype=dtype)
         got = emulation.bias_act_dropout_fwd(zeros, floats, None, None, *numbers())
@@ -325,4 +345,5 @@ def test_the_op_suite_passes_on_emulated_kernels():
     )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     passed = re.search(r"(\d+) passed", run.stdout)
-    assert passed and int(passed[1]) > 100, run.stdout[-1000:]
+    launches = re.search(r"emulated launches: (\d+)", run.stdout)
+    assert int(passed[1]) > 100 and int(launches[1]) > 1000, run.stdout[-1000:]

@@ -23,8 +23,10 @@ ALLOWED = {
     "ops": {"dispatch"},
     "autograd": {"ops", "differentiable"},
     "functional": {"autograd", "ops", "dispatch", "differentiable"},
-    "surgery": {"functional", "dispatch", "nn", "ops"},
-    "nn": {"functional", "dispatch", "surgery"},
+    "surgery": {"functional", "dispatch", "nn", "ops", "tracing"},
+    "nn": {"functional", "dispatch", "surgery", "tracing", "measure"},
+    "tracing": {"functional", "nn"},
+    "measure": {"surgery"},
     "verify": {"functional", "dispatch", "differentiable"},
     "info": {"dispatch", "kernels", "verify"},
 }

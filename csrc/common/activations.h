@@ -103,9 +103,10 @@ FUSEDMLP_HD float act_grad_z(float z, float slope) {
     } else if constexpr (ACT == kGelu) {
         return gelu_cdf(z) + z * (kInvSqrt2Pi * expf(-0.5f * z * z));
     } else if constexpr (ACT == kGeluTanh) {
-        const float s = scalar_sigmoid(gelu_tanh_arg(z));
+        // sigmoid(-u), not 1 - s: the difference alone takes twice the error of PyTorch.
+        const float u = gelu_tanh_arg(z), s = scalar_sigmoid(u);
         const float du = 2.0f * kGeluTanhBeta * (1.0f + 3.0f * kGeluTanhKappa * z * z);
-        return s + z * s * (1.0f - s) * du;
+        return s + z * s * scalar_sigmoid(-u) * du;
     } else if constexpr (ACT == kSilu) {
         const float s = scalar_sigmoid(z);
         return s * (1.0f + z * (1.0f - s));

@@ -52,10 +52,12 @@ class Report:
 
     containers  qualified name -> the parts of a container, in order of their running
     notes       what concerns a container, or the model, as a whole
+    measured    time and memory on an input, if one was given
     """
 
     containers: dict[str, list[Part]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    measured: object | None = None
 
     @property
     def fused(self) -> list[Part]:
@@ -71,10 +73,12 @@ class Report:
             lines.append(f"{name or 'the module itself'}:")
             lines += [f"    {part}" for part in parts] or ["    no children"]
         lines += self.notes
+        if self.measured is not None:
+            lines.append(str(self.measured))
         return "\n".join(lines) or "nothing that could be fused"
 
 
-def of(module: nn.Module) -> Report:
+def of(module: nn.Module, input=None) -> Report:
     """The report on a module and all that is inside it, as it is now."""
     containers, notes, covered = {}, [], set()
     if torch_module._has_any_global_hook():
@@ -87,6 +91,12 @@ def of(module: nn.Module) -> Report:
                 covered.update(id(child) for child in m.children())
             else:
                 notes.append(f"{name or 'the module itself'}: {reason or 'call fusedmlp.fuse'}")
+        elif hasattr(type(m), "fused_parts"):
+            containers[name], layer = [], m.first_layer
+            for container in m.fused_parts():
+                containers[name] += _parts(name, container, layer)
+                covered.update(id(child) for child in container.children())
+                layer += container.layer_count()
     outside = [
         name for name, m in module.named_modules() if type(m) is nn.Linear and id(m) not in covered
     ]
@@ -94,7 +104,26 @@ def of(module: nn.Module) -> Report:
         shown = ", ".join(name or "the module itself" for name in outside[:4])
         more = f" and {len(outside) - 4} more" if len(outside) > 4 else ""
         notes.append(f"not in a fused container, so not fused: {shown}{more}")
-    return Report(containers, notes)
+        notes += _why_not_traced(module, {name.rpartition(".")[0] for name in outside})
+    measured = None
+    if input is not None:
+        from ..measure import measure
+
+        measured = measure(module, input)
+    return Report(containers, notes, measured)
+
+
+def _why_not_traced(module: nn.Module, names: set[str]) -> list[str]:
+    """For modules written as classes: what fuse(trace=True) says of each."""
+    from ..tracing import why_not
+
+    notes = []
+    for name in sorted(names):
+        m = module.get_submodule(name)
+        if not is_fused_module(m) and not type(m).__module__.startswith("torch."):
+            reason = why_not(m) or "call fusedmlp.fuse with trace=True"
+            notes.append(f"{name or 'the module itself'} {type(m).__name__}: {reason}")
+    return notes
 
 
 def why_left_alone(m: nn.Sequential) -> str | None:
@@ -106,10 +135,10 @@ def why_left_alone(m: nn.Sequential) -> str | None:
     return None
 
 
-def _parts(name: str, container: nn.Sequential) -> list[Part]:
+def _parts(name: str, container: nn.Sequential, layer: int | None = None) -> list[Part]:
     names = [f"{name}.{key}" if name else key for key in container._modules]
     children = list(container._modules.values())
-    parts, layer = [], container.first_layer
+    parts, layer = [], container.first_layer if layer is None else layer
     for item in find(children):
         if type(item) is Stretch:
             parts.append(_stretch(item, names, layer))

@@ -79,9 +79,9 @@ class FusedSequential(nn.Sequential):
             for item in find(list(self._modules.values()))
         )
 
-    def report(self) -> report.Report:
-        """What runs as one op, what does not, and why. Print it."""
-        return report.of(self)
+    def report(self, input=None) -> report.Report:
+        """What runs as one op, what does not, and why; on an input also how fast. Print it."""
+        return report.of(self, input)
 
     def __getitem__(self, idx):
         if isinstance(idx, slice):

@@ -27,6 +27,7 @@ from ..nn import FusedSequential
 from .data import Scaling
 from .distributed import ALONE, World
 from .errors import TrainError
+from .native_step import Native
 
 HELD = 1 << 20  # output values that wait on the device before their losses are summed up
 
@@ -206,7 +207,7 @@ class Autograd:
             self.scaler.load_state_dict(state)
 
 
-ENGINES = (Autograd,)  # fastest first
+ENGINES = (Native, Autograd)  # fastest first
 
 
 def choose(name: str, task: Task):

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from . import configs
+from .configs import cdiv
 from .device import act_fwd
 from .epilogue import drop, load_slope, load_stream, pre_activation_grad
 from .launch import dropout_arguments, launch, rows_view, slopes, vector
@@ -183,7 +184,7 @@ def column_sum(partial, out):
     block_s, block_n, warps = configs.column_sum_tile(s, n)
     launch(
         column_sum_kernel,
-        triton.cdiv(n, block_n),
+        cdiv(n, block_n),
         partial,
         out,
         partial,
@@ -245,7 +246,7 @@ def bias_act_dropout_fwd(x, b, slope, state, act, alpha, threshold, scale, layer
     block_m, block_n, warps = configs.elementwise_tile(m, n)
     launch(
         bias_act_dropout_fwd_kernel,
-        triton.cdiv(m, block_m) * triton.cdiv(n, block_n),
+        cdiv(m, block_m) * cdiv(n, block_n),
         x,
         y,
         x2,
@@ -306,7 +307,7 @@ def bias_act_dropout_bwd(
         block_m, block_n, warps = configs.column_tile(m, n)
     else:
         block_m, block_n, warps = configs.elementwise_tile(m, n)
-    tiles_n = triton.cdiv(n, block_n)
+    tiles_n = cdiv(n, block_n)
     steps, splits = configs.row_splits(m, block_m, tiles_n, sums)
     slope_width = n if slope_count == 2 else tiles_n
     out = SlopeAndBiasSums(dy, b, slope, need_db, need_dslope, splits, slope_width, n)

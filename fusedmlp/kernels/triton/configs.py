@@ -14,6 +14,11 @@ def _power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own takes 2 us a call."""
+    return -(-a // b)
+
+
 # Elements of an elementwise tile: 32 for each of 128 threads, so that several 16-byte loads of a
 # thread are in flight. Small tensors take small tiles: below it there are fewer programs than
 # multiprocessors.
@@ -64,6 +69,11 @@ def row_tile(m: int, n: int) -> tuple[int, int, int]:
     return block_m, block_n, 8 if block_n >= 2048 else 4
 
 
+@functools.cache
+def _parts(m: int, n: int, warps: int) -> int:
+    return max(1, min(4, m * n // (16 * 32 * warps), n // 16))
+
+
 class Tile(NamedTuple):
     """One configuration of a GEMM kernel."""
 
@@ -78,8 +88,7 @@ class Tile(NamedTuple):
     @property
     def parts(self) -> int:
         """Parts of its columns that the epilogue takes in turn: about 16 elements a thread each."""
-        wanted = self.m * self.n // (16 * 32 * self.warps)
-        return max(1, min(4, wanted, self.n // 16))
+        return _parts(self.m, self.n, self.warps)
 
     @property
     def backward_parts(self) -> int:

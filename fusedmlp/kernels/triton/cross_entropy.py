@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from . import configs
+from .configs import cdiv
 from .launch import launch
 
 
@@ -126,7 +127,7 @@ def cross_entropy(logits, target, label_smoothing=0.0, ignore_index=-100, grad_s
     block_m, block_n, warps = configs.row_tile(m, c)
     launch(
         cross_entropy_kernel,
-        triton.cdiv(m, block_m),
+        cdiv(m, block_m),
         logits,
         losses,
         dlogits,

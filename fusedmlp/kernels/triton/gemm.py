@@ -1,5 +1,7 @@
 """What the GEMM kernels share: the main loop; on the host, operands, tile and precision."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -7,6 +9,7 @@ from torch import Tensor
 
 from ... import dtypes
 from . import configs, tune
+from .configs import cdiv
 from .launch import INTERPRET, capability
 
 # `tl.dot` takes tf32 unless told otherwise; half-precision products are exact whatever is said.
@@ -127,6 +130,23 @@ def _describable(t: Tensor) -> bool:
     )
 
 
+@functools.lru_cache(maxsize=1024)
+def _constants(kind: str, descriptors: int, even_k: bool, upcast: bool, tile: configs.Tile) -> dict:
+    """Compile-time constants of a product, with warps and stages. Not to be written to."""
+    return {
+        "PRECISION": _PRECISION[kind],
+        "DESCRIPTORS": descriptors,
+        "EVEN_K": even_k,
+        "UPCAST": upcast,
+        "GROUP_M": configs.GROUP_M,
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "BLOCK_K": tile.k,
+        "warps": tile.warps,
+        "stages": tile.stages,
+    }
+
+
 class Product:
     """One x (M, K) times w (N, K) transposed: operands, tile and constants for a kernel's call."""
 
@@ -142,19 +162,10 @@ class Product:
             descriptors = 2 if by_k else 1
         self.operands = self._described(x, w, by_k) if descriptors else (x, w)
         self.strides = (*x.stride(), *w.stride())
-        self.constants = {
-            "PRECISION": _PRECISION[kind],
-            "DESCRIPTORS": descriptors,
-            "EVEN_K": k % tile.k == 0,
-            "UPCAST": INTERPRET and x.dtype == torch.bfloat16,
-            "GROUP_M": configs.GROUP_M,
-            "BLOCK_M": tile.m,
-            "BLOCK_N": tile.n,
-            "BLOCK_K": tile.k,
-            "warps": tile.warps,
-            "stages": tile.stages,
-        }
-        self.tiles_m, self.tiles_n = triton.cdiv(m, tile.m), triton.cdiv(n, tile.n)
+        self.constants = _constants(
+            kind, descriptors, k % tile.k == 0, INTERPRET and x.dtype == torch.bfloat16, tile
+        )
+        self.tiles_m, self.tiles_n = cdiv(m, tile.m), cdiv(n, tile.n)
         self.tiles = self.tiles_m * self.tiles_n
 
     def _described(self, x: Tensor, w: Tensor, by_k: bool):
@@ -168,5 +179,5 @@ class Product:
 
     def split_k(self) -> int:
         """k of one split, a multiple of BLOCK_K."""
-        steps = triton.cdiv(self.k, self.tile.k)
-        return triton.cdiv(steps, self.tile.splits) * self.tile.k
+        steps = cdiv(self.k, self.tile.k)
+        return cdiv(steps, self.tile.splits) * self.tile.k

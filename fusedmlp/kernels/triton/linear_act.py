@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from . import bias_act_dropout, configs
+from .configs import cdiv
 from .device import tile_of
 from .epilogue import load_stream, store_outputs, store_part
 from .gemm import Product, product_tile, use_library
@@ -228,7 +229,7 @@ def _epilogue_arguments(b, slope, state, act, threshold):
 def _split_along_k(p, y, h, x, pointers, numbers, constants):
     """The two kernels of a product that is split along K."""
     split_k = p.split_k()
-    splits = triton.cdiv(p.k, split_k)
+    splits = cdiv(p.k, split_k)
     partial = torch.empty((splits, p.m, p.n), dtype=torch.float32, device=x.device)
     launch(
         linear_act_split_kernel,
@@ -246,7 +247,7 @@ def _split_along_k(p, y, h, x, pointers, numbers, constants):
     block_m, block_n, warps = configs.elementwise_tile(p.m, p.n)
     launch(
         linear_act_merge_kernel,
-        triton.cdiv(p.m, block_m) * triton.cdiv(p.n, block_n),
+        cdiv(p.m, block_m) * cdiv(p.n, block_n),
         x,
         y,
         h,

@@ -7,14 +7,15 @@ of a chain becomes one op is decided by the container, call by call.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .nn.sequential import FusedSequential
-from .nn.stretches import Stretch, find, is_candidate
+from ..nn.sequential import FusedSequential
+from ..nn.stretches import Stretch, find, is_candidate
 
 
 def _dropout(p: float = 0.5, training: bool = True, inplace: bool = False) -> nn.Dropout:
@@ -90,26 +91,30 @@ def module_of(node: fx.Node, root: nn.Module) -> nn.Module | None:
         return None  # PyTorch says what is wrong with it when it runs.
 
 
-def chains(graph: fx.Graph, root: nn.Module) -> list[Chain]:
-    """All chains of which at least one part would run fused."""
-    found, taken = [], set()
+def sequences(graph: fx.Graph, root: nn.Module, module_of) -> Iterator[tuple[list, list]]:
+    """(nodes, modules that do the same) of which each is the only user of the one before it."""
+    taken = set()
     for node in graph.nodes:
-        if node in taken:
-            continue
         nodes, modules = [], []
-        while (m := module_of(node, root)) is not None:
+        while node not in taken and (m := module_of(node, root)) is not None:
             nodes.append(node)
             modules.append(m)
             if len(node.users) != 1 or next(iter(node.users)).args[:1] != (node,):
                 break
             node = next(iter(node.users))
-        if not nodes or any(_writes(user, root) for user in nodes[-1].users):
-            continue  # What an op keeps for backward would be overwritten.
-        container = _container(nodes, modules)
-        if any(is_worth(item) for item in find(modules)):
-            found.append(Chain(nodes, container))
-            taken.update(nodes)
-    return found
+        taken.update(nodes)
+        # What an op keeps for backward would be overwritten.
+        if nodes and not any(writes(user, root) for user in nodes[-1].users):
+            yield nodes, modules
+
+
+def chains(graph: fx.Graph, root: nn.Module) -> list[Chain]:
+    """All chains of which at least one part would run fused."""
+    return [
+        Chain(nodes, _container(nodes, modules))
+        for nodes, modules in sequences(graph, root, module_of)
+        if any(map(is_worth, find(modules)))
+    ]
 
 
 def is_worth(item) -> bool:
@@ -127,7 +132,7 @@ def _container(nodes: list[fx.Node], modules: list[nn.Module]) -> FusedSequentia
     return container
 
 
-def _writes(node: fx.Node, root: nn.Module) -> bool:
+def writes(node: fx.Node, root: nn.Module) -> bool:
     """True if the node may write into its first argument."""
     if node.op == "call_module":
         return bool(getattr(root.get_submodule(node.target), "inplace", False))

@@ -11,14 +11,15 @@ from __future__ import annotations
 import copyreg
 import functools
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx, nn
 
-from .nn.masks import Masks, must_trace
-from .nn.stretches import find, is_candidate
-from .tracing_checks import Seen, Untraceable, Watch, required_arguments
-from .tracing_graph import chains, is_worth, replace
+from ..nn.masks import Masks, must_trace
+from ..nn.stretches import find, is_candidate
+from .checks import Seen, Untraceable, Watch, required_arguments
+from .graph import chains, is_worth, replace
 
 _MOST_TRACES = 8  # of one module; one whose attributes change in every call runs as it is
 _LOCK = threading.RLock()  # torch.fx patches nn.Module while it traces
@@ -100,6 +101,8 @@ class TracedForward:
     """Mixed in before the class of a module: its forward runs fused where a trace holds."""
 
     first_layer = 0
+    plain_class: type  # what unfuse gives back
+    plain_forward: Callable
 
     def forward(self, *args, **kwargs):
         trace, inputs = _trace_for(self, args, kwargs)
@@ -120,8 +123,13 @@ class TracedForward:
     def layer_count(self) -> int:
         """How many layer numbers its stretches take, in the mode that has most."""
         return max(
-            sum(part.layer_count() for part in trace.parts) for trace in in_both_modes(self, trace_of)
+            sum(part.layer_count() for part in trace.parts)
+            for trace in in_both_modes(self, trace_of)
         )
+
+    def fused_parts(self) -> list:
+        """The containers that run in the present mode, for a report."""
+        return trace_of(self).parts
 
     def __getstate__(self):
         state = dict(super().__getstate__())

@@ -20,9 +20,10 @@ from torch import Tensor, fx, nn
 _MISSING = object()
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_STDLIB, _TORCH, _PACKAGE = (
+_STDLIB, _TORCH, _TRACING = (
     os.path.dirname(f) for f in (os.__file__, torch.__file__, os.path.abspath(__file__))
 )
+_PACKAGE = os.path.dirname(_TRACING)
 # What a stand-in answers otherwise than a tensor would, and what happens only while tracing.
 _REFUSED_CALLS = {
     "isinstance": "asks for the type of something",
@@ -248,7 +249,6 @@ class Seen:
             if name not in d or _frozen(d[name], self.names) != value:
                 return False
         return _children(module) == self.children
-
 
     def holds_compiled(self, module: nn.Module) -> bool:
         """What of holds() Dynamo can follow, and guards: mode, children, numbers of the module."""

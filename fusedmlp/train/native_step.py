@@ -1,0 +1,227 @@
+"""The `native` engine: many training steps in one call of C++, for networks of plain layers on a CPU.
+
+Parameters are updated where they lie and the optimiser's state lies in the torch.optim object, so
+checkpoints are those of the `autograd` engine and either goes on from the other's. Update formulas
+and their order of operations are those of torch.optim.SGD and torch.optim.AdamW.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import native_op
+from .data import Scaling
+from .network import Layer, against_parameters, layers_of
+
+if TYPE_CHECKING:
+    from .step import Task
+
+_LOSSES = {"cross_entropy": native_op.CROSS_ENTROPY, "mse": native_op.MSE}
+# Settings of torch.optim that have another formula, and what they must be.
+_PLAIN = {
+    torch.optim.SGD: {"dampening": 0, "maximize": False, "differentiable": False},
+    torch.optim.AdamW: {
+        "amsgrad": False,
+        "maximize": False,
+        "differentiable": False,
+        "capturable": False,
+    },
+}
+_COMMON = ("momentum", "nesterov", "betas", "eps")  # the same for all groups
+_EMPTY = torch.empty(0)
+
+
+class Native:
+    """Forward, loss, backward and update of whole epochs in one call, without Python."""
+
+    name = "native"
+
+    @staticmethod
+    def refuses(task: Task) -> list[str]:
+        if task.device.type != "cpu":
+            return [f"it runs on a CPU, the device is {task.device.type}"]
+        reason = native_op.unavailable()
+        reasons = [] if reason is None else [reason]
+        if task.precision != "fp32":
+            reasons.append(f"it computes in fp32, --precision is {task.precision}")
+        if task.world.size > 1:
+            reasons.append("it runs in one process")
+        reasons += _against_optimizer(task.optimizer)
+        layers, against = layers_of(task.model)
+        reasons += against
+        reasons += against_parameters(task.model, task.optimizer)
+        return reasons + (_against_data(task, layers) if layers and not against else [])
+
+    def __init__(self, task: Task):
+        self.task = task
+        self.layers, _ = layers_of(task.model)
+        self.mask_layers = task.mask_layers
+        self.number = 0
+        self.totals = torch.zeros(3, dtype=torch.float64)
+        self.work = _EMPTY
+        self.parameters = [
+            _EMPTY if t is None else t for layer in self.layers for t in layer.tensors()
+        ]
+        self.present = [p for p in self.parameters if p is not _EMPTY]
+        self.is_adamw = type(task.optimizer) is torch.optim.AdamW
+
+    def set_step(self, number: int) -> None:
+        self.number = number
+
+    def step(self, indices: Tensor) -> None:
+        self.steps(indices, max(1, len(indices)))
+
+    def steps(self, order: Tensor, batch: int) -> None:
+        task = self.task
+        self._run(task.x, task.y, task.scaling, order, batch)
+
+    def step_on(self, inputs: Tensor, targets: Tensor) -> None:
+        order = torch.arange(len(inputs))
+        self._run(inputs.contiguous(), targets.contiguous(), Scaling(), order, max(1, len(order)))
+
+    def _run(self, x: Tensor, y: Tensor, scaling: Scaling, order: Tensor, batch: int) -> None:
+        """x (n, ...), y (n, ...): data; order (steps * batch,): rows of it, the last step fewer."""
+        if len(order) == 0:
+            return
+        group = self.task.optimizer.param_groups[0]
+        momentum = float(group.get("momentum", 0.0))
+        beta1, beta2 = group.get("betas", (0.0, 0.0))
+        rule = native_op.NESTEROV if group.get("nesterov") else native_op.SGD
+        first, second, updates = [], [], 0
+        with torch.no_grad():
+            if self.is_adamw:
+                rule = native_op.ADAMW
+                first, second = self._state("exp_avg"), self._state("exp_avg_sq")
+                updates = int(self.task.optimizer.state[self.present[0]]["step"])
+            elif momentum:
+                first = self._state("momentum_buffer")
+            ints, numbers = self._numbers()
+            while True:
+                needed = native_op.train_steps(
+                    x,
+                    y,
+                    order.contiguous(),
+                    scaling.mean,
+                    scaling.std,
+                    None,
+                    self.parameters,
+                    first,
+                    second,
+                    self.totals,
+                    self.work,
+                    ints,
+                    numbers,
+                    float(scaling.divisor),
+                    batch,
+                    _LOSSES[self.task.loss],
+                    0.0,
+                    rule,
+                    momentum,
+                    float(beta1),
+                    float(beta2),
+                    float(group.get("eps", 0.0)),
+                    updates,
+                    0.0,
+                    self.task.seed,
+                    self.number,
+                    self.mask_layers,
+                )
+                if needed <= self.work.numel():
+                    break
+                self.work = torch.empty(needed)
+            steps = -(-len(order) // batch)
+            if self.is_adamw:
+                torch._foreach_add_([self.task.optimizer.state[p]["step"] for p in self.present], steps)
+        torch.autograd.graph.increment_version(self.present)
+        self.number += steps
+
+    def _numbers(self) -> tuple[list[int], list[float]]:
+        groups = self.task.optimizer.param_groups
+        rates = {
+            id(p): (float(group["lr"]), float(group["weight_decay"]))
+            for group in groups
+            for p in group["params"]
+        }
+        ints: list[int] = []
+        numbers: list[float] = []
+        for layer in self.layers:
+            threshold, scale = layer.dropping()
+            ints += (layer.act, layer.saves(threshold != 0), threshold, layer.number)
+            numbers += (layer.alpha, scale)
+            for t in layer.tensors():
+                numbers += rates.get(id(t), (0.0, 0.0))
+        return ints, numbers
+
+    def _state(self, name: str) -> list[Tensor]:
+        """One entry of the optimiser's state for each parameter, made as torch.optim would."""
+        state, found = self.task.optimizer.state, []
+        for p in self.parameters:
+            if p is _EMPTY:
+                found.append(p)
+                continue
+            mine = state[p]
+            if mine.get(name) is None:
+                # torch.optim starts momentum as a copy of the first gradient: 0 * momentum + it.
+                mine[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            if self.is_adamw and "step" not in mine:
+                mine["step"] = torch.tensor(0.0)
+            found.append(mine[name])
+        return found
+
+    def read(self) -> tuple[float, float, int]:
+        loss, right, rows = self.totals.tolist()
+        self.totals.zero_()
+        return loss, right, int(rows)
+
+    def sync(self) -> None:
+        """Nothing is held back: parameters and state are the task's own tensors."""
+
+    def scaler_state(self) -> dict | None:
+        return None
+
+    def load_scaler_state(self, state: dict | None) -> None:
+        pass
+
+
+def _against_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:
+    plain = _PLAIN.get(type(optimizer))
+    if plain is None:
+        return [f"the optimiser must be SGD or AdamW, got {type(optimizer).__name__}"]
+    groups = optimizer.param_groups
+    reasons = [
+        f"{type(optimizer).__name__} with {name}={group[name]}"
+        for group in groups
+        for name, wanted in plain.items()
+        if group.get(name, wanted) != wanted
+    ]
+    if any(group.get(name) != groups[0].get(name) for group in groups for name in _COMMON):
+        reasons.append("parameter groups may differ in lr and weight_decay only")
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        reasons.append("the optimiser has hooks")
+    return reasons
+
+
+def _against_data(task: Task, layers: list[Layer]) -> list[str]:
+    x, y = task.x, task.y
+    if x is None:
+        return ["its data must be tensors, these come from a loader"]
+    first, last = layers[0].linear, layers[-1].linear
+    reasons = []
+    plain = task.scaling.divisor == 1.0 and task.scaling.mean is None
+    if x.dtype not in (torch.float32, torch.uint8) or (plain and x.dtype == torch.uint8):
+        reasons.append(f"rows must be fp32, or uint8 with a divisor, got {x.dtype}")
+    if not x.is_contiguous() or not y.is_contiguous():
+        reasons.append("data must be contiguous")
+    flattens = type(next(task.model.children())) is torch.nn.Flatten
+    if len(x) == 0 or x[0].numel() != first.in_features or (x.dim() != 2 and not flattens):
+        reasons.append(f"rows must have {first.in_features} values, got {tuple(x.shape[1:])}")
+    if task.loss not in _LOSSES:
+        reasons.append(f"the loss must be cross_entropy or mse, got {task.loss}")
+    wanted = (len(x),) if task.loss == "cross_entropy" else (len(x), last.out_features)
+    dtype = torch.int64 if task.loss == "cross_entropy" else torch.float32
+    if tuple(y.shape) != wanted or y.dtype != dtype:
+        reasons.append(f"targets must be {wanted} of {dtype}, got {tuple(y.shape)} of {y.dtype}")
+    return reasons

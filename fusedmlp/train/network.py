@@ -1,0 +1,122 @@
+"""What the step engines that do not run modules know of a network: its layers, or why they do not.
+
+Does not run anything and does not change a module.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from .. import activations, rng
+from ..nn import FusedSequential
+from ..nn.stretches import Stretch, find, is_tampered, why_not
+
+_ALONE = "only an activation or Dropout that follows a Linear can be part of its layer"
+
+
+@dataclass
+class Layer:
+    """y = drop(act(x w^T + b)); `number` is added to the stream of the step."""
+
+    linear: nn.Linear
+    act: int
+    alpha: float
+    slope: Tensor | None
+    dropout: nn.Dropout | None
+    number: int
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """(w, b, slope), None where there is none."""
+        return self.linear.weight, self.linear.bias, self.slope
+
+    def dropping(self) -> tuple[int, float]:
+        """(threshold, scale), as the Dropout is set now."""
+        dropout = self.dropout
+        if dropout is None or not dropout.training:
+            return 0, 1.0
+        return rng.threshold_and_scale(float(dropout.p))
+
+    def saves(self, dropout: bool) -> int:
+        return activations.saves(self.act, self.alpha, torch.float32, dropout)
+
+
+def layers_of(model: nn.Module) -> tuple[list[Layer], list[str]]:
+    """The layers of a chain of Linear, activation, Dropout, and what stands against it."""
+    kind = type(model)
+    if kind.forward not in (nn.Sequential.forward, FusedSequential.forward):
+        return [], [f"the model must be a Sequential or a FusedMLP, got {kind.__name__}"]
+    if is_tampered(model) or torch_module._has_any_global_hook():
+        return [], ["the model has hooks"]
+    children = list(model.children())
+    while children and type(children[0]) in (nn.Flatten, nn.Identity):
+        first = children.pop(0)
+        if type(first) is nn.Flatten and (first.start_dim, first.end_dim) != (1, -1):
+            return [], ["its Flatten must be one from dimension 1 to the last"]
+        if is_tampered(first):
+            return [], ["its first module has hooks"]
+    layers, reasons = [], []
+    number = model.first_layer if isinstance(model, FusedSequential) else 0
+    for item in find(children):
+        if type(item) is not Stretch:
+            name = type(item.module).__name__
+            reasons.append(f"{name} ({item.index}) is no part of a layer: {why_not(item.module, _ALONE)}")
+        elif item.linear is None:
+            names = ", ".join(type(m).__name__ for m in item.modules)
+            reasons.append(f"{names} ({item.index}) does not follow a Linear; {_ALONE}")
+        else:
+            slope = item.activation.weight if item.act == activations.PRELU else None
+            layer = Layer(item.linear, item.act, item.alpha, slope, item.dropout, number)
+            layers.append(layer)
+            number += 1
+    if not layers and not reasons:
+        reasons.append("the model has no Linear")
+    for before, after in zip(layers, layers[1:], strict=False):
+        if before.linear.out_features != after.linear.in_features:
+            reasons.append("its Linears do not fit one another")
+    if not isinstance(model, FusedSequential) and any(
+        layer.dropout is not None and layer.dropout.p > 0 for layer in layers
+    ):
+        reasons.append(
+            "an nn.Sequential draws its dropout masks from torch's generator; make it a "
+            "FusedSequential with fusedmlp.fuse"
+        )
+    return layers, reasons + [r for layer in layers for r in _against(layer)]
+
+
+def _against(layer: Layer) -> list[str]:
+    linear, slope = layer.linear, layer.slope
+    if linear.in_features == 0 or linear.out_features == 0:
+        return ["a Linear without inputs or outputs"]
+    if layer.dropout is not None and not 0 <= layer.dropout.p <= 1:
+        return [f"dropout must be between 0 and 1, got {layer.dropout.p}"]
+    if slope is not None and slope.numel() not in (1, linear.out_features):
+        return ["a PReLU must have one slope, or one for each column"]
+    return [] if math.isfinite(layer.alpha) else ["a slope is not finite"]
+
+
+def against_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Reasons why parameters cannot be updated where they lie, all of them, in fp32 on the CPU."""
+    named = list(model.named_parameters(remove_duplicate=False))
+    reasons = []
+    if len({id(p) for _, p in named}) != len(named) or len(
+        {p.untyped_storage().data_ptr() for _, p in named}
+    ) != len(named):
+        reasons.append("parameters share memory")
+    for name, p in named:
+        if not p.requires_grad:
+            reasons.append(f"{name} is frozen")
+        elif p.dtype != torch.float32 or p.device.type != "cpu" or p.layout != torch.strided:
+            reasons.append(f"{name} must be fp32 on the CPU, got {p.dtype} on {p.device}")
+        elif not p.is_contiguous() or type(p) is not nn.Parameter:
+            reasons.append(f"{name} must be a contiguous plain parameter")
+        elif p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
+            reasons.append(f"{name} has hooks")
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    if sorted(held) != sorted({id(p) for _, p in named}):
+        reasons.append("the optimiser must hold the parameters of the model, all and no others")
+    return reasons
