@@ -5,8 +5,8 @@
 
 Registers, stack and local memory come from cuobjdump's resource report; accesses to local memory
 (spills), tensor-core instructions, asynchronous copies and the widths of global accesses are
-counted in the disassembly. No GPU is needed. Exit status 1 if a kernel uses local memory, or if a kernel
-that is meant to run on tensor cores has none of their instructions.
+counted in the disassembly. No GPU is needed. Exit status 1 if a kernel uses local memory, or if
+a kernel that is meant to run on tensor cores has none of their instructions.
 """
 
 from __future__ import annotations
@@ -26,12 +26,7 @@ from pathlib import Path
 LIBRARY = Path(__file__).resolve().parent.parent / "fusedmlp" / "_native_cuda.so"
 FAMILIES = {0: "plain", 1: "prelu", 2: "smooth"}  # Family in csrc/cuda/epilogue.cuh
 # Bytes of shared memory that launches ask for (the binary does not say): kSumShared and the like.
-DYNAMIC_SHARED = {
-    "bias_act_dropout_bwd": 4096,
-    "add_rows": 1024,
-    "add_column": 1024,
-    "cross_entropy": 32,
-}
+DYNAMIC_SHARED = {"bias_act_dropout_bwd": 4096, "add_rows": 1024, "add_column": 1024}
 
 
 @dataclass

@@ -54,7 +54,7 @@ MAIN = (
     network("20-64-64-10", batch=32),
 )
 SCALING = {
-    "batch": [network("784-256-10", batch=1 << n) for n in range(0, 14, 2)] + [network("784-256-10", batch=8192)],
+    "batch": [network("784-256-10", batch=n) for n in (1, 4, 16, 64, 256, 1024, 4096, 8192)],
     "width": [network(f"784-{w}-10") for w in (16, 64, 256, 512, 1024, 2048)],
     "depth": [network("-".join(["784", *["256"] * d, "10"])) for d in (1, 2, 4, 8)],
 }
@@ -76,7 +76,9 @@ def task_of(net: Network, model: nn.Module) -> Task:
     x = torch.randint(0, 256, (rows, net.dims[0]), generator=generator, dtype=torch.uint8)
     y = torch.randint(0, net.dims[-1], (rows,), generator=generator)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    return Task(model.train(), optimizer, "cross_entropy", torch.device("cpu"), x, y, Scaling(255.0))
+    return Task(
+        model.train(), optimizer, "cross_entropy", torch.device("cpu"), x, y, Scaling(255.0)
+    )
 
 
 def eager(net: Network):
@@ -99,7 +101,10 @@ def eager(net: Network):
 
 
 def native(net: Network):
-    engine = Native(task_of(net, model_of(net)))
+    task = task_of(net, model_of(net))
+    if reasons := Native.refuses(task):
+        raise SystemExit(f"bench.engine_step: the native engine cannot run: {'; '.join(reasons)}")
+    engine = Native(task)
     order = torch.randperm(len(engine.task.y))
     return lambda: engine.steps(order, net.batch)
 

@@ -230,7 +230,12 @@ std::tuple<Tensor, OptionalTensor> linear_act(
         return {y, h};
     }
     const bool bare = n.act == kNone && n.threshold == 0 && !h;
-    const bool add_bias = bare && b && e.params.bias_dtype == e.params.dtype;
+    // The library adds the bias for free, and z is then PyTorch's to the bit: near a kink of ReLU
+    // the sign of z decides a gradient. h is kept without it.
+    const bool add_bias = b && !h && e.params.bias_dtype == e.params.dtype;
+    EpilogueParams rest = e.params;
+    if (add_bias)
+        rest.bias = nullptr;
     const Tensor product = view_2d(op, h ? View(*h) : yv, xm.rows, wm.rows, wm.rows, 1);
     const Tensor left = xm.tensor(op), right = wm.transposed(op);
     check_call(
@@ -239,7 +244,7 @@ std::tuple<Tensor, OptionalTensor> linear_act(
         op, "the matrix product"
     );
     if (!bare || (b && !add_bias))
-        run_fwd(op, device, p.y, h ? p.h : p.y, e.params);
+        run_fwd(op, device, p.y, h ? p.h : p.y, rest);
     return {y, h};
 }
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import types
-import weakref
 
 import torch
 from torch import nn
@@ -236,18 +235,13 @@ class _Copier:
 class _Reporter:
     """`model.report()` for a model whose class does not have it.
 
-    Holds the model weakly, and goes with it through copy.deepcopy and pickle.
+    Holds the model, so that `fuse(model).report()` has one; goes with it through copy.deepcopy and
+    pickle.
     """
 
     def __init__(self, module: nn.Module):
-        self._module = weakref.ref(module)
+        self._module = module
 
     def __call__(self, input=None) -> Report:
         """As fusedmlp.surgery.report."""
-        return of(self._module(), input)
-
-    def __getstate__(self):
-        return {"module": self._module()}
-
-    def __setstate__(self, state):
-        self._module = weakref.ref(state["module"])
+        return of(self._module, input)

@@ -1,5 +1,7 @@
 """Makes Triton's interpreter compute as a GPU does, in two things that decide within the budget."""
 
+import inspect
+
 import numpy as np
 import torch
 
@@ -10,6 +12,16 @@ def _to_or_from_bf16(data: np.ndarray, from_bf16: bool) -> np.ndarray:
         return wide.numpy().view(np.uint32)
     narrow = torch.from_numpy(np.array(data, dtype=np.float32)).bfloat16()
     return narrow.view(torch.int16).numpy().view(np.uint16)
+
+
+def unusable() -> str | None:
+    """Why Triton's interpreter cannot run here, or None."""
+    from triton.runtime import interpreter
+
+    source = inspect.getsource(interpreter._patch_lang_tensor)
+    if "int(self.handle.data))" in source and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        return f"the interpreter of this Triton needs NumPy below 2.4, this is {np.__version__}"
+    return None
 
 
 def repair(monkeypatch) -> None:

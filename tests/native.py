@@ -10,7 +10,6 @@ from fusedmlp.kernels.native import extension
 _REASON = extension.unavailable("cpu")
 needs_native = pytest.mark.skipif(_REASON is not None, reason=f"native on cpu: {_REASON}")
 NATIVE = ops.BY_BACKEND["native"]
-REFERENCE = ops.BY_BACKEND["reference"]
 
 
 def library() -> ctypes.CDLL:

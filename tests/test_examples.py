@@ -148,7 +148,8 @@ def test_generalisation_hangs_on_parameters_weights_and_rows(lesson):
     sizes, norms, rows = (
         figures[name] for name in ("parameters", "squared norm of the weights", "training rows")
     )
-    assert sizes[-1][1] < 0.05 < sizes[0][1]  # many parameters learn wrong labels by heart
+    # 18 % of the labels are wrong: below 9 % more than half of those are learnt by heart.
+    assert sizes[-1][1] < 0.09 < sizes[0][1]
     assert min(error for _, _, error in sizes[1:-1]) < sizes[-1][2]
     assert min(error for _, _, error in norms[1:-1]) < norms[-1][2]
     assert [error for _, _, error in rows] == sorted((e for _, _, e in rows), reverse=True)

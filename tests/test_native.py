@@ -154,8 +154,8 @@ def _assert_same_bits(got, want):
 
 
 # Largest error in units of the last place of the fp64 value, as measured, rounded up. In the tails
-# of gelu and gelu_tanh, where PyTorch's own fp32 has no digit left, exp of a rounded argument is off
-# by as much as its argument; values below FLOOR are not looked at so closely.
+# of gelu and gelu_tanh, where PyTorch's own fp32 has no digit left, an exp of a rounded argument is
+# off by as many places as its argument has; values below FLOOR are not looked at so closely.
 ULP = {
     "elu": 1.1,
     "sigmoid": 2.5,

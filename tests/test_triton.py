@@ -43,6 +43,8 @@ pytestmark = [
 def backend(device, monkeypatch) -> str:
     _skip_unless_usable("triton", device)
     if device == "cpu":
+        if reason := interpreter.unusable():
+            pytest.skip(reason)
         from fusedmlp.kernels.triton import configs
 
         # The interpreter runs one program after the other: fewer and larger ones.

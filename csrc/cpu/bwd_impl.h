@@ -22,7 +22,6 @@ struct Bwd {
     double* db_total;
     double* dslope_total;
     VF scale;
-    VF inverse_scale;
     int64_t width;
     int64_t summed = 0;
     bool stream_out;
@@ -32,8 +31,7 @@ struct Bwd {
           from(static_cast<const T*>(t.saved)), dz(out), dy(in), saved(from), bias(t.bias),
           slope(t.slope), db(t.db ? t.scratch : nullptr),
           dslope(t.dslope ? t.scratch + t.width + cpu::kPad : nullptr), db_total(t.db),
-          dslope_total(t.dslope), scale(set1(t.scale)),
-          inverse_scale(set1(float(1.0 / double(t.scale)))), width(t.width), stream_out(t.stream) {
+          dslope_total(t.dslope), scale(set1(t.scale)), width(t.width), stream_out(t.stream) {
         clear(db);
         clear(dslope);
     }
@@ -72,8 +70,9 @@ struct Bwd {
         if constexpr (DROP)
             g = g * scale;
         if constexpr (SAVES == kSavesY) {
-            if constexpr (DROP && ACT != kRelu)
-                v = v * inverse_scale;
+            // Divided: 1 / scale, rounded, would be off by as much in every term of a sum.
+            if constexpr (DROP && ACT != kRelu && ACT != kLeakyRelu)
+                v = v / scale;
             g = act_grad_y<ACT>(g, v, s);
         } else if constexpr (SAVES == kSavesZ) {
             const VF z = v + b;

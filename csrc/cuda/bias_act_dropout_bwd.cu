@@ -19,12 +19,19 @@ struct BwdArgs {
     const void* dy;     // (M, N)
     const void* saved;  // (M, N) or null
     int saves;          //
+    float scale;        // of kept elements
     float unscale;      // 1 / scale
     Columns columns;
     ColumnTiles tiles;
     SumTarget db;      // of (N,)
     SumTarget dslope;  // of (N,) or of one number
 };
+
+// y / scale. The product alone is off by as much for every element, which a sum over rows shows.
+FUSEDMLP_DEVICE float without_scale(float y, const BwdArgs& p) {
+    const float quotient = y * p.unscale, rest = fmaf(-quotient, p.scale, y);
+    return rest == rest ? fmaf(rest, p.unscale, quotient) : quotient;  // infinite, or NaN
+}
 
 // act'(z) of eight elements. v: the saved values on the way in. negative: min(z, 0), from z only.
 template <class T, int ACT, bool FROM_Y>
@@ -38,7 +45,7 @@ derive(float (&v)[kEight], float (&negative)[kEight], const BwdArgs& p, int64_t 
     FUSEDMLP_UNROLL
     for (int j = 0; j < kEight; ++j) {
         if constexpr (FROM_Y) {
-            v[j] = act_grad_y<ACT>(v[j] * p.unscale, slope[j]);
+            v[j] = act_grad_y<ACT>(ACT == kLeakyRelu ? v[j] : without_scale(v[j], p), slope[j]);
         } else {
             const float z = v[j] + bias[j];
             if constexpr (ACT == kPrelu)
@@ -68,7 +75,7 @@ FUSEDMLP_DEVICE void derive_any(
 }
 
 template <class T, bool VECTOR, int FAMILY>
-FUSEDMLP_KERNEL(kThreads, FAMILY == kPlain ? 5 : 4)
+FUSEDMLP_KERNEL(kThreads, (FAMILY == kPlain ? 5 : FAMILY == kSmooth && sizeof(T) == 4 ? 3 : 4))
 bias_act_dropout_bwd_kernel(const BwdArgs p) {
     // Rows whose loads are under way together: 64 bytes of a thread.
     constexpr int kRows = VECTOR && sizeof(T) == 2 ? 2 : 1;
@@ -79,7 +86,6 @@ bias_act_dropout_bwd_kernel(const BwdArgs p) {
     if (count > 0) {
         const int64_t col = place.col;
         Draws draws = load_draws(e.drop);
-        const float scale = kept_scale(e.drop);
         // y of relu and dropout holds their joint mask.
         const bool relu_mask = FAMILY == kPlain && e.act == kRelu && p.saves == kSavesY;
         const bool draw = draws.on && !relu_mask;
@@ -106,7 +112,7 @@ bias_act_dropout_bwd_kernel(const BwdArgs p) {
                 dy[i].get(dz);
                 FUSEDMLP_UNROLL
                 for (int j = 0; j < kEight; ++j) {
-                    dz[j] *= scale;
+                    dz[j] *= p.scale;
                     negative[j] = 0.0f;
                 }
                 if (p.saved) {
@@ -220,7 +226,8 @@ int launch_bias_act_dropout_bwd(const BiasActDropoutBwdParams& p, float* scratch
     args.dy = p.dy;
     args.saved = p.saves == kSavesNothing || e.act == kNone ? nullptr : p.saved;
     args.saves = args.saved ? p.saves : int(kSavesNothing);
-    args.unscale = e.drop.threshold ? 1.0f / e.drop.scale : 1.0f;
+    args.scale = kept_scale(e.drop);
+    args.unscale = 1.0f / args.scale;
     args.columns = Columns(e);
     args.tiles = make_tiles(p);
     const int64_t db_floats = db_scratch(p, args.tiles),

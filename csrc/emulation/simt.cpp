@@ -109,18 +109,35 @@ void run_block(size_t threads, std::mt19937& random) {
         f.open.clear();
         f.groups.clear();
     }
-    for (;;) {
-        if (order == Order::kShuffled)
-            std::shuffle(turn.begin(), turn.end(), random);
+    const auto run_ready = [&](size_t begin, size_t end) {
         bool moved = false;
-        for (const size_t i : turn) {
+        for (size_t t = begin; t < end; ++t) {
+            const size_t i = turn[t];
             if (fibers[i].done || fibers[i].waits != Barrier::kNone)
                 continue;
             resume(i);
             moved = true;
         }
-        for (size_t begin = 0; begin < threads; begin += 32)
-            moved |= release(begin, std::min(begin + 32, threads), Barrier::kWarp);
+        return moved;
+    };
+    for (;;) {
+        bool moved = false;
+        if (order == Order::kShuffled) {
+            // All warps at about the same pace, their threads mixed.
+            std::shuffle(turn.begin(), turn.end(), random);
+            moved = run_ready(0, threads);
+            for (size_t begin = 0; begin < threads; begin += 32)
+                moved |= release(begin, begin + 32, Barrier::kWarp);
+        } else {
+            // Each warp as far ahead of the next one as the barriers of the block let it.
+            for (size_t begin = 0; begin < threads; begin += 32) {
+                const size_t first = turn[begin] / 32 * 32;
+                while (run_ready(begin, begin + 32)) {
+                    moved = true;
+                    release(first, first + 32, Barrier::kWarp);
+                }
+            }
+        }
         moved |= release(0, threads, Barrier::kBlock);
         if (!moved)
             break;
@@ -234,8 +251,8 @@ int run(const std::function<void()>& kernel, int64_t blocks, int threads, size_t
 
 }  // namespace fusedmlp::emulation
 
-// order: 0 threads forwards, 1 backwards, 2 shuffled between barriers. late: copies land as late as
-// they may, else at once.
+// order: 0 one warp after the other, 1 the same backwards, 2 shuffled between barriers. late:
+// copies land as late as they may, else at once.
 EXPORT void fusedmlp_emulation_set(int order, int late) {
     fusedmlp::emulation::order = static_cast<fusedmlp::emulation::Order>(order);
     fusedmlp::emulation::late_copies = late != 0;

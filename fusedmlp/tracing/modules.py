@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import operator
 import threading
 from collections.abc import Callable
 
@@ -23,6 +24,21 @@ from .graph import chains, is_worth, replace
 
 _MOST_TRACES = 8  # of one module; one whose attributes change in every call runs as it is
 _LOCK = threading.RLock()  # torch.fx patches nn.Module while it traces
+
+
+class _Proxy(fx.Proxy):
+    """Keeps `h += x` what it is; torch.fx would record `h + x`."""
+
+
+def _record(function):
+    def write(self, other):
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return write
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior"):
+    setattr(_Proxy, f"__{_name}__", _record(getattr(operator, _name)))
 
 
 class _Tracer(fx.Tracer):
@@ -47,7 +63,7 @@ class _Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
     def proxy(self, node):
-        return self.watch.kept(super().proxy(node))
+        return self.watch.kept(_Proxy(node, self))
 
     def create_arg(self, a):
         self.watch.check_constant(a, self.root)

@@ -45,6 +45,10 @@ class TrainConfig:
     """L2 penalty of sgd, decoupled decay of adamw"""
     loss: Literal["auto", "cross_entropy", "mse"] = "auto"
     """auto: cross_entropy for classes, mse for a float target"""
+    label_smoothing: float = 0.0
+    """share of a label that goes to all classes alike; cross_entropy only"""
+    clip_norm: float = 0.0
+    """largest norm of all gradients together, longer ones are shortened to it; 0: any"""
     val_split: float = 0.0
     """share of the training rows held out for validation"""
     standardize: bool = False
@@ -158,9 +162,11 @@ def _check_numbers(config: TrainConfig) -> None:
         config.lr is None or (math.isfinite(config.lr) and config.lr > 0),
         "a number above 0",
     )
-    for name in ("momentum", "weight_decay", "init_std"):
+    for name in ("momentum", "weight_decay", "init_std", "clip_norm"):
         value = getattr(config, name)
         need(name, value, math.isfinite(value) and value >= 0, "a number of at least 0")
+    smoothing = config.label_smoothing
+    need("label_smoothing", smoothing, 0.0 <= smoothing <= 1.0, "between 0 and 1")
     need("val_split", config.val_split, 0.0 <= config.val_split < 1.0, "at least 0 and below 1")
     need("seed", config.seed, -(2**63) <= config.seed < 2**63, "a 64-bit integer")
 
@@ -168,6 +174,8 @@ def _check_numbers(config: TrainConfig) -> None:
 def _check_contradictions(config: TrainConfig) -> None:
     if config.optimizer == "adamw" and config.momentum:
         raise UsageError("--momentum belongs to --optimizer sgd; adamw has none")
+    if config.loss == "mse" and config.label_smoothing:
+        raise UsageError("--label-smoothing belongs to --loss cross_entropy; mse has no labels")
     if config.init == "default" and config.init_std != TrainConfig.init_std:
         raise UsageError("--init-std belongs to --init normal; --init default is PyTorch's own")
     if config.target is not None and not str(config.dataset).endswith(".csv"):

@@ -1,4 +1,4 @@
-"""The `native` engine: many training steps in one call of C++, for networks of plain layers on a CPU.
+"""The `native` engine: many steps in one call of C++, for networks of plain layers on a CPU.
 
 Parameters are updated where they lie and the optimiser's state lies in the torch.optim object, so
 checkpoints are those of the `autograd` engine and either goes on from the other's. Update formulas
@@ -117,14 +117,14 @@ class Native:
                     float(scaling.divisor),
                     batch,
                     _LOSSES[self.task.loss],
-                    0.0,
+                    float(self.task.label_smoothing),
                     rule,
                     momentum,
                     float(beta1),
                     float(beta2),
                     float(group.get("eps", 0.0)),
                     updates,
-                    0.0,
+                    float(self.task.clip_norm),
                     self.task.seed,
                     self.number,
                     self.mask_layers,
@@ -134,7 +134,9 @@ class Native:
                 self.work = torch.empty(needed)
             steps = -(-len(order) // batch)
             if self.is_adamw:
-                torch._foreach_add_([self.task.optimizer.state[p]["step"] for p in self.present], steps)
+                torch._foreach_add_(
+                    [self.task.optimizer.state[p]["step"] for p in self.present], steps
+                )
         torch.autograd.graph.increment_version(self.present)
         self.number += steps
 

@@ -64,7 +64,9 @@ def layers_of(model: nn.Module) -> tuple[list[Layer], list[str]]:
     for item in find(children):
         if type(item) is not Stretch:
             name = type(item.module).__name__
-            reasons.append(f"{name} ({item.index}) is no part of a layer: {why_not(item.module, _ALONE)}")
+            reasons.append(
+                f"{name} ({item.index}) is no part of a layer: {why_not(item.module, _ALONE)}"
+            )
         elif item.linear is None:
             names = ", ".join(type(m).__name__ for m in item.modules)
             reasons.append(f"{names} ({item.index}) does not follow a Linear; {_ALONE}")

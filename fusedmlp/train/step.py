@@ -46,6 +46,8 @@ class Task:
     precision: str = "fp32"
     seed: int = 0
     world: World = ALONE
+    label_smoothing: float = 0.0  # of cross_entropy
+    clip_norm: float = 0.0  # largest norm of all gradients together; 0: any
 
     @property
     def mask_layers(self) -> int:
@@ -63,13 +65,15 @@ def autocast(device: torch.device, precision: str):
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
-def loss_of(kind: str, outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+def loss_of(
+    kind: str, outputs: Tensor, targets: Tensor, reduction: str = "mean", smoothing: float = 0.0
+) -> Tensor:
     """Mean or sum over the rows; the squared error of a row is the mean over its outputs.
 
     outputs (B, C), targets (B,) for cross_entropy; both (B, k) for mse
     """
     if kind == "cross_entropy":
-        return F.cross_entropy(outputs, targets, reduction=reduction)
+        return F.cross_entropy(outputs, targets, reduction=reduction, label_smoothing=smoothing)
     loss = F.mse_loss(outputs, targets, reduction=reduction)
     return loss if reduction == "mean" else loss / max(1, targets[0].numel() if len(targets) else 1)
 
@@ -96,7 +100,7 @@ class Meter:
         outputs = torch.cat([pair[0] for pair in self.pending])
         targets = torch.cat([pair[1] for pair in self.pending])
         self.pending, self.held = [], 0
-        self.total += judge(self.task.loss, outputs, targets)
+        self.total += judge(self.task.loss, outputs, targets, self.task.label_smoothing)
 
     def read(self) -> tuple[float, float, int]:
         self._settle()
@@ -105,13 +109,13 @@ class Meter:
         return loss, right, int(rows)
 
 
-def judge(loss: str, outputs: Tensor, targets: Tensor) -> Tensor:
+def judge(loss: str, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
     """(sum of losses, number right, rows) in fp64: the grouping of rows leaves no trace in it."""
     with torch.no_grad():
         if outputs.dtype in (torch.float16, torch.bfloat16):
             outputs = outputs.float()
         if loss == "cross_entropy":
-            each = F.cross_entropy(outputs, targets, reduction="none")
+            each = loss_of(loss, outputs, targets, "none", smoothing)
             right = (outputs.argmax(1) == targets).sum()
         else:
             each = (outputs - targets).square()
@@ -177,21 +181,30 @@ class Autograd:
             with autocast(task.device, task.precision):
                 outputs = self.forward(inputs)
                 if task.world.size == 1:
-                    loss = loss_of(task.loss, outputs, targets)
+                    loss = loss_of(task.loss, outputs, targets, "mean", task.label_smoothing)
                 else:
                     # DDP averages over processes, whose shares may differ: weigh by rows.
-                    loss = loss_of(task.loss, outputs, targets, "sum") * (task.world.size / rows)
+                    loss = loss_of(task.loss, outputs, targets, "sum", task.label_smoothing)
+                    loss = loss * (task.world.size / rows)
             self.optimizer.zero_grad(set_to_none=True)
             if self.scaler is None:
                 loss.backward()
+                self._clip()
                 self.optimizer.step()
             else:
                 self.scaler.scale(loss).backward()
+                if task.clip_norm:
+                    self.scaler.unscale_(self.optimizer)
+                self._clip()
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
         if self.layers:
             self.stream.add_(self.layers)
         self.meter.add(outputs, targets)
+
+    def _clip(self) -> None:
+        if self.task.clip_norm:
+            nn.utils.clip_grad_norm_(self.task.model.parameters(), self.task.clip_norm)
 
     def read(self) -> tuple[float, float, int]:
         return self.meter.read()

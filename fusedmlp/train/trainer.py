@@ -133,6 +133,7 @@ def _prepare(model, given, config, device, world, stop, progress) -> Run:
         scaling, loss = source.of_loader(given, model, config)
     task = step.Task(model, optimizer_for(model, config, loss), loss, device, scaling=scaling)
     task.precision, task.seed, task.world = config.precision, config.seed, world
+    task.label_smoothing, task.clip_norm = config.label_smoothing, config.clip_norm
     if isinstance(given, Data):
         task.x, task.y = data.x_train, data.y_train
     torch.manual_seed(rng_seed(config, world, 0))

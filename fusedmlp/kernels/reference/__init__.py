@@ -45,7 +45,14 @@ def linear_act_fwd(x, w, b, slope, state, act, alpha, threshold, scale, layer, r
 
 def linear_act_infer(x, w, b, slope, state, act, alpha, threshold, scale, layer, row_offset):
     """y (..., N)."""
-    return linear_act_fwd(x, w, b, slope, state, act, alpha, threshold, scale, layer, row_offset)[0]
+    if b is not None and b.dtype == x.dtype:
+        # z is then PyTorch's to the bit: near a kink of ReLU its sign decides a gradient.
+        h, b = F.linear(x, w, b), None
+    else:
+        h = F.linear(x, w)
+    return bias_act_dropout_fwd(
+        h, b, slope, state, act, alpha, threshold, scale, layer, row_offset
+    )
 
 
 def bias_act_dropout_fwd(x, b, slope, state, act, alpha, threshold, scale, layer, row_offset):
