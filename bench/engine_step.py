@@ -3,10 +3,11 @@
     python -m bench.engine_step --threads 2 --out bench/results/engine_step.json
     python -m bench.engine_step --scaling batch width depth --threads 1 2
 
-One process, rounds in which each function is timed once, in random order (timing.py). The engine
-and eager run the same data, order and masks; eager is a loop over tensors in memory, no DataLoader.
-The floor is each product of the step by torch.mm into memory that is there, in the faster of its
-two orientations, both timed first. Times are those of one step; ratios are what to read.
+One process, rounds in which each function is timed once, in random order (timing.py). Eager is a
+plain nn.Sequential with nn.Dropout over the same rows, in memory as floats, no DataLoader; the
+engine gathers and scales uint8 rows as part of its step. The floor is each product of the step by
+torch.mm into memory that is there, in the faster of its two orientations, both timed first.
+Times are those of one step; ratios are what to read. Needs the extension.
 """
 
 from __future__ import annotations

@@ -19,7 +19,11 @@ constexpr size_t kFloats = 8;  // alpha, scale, then learning rate and weight de
 constexpr size_t kParams = 3;  // w, b, slope; one that is not there has no elements
 
 int parallel_for(
-    int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context
+    int64_t begin,
+    int64_t end,
+    int64_t grain,
+    void (*body)(int64_t, int64_t, void*),
+    void* context
 ) {
     return torch_parallel_for(begin, end, grain, body, context);
 }
@@ -37,7 +41,8 @@ View checked(const char* name, const Tensor& t, int32_t dtype) {
 
 float* floats(const char* name, const Tensor& t, int64_t size) {
     const View v = checked(name, t, aoti_torch_dtype_float32());
-    if (v.numel != size) fail(kOp, ": ", name, " must have ", size, " elements, got ", v.shape());
+    if (v.numel != size)
+        fail(kOp, ": ", name, " must have ", size, " elements, got ", v.shape());
     return size ? static_cast<float*>(v.data()) : nullptr;
 }
 
@@ -53,10 +58,13 @@ cpu::StepParam parameter(
     const double* rates
 ) {
     cpu::StepParam p{};
-    if (View(params[at]).numel == 0 && size != 0) return p;
+    if (View(params[at]).numel == 0 && size != 0)
+        return p;
     p.value = floats(name, params[at], size);
-    if (!m1.empty()) p.m1 = floats(name, m1[at], size);
-    if (!m2.empty()) p.m2 = floats(name, m2[at], size);
+    if (!m1.empty())
+        p.m1 = floats(name, m1[at], size);
+    if (!m2.empty())
+        p.m2 = floats(name, m2[at], size);
     p.size = size;
     p.lr = rates[0];
     p.weight_decay = rates[1];
@@ -75,7 +83,10 @@ std::vector<cpu::StepLayer> layers_of(
     if (count == 0 || ints.size() != count * kInts || numbers.size() != count * kFloats ||
         params.size() != count * kParams || (!m1.empty() && m1.size() != params.size()) ||
         (!m2.empty() && m2.size() != params.size()))
-        fail(kOp, ": ", kInts, " ints, ", kFloats, " floats and ", kParams, " tensors must be given for each layer");
+        fail(
+            kOp, ": ", kInts, " ints, ", kFloats, " floats and ", kParams,
+            " tensors must be given for each layer"
+        );
     std::vector<cpu::StepLayer> layers(count);
     for (size_t i = 0; i < count; ++i) {
         cpu::StepLayer& l = layers[i];
@@ -87,14 +98,20 @@ std::vector<cpu::StepLayer> layers_of(
         l.n = w.sizes[0];
         l.k = width;
         width = l.n;
-        if (n[0] < 0 || n[0] >= kActCount) fail(kOp, ": act must be an id in [0, ", int(kActCount), "), got ", n[0]);
+        if (n[0] < 0 || n[0] >= kActCount)
+            fail(kOp, ": act must be an id in [0, ", int(kActCount), "), got ", n[0]);
         l.act = int(n[0]);
         l.saves = int(n[1]);
-        const bool possible = l.act == kNone         ? l.saves == kSavesNothing
+        const bool possible = l.act == kNone       ? l.saves == kSavesNothing
                               : l.saves == kSavesY ? act_has_grad_y(l.act)
-                                                     : l.saves == kSavesZ;
-        if (!possible) fail(kOp, ": saves must be one that ", kActNames[l.act], " can be differentiated from, got ", n[1]);
-        if (n[2] < 0 || n[2] > int64_t(1) << 32) fail(kOp, ": threshold must be in [0, 2^32], got ", n[2]);
+                                                   : l.saves == kSavesZ;
+        if (!possible)
+            fail(
+                kOp, ": saves must be one that ", kActNames[l.act],
+                " can be differentiated from, got ", n[1]
+            );
+        if (n[2] < 0 || n[2] > int64_t(1) << 32)
+            fail(kOp, ": threshold must be in [0, 2^32], got ", n[2]);
         l.threshold = uint64_t(n[2]);
         l.layer = n[3];
         l.alpha = float(f[0]);
@@ -102,9 +119,11 @@ std::vector<cpu::StepLayer> layers_of(
         const size_t at = i * kParams;
         l.w = parameter("weight", at, w.numel, params, m1, m2, f + 2);
         l.b = parameter("bias", at + 1, l.n, params, m1, m2, f + 4);
-        if (l.act != kPrelu) continue;
+        if (l.act != kPrelu)
+            continue;
         const int64_t slopes = View(params[at + 2]).numel;
-        if (slopes != 1 && slopes != l.n) fail(kOp, ": slope must have 1 or N = ", l.n, " elements for prelu, got ", slopes);
+        if (slopes != 1 && slopes != l.n)
+            fail(kOp, ": slope must have 1 or N = ", l.n, " elements for prelu, got ", slopes);
         l.slope = parameter("slope", at + 2, slopes, params, m1, m2, f + 6);
     }
     return layers;
@@ -152,7 +171,8 @@ int64_t train_steps(
     const View xv(x), yv(y), ov = checked("order", order, i64);
     p.scaling.is_bytes = xv.dtype == aoti_torch_dtype_uint8();
     checked("x", x, p.scaling.is_bytes ? xv.dtype : f32);
-    if (xv.dim == 0 || xv.numel == 0) fail(kOp, ": x must be (n, ...) rows, got ", xv.shape());
+    if (xv.dim == 0 || xv.numel == 0)
+        fail(kOp, ": x must be (n, ...) rows, got ", xv.shape());
     const int64_t rows = xv.sizes[0];
     p.scaling.rows = xv.data();
     p.scaling.width = xv.numel / rows;
@@ -160,7 +180,10 @@ int64_t train_steps(
     if (mean && std) {
         p.scaling.mean_size = View(*mean).numel;
         if (p.scaling.mean_size != 1 && p.scaling.mean_size != p.scaling.width)
-            fail(kOp, ": mean must have 1 or ", p.scaling.width, " elements, got ", p.scaling.mean_size);
+            fail(
+                kOp, ": mean must have 1 or ", p.scaling.width, " elements, got ",
+                p.scaling.mean_size
+            );
         p.scaling.mean = floats("mean", *mean, p.scaling.mean_size);
         p.scaling.std = floats("std", *std, p.scaling.mean_size);
     }
@@ -170,19 +193,25 @@ int64_t train_steps(
     checked("y", y, is_classes ? i64 : f32);
     const int64_t outputs = p.layers.back().n;
     if (yv.dim == 0 || yv.sizes[0] != rows || yv.numel != (is_classes ? rows : rows * outputs))
-        fail(kOp, ": y must be (", rows, is_classes ? ",)" : ", N) with N = ", is_classes ? 0 : outputs, ", got ", yv.shape());
+        fail(
+            kOp, ": y must be (", rows,
+            is_classes ? ",)" : ", N) with N = ", is_classes ? 0 : outputs, ", got ", yv.shape()
+        );
     p.targets = yv.data();
     p.loss = int(loss);
     p.smoothing = float(smoothing);
-    if (batch < 1) fail(kOp, ": batch must be at least 1, got ", batch);
+    if (batch < 1)
+        fail(kOp, ": batch must be at least 1, got ", batch);
     p.order = static_cast<const int64_t*>(ov.data());
     p.rows = ov.numel;
     p.batch = batch;
     p.seed = seed;
     p.first_step = first_step;
     p.mask_layers = mask_layers;
-    if (rule < cpu::kSgd || rule > cpu::kAdamW) fail(kOp, ": rule must be 0, 1 or 2, got ", rule);
-    if (rule == cpu::kAdamW && (m1.empty() || m2.empty())) fail(kOp, ": AdamW needs both moments");
+    if (rule < cpu::kSgd || rule > cpu::kAdamW)
+        fail(kOp, ": rule must be 0, 1 or 2, got ", rule);
+    if (rule == cpu::kAdamW && (m1.empty() || m2.empty()))
+        fail(kOp, ": AdamW needs both moments");
     p.rule = int(rule);
     p.momentum = momentum;
     p.beta1 = beta1;
@@ -193,23 +222,29 @@ int64_t train_steps(
     const int64_t steps = (p.rows + batch - 1) / batch;
     if (lr_scale) {
         const View v = checked("lr_scale", *lr_scale, f64);
-        if (v.numel != steps) fail(kOp, ": lr_scale must have one number a step, ", steps, ", got ", v.shape());
+        if (v.numel != steps)
+            fail(kOp, ": lr_scale must have one number a step, ", steps, ", got ", v.shape());
         p.lr_scale = static_cast<const double*>(v.data());
     }
     const View tv = checked("totals", totals, f64), wv = checked("work", work, f32);
-    if (tv.numel != 3) fail(kOp, ": totals must be (3,), got ", tv.shape());
+    if (tv.numel != 3)
+        fail(kOp, ": totals must be (3,), got ", tv.shape());
     p.totals = static_cast<double*>(tv.data());
 
     const int64_t needed = cpu::step_work(p);
-    if (wv.numel < needed || p.rows == 0) return needed;
+    if (wv.numel < needed || p.rows == 0)
+        return needed;
     p.work = static_cast<float*>(wv.data());
     check_order(ov, rows);
-    if (cpu::launch_steps(p, parallel_for)) throw std::runtime_error("train_steps: the CPU kernel failed");
+    if (cpu::launch_steps(p, parallel_for))
+        throw std::runtime_error("train_steps: the CPU kernel failed");
     return needed;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fusedmlp, CPU, m) { m.impl("train_steps.native", TORCH_BOX(&train_steps)); }
+STABLE_TORCH_LIBRARY_IMPL(fusedmlp, CPU, m) {
+    m.impl("train_steps.native", TORCH_BOX(&train_steps));
+}
 
 }  // namespace fusedmlp

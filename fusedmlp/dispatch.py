@@ -95,10 +95,12 @@ def _known(name: object, where: str) -> str | None:
     if name is None or name in _BY_NAME:
         return name
     known = ", ".join(_BY_NAME)
+    where = "FUSEDMLP_BACKEND" if name == _from_environment else where
     raise ValueError(f"{where}: unknown backend {name!r}; known: {known}")
 
 
-_from_environment = _known(os.environ.get("FUSEDMLP_BACKEND") or None, "FUSEDMLP_BACKEND")
+# Looked at when it is first used: an import that raises would leave no command to say why.
+_from_environment = os.environ.get("FUSEDMLP_BACKEND") or None
 _forced: str | None = None
 
 
@@ -288,7 +290,7 @@ def explain(
     if dtype not in dtypes.SUPPORTED:
         raise TypeError(f"explain: dtype must be fp32, fp16, bf16 or fp64, got {dtype}")
     device_type = torch.device(device).type
-    named = explicit(backend)
+    named = _known(explicit(backend), "explain")
     refusals = {b.name: b.refuses(device_type, dtype) for b in BACKENDS}
     refusals = {name: reasons for name, reasons in refusals.items() if reasons}
     size = (

@@ -17,7 +17,8 @@ ENVIRONMENT = {
     "FUSEDMLP_CPU_ISA": "highest instruction set of the CPU kernels: baseline, avx2 or avx512",
     "FUSEDMLP_DATA": "folder of data sets for fusedmlp train",
     "FUSEDMLP_BUILD": "what a build makes: auto, cpu, cuda or none",
-    "FUSEDMLP_AUTOTUNE": "1 lets Triton kernels be tuned when they first run; 0 uses what is kept",
+    "FUSEDMLP_DDP_SECONDS": "how long a process waits for the others of a torchrun; default 180",
+    "FUSEDMLP_AUTOTUNE": "1 lets a call tune its Triton tiles; 0 ignores the kept ones",
 }
 
 

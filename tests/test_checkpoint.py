@@ -53,7 +53,8 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, kind):
     """Stopped in the middle of an epoch, with dropout; the history is the same as well."""
-    settings, data = config(**KINDS[kind]), made_data.blobs()
+    # The hook that stops it is refused by other engines, which sum in another order.
+    settings, data = config(engine="autograd", **KINDS[kind]), made_data.blobs()
     tensors = (data.x_train, data.y_train, data.x_test, data.y_test)
     whole = fit(network(dropout=0.3), tensors, settings)
     net = stop_in(network(dropout=0.3), 60)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
+import signal
 import statistics
 
 import pytest
@@ -17,10 +19,12 @@ from fusedmlp.nn import FusedMLP
 from fusedmlp.train import TrainConfig, TrainError, fit, native_op
 from fusedmlp.train.data import Data, permutation, standardized
 from fusedmlp.train.native_step import Native
+from fusedmlp.train.progress import Quiet
 from fusedmlp.train.step import Task, choose
 
 from . import made_data
 
+made_data.need("safetensors", "matplotlib")
 if (_reason := native_op.unavailable()) is not None:
     pytest.skip(f"native engine: {_reason}", allow_module_level=True)
 
@@ -60,7 +64,7 @@ def state_equal(a: nn.Module, b: nn.Module) -> bool:
 
 # the trajectory
 
-# Drawn once for all loops and seeds of the weights: in plain PyTorch a mask takes as long as a step.
+# Drawn once for all loops and seeds of the weights: in plain PyTorch a mask takes a step's time.
 mask = functools.lru_cache(maxsize=2000)(rng.dropout_mask)
 
 
@@ -304,6 +308,33 @@ def test_auto_takes_it_and_history_is_that_of_autograd():
     for row, other in zip(*(r.history for r in results), strict=True):
         assert row["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
         assert row["train_accuracy"] == pytest.approx(other["train_accuracy"], abs=0.02)
+
+
+class StopAt(Quiet):
+    """Asks for an end, as Ctrl-C does, once that many steps are done."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def steps(self, position, steps):
+        if position.global_step >= self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("settings", [dict(momentum=0.9), dict(optimizer="adamw", lr=0.01)])
+def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, settings):
+    settings = config(engine="native", epochs=4, batch_size=1, **settings)
+    data = made_data.blobs()
+    whole = fit(network(sizes=(12, 16, 3), dropout=0.3), data, settings)
+    out = settings.replace(out=tmp_path / "run")
+    first = fit(network(sizes=(12, 16, 3), dropout=0.3), data, out, progress=StopAt(200))
+    assert first.interrupted and not state_equal(first.model, whole.model)
+    resumed = settings.replace(resume=tmp_path / "run")
+    second = fit(network(sizes=(12, 16, 3), dropout=0.3, seed=9), data, resumed)
+    assert state_equal(second.model, whole.model)
+    assert [row["train_loss"] for row in second.history] == [
+        row["train_loss"] for row in whole.history
+    ]
 
 
 def test_smoothing_and_clipping_of_the_config_reach_both_engines():

@@ -251,7 +251,7 @@ def test_the_mask_of_a_step_is_that_of_its_global_step_and_layer():
         net, torch.optim.SGD(net.parameters(), lr=0.0), "cross_entropy", torch.device("cpu")
     )
     task.x, task.y, task.seed = torch.ones(5, 12), torch.zeros(5, dtype=torch.long), 42
-    engine = step.choose("auto", task)
+    engine = step.choose("autograd", task)
     engine.set_step(7)
     engine.step(torch.arange(5))
     first = rng.dropout_mask(42, 7 * 3, 5, 16, 0.5)

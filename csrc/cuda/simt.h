@@ -46,6 +46,8 @@ template <class V>
 FUSEDMLP_DEVICE void store(V* at, V value) {
     *at = value;
 }
+// Left to itself, the compiler makes four stores of some.
+FUSEDMLP_DEVICE void store(Words* at, Words value) { __stwb(at, value); }
 
 FUSEDMLP_DEVICE char* shared_memory() {
     extern __shared__ __align__(128) char bytes[];

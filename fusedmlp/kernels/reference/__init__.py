@@ -50,9 +50,7 @@ def linear_act_infer(x, w, b, slope, state, act, alpha, threshold, scale, layer,
         h, b = F.linear(x, w, b), None
     else:
         h = F.linear(x, w)
-    return bias_act_dropout_fwd(
-        h, b, slope, state, act, alpha, threshold, scale, layer, row_offset
-    )
+    return bias_act_dropout_fwd(h, b, slope, state, act, alpha, threshold, scale, layer, row_offset)
 
 
 def bias_act_dropout_fwd(x, b, slope, state, act, alpha, threshold, scale, layer, row_offset):
