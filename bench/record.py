@@ -84,7 +84,9 @@ def clocks() -> dict[str, str]:
 
 def header(name: str, module: str, argv: list[str] | None, device: str = "cpu") -> dict:
     """What a results file opens with; its figures follow under 'rows'."""
-    arguments = shlex.join(sys.argv[1:] if argv is None else argv)
+    given = sys.argv[1:] if argv is None else argv
+    # Where something lies on one machine is of no use on another.
+    arguments = shlex.join("DIR" if Path(a).is_absolute() else a for a in given)
     return {
         "name": name,
         "machine": machine(device),
