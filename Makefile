@@ -42,6 +42,7 @@ bench: setup  ## time the ops against eager and compiled PyTorch; ARGS replace -
 	$(PY) -m bench.run $(or $(ARGS),--suite cpu --out bench/results/cpu.json)
 
 kernels: setup  ## compile each GPU kernel and list registers, spills and tensor-core instructions
+	@if [ -f fusedmlp/_native_cuda.so ]; then $(PY) -m bench.cuda_kernels; else echo 'kernels: the CUDA extension is not built; make info says why'; fi
 	$(PY) -m bench.kernels $(ARGS)
 
 readme: setup  ## write the README's tables from the results files
