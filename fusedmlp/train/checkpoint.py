@@ -100,7 +100,7 @@ def check_same_model(model: torch.nn.Module, state: dict, where: str) -> None:
     fit."""
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    for name in wanted.keys() | found.keys():
+    for name in wanted | found:
         if wanted.get(name) != found.get(name):
             raise TrainError(
                 f"{where} belongs to another model: {name} must be {wanted.get(name, 'absent')}, "
