@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from . import checks, dispatch
-from .activations import SAVE_NOTHING, SAVE_Y, SAVE_Z
+from . import checks, dispatch, nets
+from .activations import SAVE_NOTHING, SAVE_Y, SAVE_Z, saves
 
 _EPILOGUE = (
     "Tensor? b, Tensor? slope, Tensor? state, int act, float alpha, "
@@ -28,6 +28,17 @@ SCHEMAS = {
     "bias_act_dropout_bwd": (
         f"(Tensor dy, Tensor? saved, {_EPILOGUE}, int saves, bool need_db, bool need_dslope)"
         " -> (Tensor dz, Tensor db, Tensor dslope)"
+    ),
+    # A whole network, in the flat form of nets.py. Forward gives the y of each layer, then x w^T of
+    # those whose z backward reads, or the last y alone; backward dx, then the gradient of each of
+    # the params, of no elements where it is not needed.
+    "mlp_fwd": (
+        "(Tensor x, Tensor[] params, Tensor? state, int[] ints, float[] numbers, int row_offset, "
+        "bool keep) -> Tensor[]"
+    ),
+    "mlp_bwd": (
+        "(Tensor dy, Tensor x, Tensor[] params, Tensor? state, Tensor[] ys, Tensor[] hs, "
+        "int[] ints, float[] numbers, int row_offset, int[] needs, bool need_dx) -> Tensor[]"
     ),
 }
 
@@ -98,11 +109,78 @@ def _fake_bwd(dy, saved, b, slope, *rest):
     return dy.new_empty(dy.shape), db, dslope
 
 
+def _check_mlp_fwd(x, params, state, ints, numbers, row_offset, keep=True):
+    op, count = "mlp", len(ints) // nets.INTS
+    known = all(bits & nets.W and bits < 8 for bits in nets.bits_of(ints))
+    if (
+        not known
+        or count == 0
+        or len(params) != nets.count_params(ints)
+        or ((len(ints), len(numbers)) != (nets.INTS * count, nets.NUMBERS * count))
+    ):
+        raise ValueError(
+            f"{op}: {nets.INTS} ints, {nets.NUMBERS} floats and the tensors that they name must be "
+            f"given for each layer, got {len(ints)}, {len(numbers)} and {len(params)}"
+        )
+    like = x
+    for layer in nets.layers(params, ints, numbers):
+        columns = layer.w.shape[0] if layer.w.dim() else 0
+        checks.linear(op, like, layer.w, layer.b)
+        checks.epilogue(op, x, columns, layer.act, layer.slope, state, layer.threshold, row_offset)
+        like = x.new_empty((0, columns))
+
+
+def _keeps_z(x, ints, numbers) -> list[bool]:
+    """Of each layer, whether backward reads its z."""
+    return [
+        saves(act, alpha, x.dtype, threshold != 0) == SAVE_Z
+        for act, threshold, alpha in zip(
+            ints[:: nets.INTS], ints[1 :: nets.INTS], numbers[:: nets.NUMBERS], strict=True
+        )
+    ]
+
+
+def _check_mlp_bwd(dy, x, params, state, ys, hs, ints, numbers, row_offset, needs=(), need_dx=True):
+    _check_mlp_fwd(x, params, state, ints, numbers, row_offset)
+    op, count = "mlp", len(ints) // nets.INTS
+    of_z = sum(_keeps_z(x, ints, numbers))
+    if (len(ys), len(hs), len(needs)) != (count, of_z, count):
+        raise ValueError(
+            f"{op}: ys, hs and needs must have {count}, {of_z} and {count} entries, "
+            f"got {len(ys)}, {len(hs)} and {len(needs)}"
+        )
+    width = [layer.w.shape[0] for layer in nets.layers(params, ints, numbers)][-1]
+    wanted = (*x.shape[:-1], width)
+    if dy.shape != wanted:
+        raise ValueError(f"{op}: dy must be {tuple(wanted)} like the output, got {tuple(dy.shape)}")
+
+
+def _fake_mlp_fwd(x, params, state, ints, numbers, row_offset, keep):
+    _check_mlp_fwd(x, params, state, ints, numbers, row_offset)
+    widths = [layer.w.shape[0] for layer in nets.layers(params, ints, numbers)]
+    ys = [x.new_empty((*x.shape[:-1], n)) for n in widths]
+    hs = [
+        x.new_empty((*x.shape[:-1], n))
+        for n, keeps in zip(widths, _keeps_z(x, ints, numbers), strict=True)
+        if keeps
+    ]
+    return ys + hs if keep else ys[-1:]
+
+
+def _fake_mlp_bwd(dy, x, params, state, ys, hs, ints, numbers, row_offset, needs, need_dx):
+    _check_mlp_bwd(dy, x, params, state, ys, hs, ints, numbers, row_offset, needs)
+    wanted = nets.needed(ints, needs)
+    grads = [t.new_empty(t.shape if wants else 0) for t, wants in zip(params, wanted, strict=True)]
+    return [x.new_empty(x.shape if need_dx else 0), *grads]
+
+
 _CHECKS_AND_FAKES = {
     "linear_act_fwd": (_check_linear_act, _fake_linear_act_fwd),
     "linear_act_infer": (_check_linear_act, _fake_linear_act_infer),
     "bias_act_dropout_fwd": (_check_fwd, _fake_fwd),
     "bias_act_dropout_bwd": (_check_bwd, _fake_bwd),
+    "mlp_fwd": (_check_mlp_fwd, _fake_mlp_fwd),
+    "mlp_bwd": (_check_mlp_bwd, _fake_mlp_bwd),
 }
 
 
