@@ -254,14 +254,14 @@ def select_mlp(
     named = explicit(None)
     if named is None:
         named = policy.choose_mlp(device_type, rows, in_features, layers, torch.is_grad_enabled())
-    if named is None or not _has_mlp(named, device_type, dtype):
+    if named is None or not has_mlp(named, device_type, dtype):
         return None
     return named
 
 
 @functools.cache
-def _has_mlp(name: str, device_type: str, dtype: torch.dtype) -> bool:
-    """The reference backend gains nothing by it."""
+def has_mlp(name: str, device_type: str, dtype: torch.dtype) -> bool:
+    """Whether modules use the op mlp of a backend; that of `reference` gains them nothing."""
     if name == "reference" or not _is_usable(name, device_type, dtype, "mlp"):
         return False
     if name == "triton":

@@ -28,7 +28,7 @@ ALLOWED = {
     "nn": {"functional", "autograd_mlp", "dispatch", "surgery", "tracing", "measure"},
     "tracing": {"functional", "nn"},
     "measure": {"surgery"},
-    "verify": {"functional", "dispatch", "differentiable"},
+    "verify": {"functional", "autograd_mlp", "dispatch", "differentiable"},
     "info": {"dispatch", "kernels", "verify"},
 }
 CORE = set(ALLOWED) - {"info", "verify"}

@@ -334,7 +334,7 @@ def test_what_is_put_in_the_place_of_a_parameter_is_seen(change):
 
 def test_modules_on_any_backend_with_the_op(backend, monkeypatch):
     """What nn does with the op, on a backend that is not chosen for it."""
-    monkeypatch.setattr(dispatch, "_has_mlp", lambda name, device, dtype: True)
+    monkeypatch.setattr(dispatch, "has_mlp", lambda name, device, dtype: True)
     fused, x = fusedmlp.fuse(dropout_net(nn.Tanh)), torch.randn(4, 6)
     with fusedmlp.use_backend(backend), fusedmlp.dropout_state(1):
         y = fused(x)

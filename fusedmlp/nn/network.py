@@ -106,11 +106,11 @@ def _parameters(stretch: Stretch) -> tuple[Tensor, Tensor | None, Tensor | None]
 class NetStep:
     """Some stretches as a step of a program: one op on inputs like the first one's."""
 
-    __slots__ = ("drops", "ids", "layer", "like", "net", "records", "stretches")
+    __slots__ = ("backend", "drops", "ids", "layer", "like", "net", "records", "stretches")
 
     def __init__(self, backend: str, layers: list[_Layer], x: Tensor, layer: int):
         self.stretches = [each.stretch for each in layers]
-        self.layer = layer
+        self.layer, self.backend = layer, backend
         self.drops = any(each.threshold for each in layers)
         self.records = torch.is_grad_enabled()
         self.like = x.shape, x.dtype, x.device
