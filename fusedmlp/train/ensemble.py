@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from . import source, step
+from . import schedule, source, step
 from .config import TrainConfig
 from .data import Data, Scaling, permutation, resolved
 from .distributed import ALONE
@@ -150,6 +150,7 @@ def _training(
     task.x, task.y = data.x_train, data.y_train
     task.precision, task.seed = config.precision, config.seed
     task.label_smoothing, task.clip_norm = config.label_smoothing, config.clip_norm
+    task.schedule = schedule.of(config, -(-len(member.rows) // config.batch_size))
     engine = step.choose(config.engine, task)
     engine.set_step(0)
     return _Training(config, device, engine, member.rows.cpu())
