@@ -5,6 +5,7 @@ result = fusedmlp.train.fit(model, (x, y, x_test, y_test), fusedmlp.train.TrainC
 
 from .config import TrainConfig
 from .data import Data, Scaling
+from .ensemble import Member, fit_many, refuses_many
 from .errors import TrainError, UsageError
 from .inference import load
 from .job import run
@@ -13,6 +14,7 @@ from .trainer import Result, fit
 
 __all__ = [
     "Data",
+    "Member",
     "Result",
     "Scaling",
     "TrainConfig",
@@ -20,7 +22,9 @@ __all__ = [
     "UsageError",
     "evaluate",
     "fit",
+    "fit_many",
     "load",
     "predict",
+    "refuses_many",
     "run",
 ]

@@ -86,6 +86,8 @@ class Native:
         """x (n, ...), y (n, ...): data; order (steps * batch,): rows of it, the last step fewer."""
         if len(order) == 0:
             return
+        schedule, steps = self.task.schedule, -(-len(order) // batch)
+        lr_scale = None if schedule.is_constant else schedule.factors(self.number, steps)
         group = self.task.optimizer.param_groups[0]
         momentum = float(group.get("momentum", 0.0))
         beta1, beta2 = group.get("betas", (0.0, 0.0))
@@ -106,7 +108,7 @@ class Native:
                     order.contiguous(),
                     scaling.mean,
                     scaling.std,
-                    None,
+                    lr_scale,
                     self.parameters,
                     first,
                     second,
@@ -132,7 +134,6 @@ class Native:
                 if needed <= self.work.numel():
                     break
                 self.work = torch.empty(needed)
-            steps = -(-len(order) // batch)
             if self.is_adamw:
                 torch._foreach_add_(
                     [self.task.optimizer.state[p]["step"] for p in self.present], steps

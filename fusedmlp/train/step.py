@@ -7,7 +7,7 @@ An engine is made from a Task and has
     steps(order, batch)  one step for each slice of `batch` rows of order; an engine that runs many
                          steps in one call does it here
     step_on(x, y)        one step on inputs and targets from elsewhere (a loader)
-    set_step(number)     the global step that comes next: it decides the masks
+    set_step(number)     the global step that comes next: it decides masks and learning rates
     read()               (sum of losses, number right, rows) since the last read; waits for them
     sync()               parameters and optimiser state, written back into the task's objects
     scaler_state(), load_scaler_state(state)   of fp16's loss scale, None without one
@@ -28,6 +28,7 @@ from .data import Scaling
 from .distributed import ALONE, World
 from .errors import TrainError
 from .native_step import Native
+from .schedule import Schedule
 
 HELD = 1 << 20  # output values that wait on the device before their losses are summed up
 
@@ -48,6 +49,7 @@ class Task:
     world: World = ALONE
     label_smoothing: float = 0.0  # of cross_entropy
     clip_norm: float = 0.0  # largest norm of all gradients together; 0: any
+    schedule: Schedule = field(default_factory=Schedule)  # of the learning rates
 
     @property
     def mask_layers(self) -> int:
@@ -149,9 +151,20 @@ class Autograd:
         self.state = torch.tensor([task.seed, 0], dtype=torch.int64, device=task.device)
         self.stream = self.state[1:]
         self.masks: dict[int, dropout_state] = {}
+        self.number = 0
+        # Without the schedule. A rate that is a tensor is changed in place, as graphs need it.
+        self.rates = [float(group["lr"]) for group in task.optimizer.param_groups]
 
     def set_step(self, number: int) -> None:
+        self.number = number
         self.stream.fill_(number * self.layers)
+
+    def _set_rates(self, factor: float) -> None:
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate * factor)
+            else:
+                group["lr"] = rate * factor
 
     def _masks(self, first_row: int):
         if not self.layers:
@@ -177,6 +190,8 @@ class Autograd:
     ) -> None:
         """inputs (b, ...), targets: this process's rows, first_row on, of a batch of `rows`."""
         task = self.task
+        if not task.schedule.is_constant:
+            self._set_rates(task.schedule.factor(self.number))
         with self._masks(first_row):
             with autocast(task.device, task.precision):
                 outputs = self.forward(inputs)
@@ -198,6 +213,7 @@ class Autograd:
                 self._clip()
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
+        self.number += 1
         if self.layers:
             self.stream.add_(self.layers)
         self.meter.add(outputs, targets)
@@ -210,7 +226,9 @@ class Autograd:
         return self.meter.read()
 
     def sync(self) -> None:
-        pass
+        """The optimiser's groups get back the rates that the schedule multiplies."""
+        if not self.task.schedule.is_constant:
+            self._set_rates(1.0)
 
     def scaler_state(self) -> dict | None:
         return None if self.scaler is None else self.scaler.state_dict()

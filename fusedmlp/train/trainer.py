@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import checkpoint, distributed, finish, source, step
+from . import checkpoint, distributed, finish, schedule, source, step
 from .config import TrainConfig
 from .data import Data, permutation, resolved
 from .distributed import World
@@ -99,6 +99,11 @@ def _resolved(config: TrainConfig, data, saved: dict | None) -> TrainConfig:
         epochs=config.epochs or was.epochs, batch_size=config.batch_size or was.batch_size
     )
     checkpoint.check_same_run(config, was)
+    if was.lr_schedule != "constant" and config.epochs != was.epochs:
+        raise UsageError(
+            f"--resume: --epochs must stay {was.epochs} as in the run, got {config.epochs}: its "
+            f"--lr-schedule {was.lr_schedule} ends there"
+        )
     done = saved["position"]["epoch"]
     # A run that was cut off while it wrote its pictures has no summary yet, and gets them now.
     if config.epochs < done or (
@@ -136,6 +141,10 @@ def _prepare(model, given, config, device, world, stop, progress) -> Run:
     task.label_smoothing, task.clip_norm = config.label_smoothing, config.clip_norm
     if isinstance(given, Data):
         task.x, task.y = data.x_train, data.y_train
+        steps = math.ceil(len(task.x) / config.batch_size)
+    else:
+        steps = given.length
+    task.schedule = schedule.of(config, steps)
     torch.manual_seed(rng_seed(config, world, 0))
     about = finish.describe(model, data)
     return Run(config, world, task, step.choose(config.engine, task), data, progress, stop, about)
