@@ -4,6 +4,7 @@ result = fusedmlp.train.fit(model, (x, y, x_test, y_test), fusedmlp.train.TrainC
 """
 
 from .config import TrainConfig
+from .crossvalidation import CrossvalResult, crossval
 from .data import Data, Scaling
 from .ensemble import Member, fit_many, refuses_many
 from .errors import TrainError, UsageError
@@ -13,6 +14,7 @@ from .model import evaluate, predict
 from .trainer import Result, fit
 
 __all__ = [
+    "CrossvalResult",
     "Data",
     "Member",
     "Result",
@@ -20,6 +22,7 @@ __all__ = [
     "TrainConfig",
     "TrainError",
     "UsageError",
+    "crossval",
     "evaluate",
     "fit",
     "fit_many",
