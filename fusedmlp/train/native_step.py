@@ -7,6 +7,7 @@ and their order of operations are those of torch.optim.SGD and torch.optim.AdamW
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +20,8 @@ from .network import Layer, against_parameters, layers_of
 if TYPE_CHECKING:
     from .step import Task
 
-_LOSSES = {"cross_entropy": native_op.CROSS_ENTROPY, "mse": native_op.MSE}
+LOSSES = {"cross_entropy": native_op.CROSS_ENTROPY, "mse": native_op.MSE}
+_OR = " or ".join(LOSSES)
 # Settings of torch.optim that have another formula, and what they must be.
 _PLAIN = {
     torch.optim.SGD: {"dampening": 0, "maximize": False, "differentiable": False},
@@ -32,6 +34,20 @@ _PLAIN = {
 }
 _COMMON = ("momentum", "nesterov", "betas", "eps")  # the same for all groups
 _EMPTY = torch.empty(0)
+JUDGED_ROWS = 256  # in one forward pass: its activations stay in the L2 cache
+
+
+@dataclass
+class Call:
+    """Of one network for one call of native_op: its docstring says what each is."""
+
+    lr_scale: Tensor | None
+    first: list[Tensor]
+    second: list[Tensor]
+    layer_ints: list[int]
+    layer_floats: list[float]
+    ints: tuple[int, ...]
+    floats: tuple[float, ...]
 
 
 class Native:
@@ -62,6 +78,7 @@ class Native:
         self.number = 0
         self.totals = torch.zeros(3, dtype=torch.float64)
         self.work = _EMPTY
+        self.every = torch.arange(0)
         self.parameters = [
             _EMPTY if t is None else t for layer in self.layers for t in layer.tensors()
         ]
@@ -86,21 +103,11 @@ class Native:
         """x (n, ...), y (n, ...): data; order (steps * batch,): rows of it, the last step fewer."""
         if len(order) == 0:
             return
-        schedule, steps = self.task.schedule, -(-len(order) // batch)
-        lr_scale = None if schedule.is_constant else schedule.factors(self.number, steps)
-        group = self.task.optimizer.param_groups[0]
-        momentum = float(group.get("momentum", 0.0))
-        beta1, beta2 = group.get("betas", (0.0, 0.0))
-        rule = native_op.NESTEROV if group.get("nesterov") else native_op.SGD
-        first, second, updates = [], [], 0
+        steps = -(-len(order) // batch)
         with torch.no_grad():
-            if self.is_adamw:
-                rule = native_op.ADAMW
-                first, second = self._state("exp_avg"), self._state("exp_avg_sq")
-                updates = int(self.task.optimizer.state[self.present[0]]["step"])
-            elif momentum:
-                first = self._state("momentum_buffer")
-            ints, numbers = self._numbers()
+            call = self.call(steps)
+            rule, updates, *place = call.ints
+            smoothing, momentum, beta1, beta2, eps, max_norm = call.floats
             while True:
                 needed = native_op.train_steps(
                     x,
@@ -108,38 +115,97 @@ class Native:
                     order.contiguous(),
                     scaling.mean,
                     scaling.std,
-                    lr_scale,
+                    call.lr_scale,
                     self.parameters,
-                    first,
-                    second,
+                    call.first,
+                    call.second,
                     self.totals,
                     self.work,
-                    ints,
-                    numbers,
+                    call.layer_ints,
+                    call.layer_floats,
                     float(scaling.divisor),
                     batch,
-                    _LOSSES[self.task.loss],
-                    float(self.task.label_smoothing),
+                    LOSSES[self.task.loss],
+                    smoothing,
                     rule,
                     momentum,
-                    float(beta1),
-                    float(beta2),
-                    float(group.get("eps", 0.0)),
+                    beta1,
+                    beta2,
+                    eps,
                     updates,
-                    float(self.task.clip_norm),
-                    self.task.seed,
-                    self.number,
-                    self.mask_layers,
+                    max_norm,
+                    *place,
                 )
                 if needed <= self.work.numel():
                     break
                 self.work = torch.empty(needed)
-            if self.is_adamw:
-                torch._foreach_add_(
-                    [self.task.optimizer.state[p]["step"] for p in self.present], steps
-                )
+            self.advance(steps)
+
+    def call(self, steps: int) -> Call:
+        """What the ops are told of this network for its next steps."""
+        task = self.task
+        group = task.optimizer.param_groups[0]
+        momentum = float(group.get("momentum", 0.0))
+        beta1, beta2 = group.get("betas", (0.0, 0.0))
+        rule = native_op.NESTEROV if group.get("nesterov") else native_op.SGD
+        first, second, updates = [], [], 0
+        if self.is_adamw:
+            rule = native_op.ADAMW
+            first, second = self._state("exp_avg"), self._state("exp_avg_sq")
+            updates = int(task.optimizer.state[self.present[0]]["step"])
+        elif momentum:
+            first = self._state("momentum_buffer")
+        schedule = task.schedule
+        lr_scale = None if schedule.is_constant else schedule.factors(self.number, steps)
+        ints = (rule, updates, task.seed, self.number, self.mask_layers)
+        floats = (
+            float(task.label_smoothing),
+            momentum,
+            float(beta1),
+            float(beta2),
+            float(group.get("eps", 0.0)),
+            float(task.clip_norm),
+        )
+        return Call(lr_scale, first, second, *self._numbers(), ints, floats)
+
+    def advance(self, steps: int) -> None:
+        """These steps are done."""
+        if self.is_adamw:
+            torch._foreach_add_([self.task.optimizer.state[p]["step"] for p in self.present], steps)
         torch.autograd.graph.increment_version(self.present)
         self.number += steps
+
+    def judge(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """(sum of losses, number right, rows) in fp64 over rows x (n, ...) as stored and their
+        targets, in evaluation mode and without label smoothing; None where it cannot take them."""
+        task = self.task
+        if x.device.type != "cpu" or _against_rows(task, x, y, self.layers):
+            return None
+        if len(self.every) != len(x):
+            self.every = torch.arange(len(x))
+        totals = torch.zeros(3, dtype=torch.float64)
+        scaling = task.scaling
+        ints, floats = self._numbers()
+        with torch.no_grad():
+            while True:
+                needed = native_op.judge_rows(
+                    x,
+                    y,
+                    self.every,
+                    scaling.mean,
+                    scaling.std,
+                    self.parameters,
+                    totals,
+                    self.work,
+                    ints,
+                    floats,
+                    float(scaling.divisor),
+                    JUDGED_ROWS,
+                    LOSSES[task.loss],
+                )
+                if needed <= self.work.numel():
+                    return totals
+                self.work = torch.empty(needed)
 
     def _numbers(self) -> tuple[list[int], list[float]]:
         groups = self.task.optimizer.param_groups
@@ -208,9 +274,13 @@ def _against_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:
 
 
 def _against_data(task: Task, layers: list[Layer]) -> list[str]:
-    x, y = task.x, task.y
-    if x is None:
+    if task.x is None:
         return ["its data must be tensors, these come from a loader"]
+    reasons = [] if task.loss in LOSSES else [f"the loss must be {_OR}, got {task.loss}"]
+    return reasons + _against_rows(task, task.x, task.y, layers)
+
+
+def _against_rows(task: Task, x: Tensor, y: Tensor, layers: list[Layer]) -> list[str]:
     first, last = layers[0].linear, layers[-1].linear
     reasons = []
     plain = task.scaling.divisor == 1.0 and task.scaling.mean is None
@@ -221,8 +291,6 @@ def _against_data(task: Task, layers: list[Layer]) -> list[str]:
     flattens = type(next(task.model.children())) is torch.nn.Flatten
     if len(x) == 0 or x[0].numel() != first.in_features or (x.dim() != 2 and not flattens):
         reasons.append(f"rows must have {first.in_features} values, got {tuple(x.shape[1:])}")
-    if task.loss not in _LOSSES:
-        reasons.append(f"the loss must be cross_entropy or mse, got {task.loss}")
     wanted = (len(x),) if task.loss == "cross_entropy" else (len(x), last.out_features)
     dtype = torch.int64 if task.loss == "cross_entropy" else torch.float32
     if tuple(y.shape) != wanted or y.dtype != dtype:

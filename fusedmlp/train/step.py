@@ -9,6 +9,8 @@ An engine is made from a Task and has
     step_on(x, y)        one step on inputs and targets from elsewhere (a loader)
     set_step(number)     the global step that comes next: it decides masks and learning rates
     read()               (sum of losses, number right, rows) since the last read; waits for them
+    judge(x, y)          (sum of losses, number right, rows) over rows that are not trained on, in
+                         evaluation mode; None where the model itself has to be run
     sync()               parameters and optimiser state, written back into the task's objects
     scaler_state(), load_scaler_state(state)   of fp16's loss scale, None without one
 Every engine gives the trajectory of plain PyTorch with the same masks.
@@ -224,6 +226,9 @@ class Autograd:
 
     def read(self) -> tuple[float, float, int]:
         return self.meter.read()
+
+    def judge(self, x: Tensor, y: Tensor) -> None:
+        return None
 
     def sync(self) -> None:
         """The optimiser's groups get back the rates that the schedule multiplies."""

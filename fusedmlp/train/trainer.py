@@ -281,6 +281,10 @@ def _evaluate(run: Run, part: str) -> tuple[float | None, float | None]:
     x, y = getattr(data, f"x_{part}"), getattr(data, f"y_{part}")
     if x is None:
         return None, None
+    sums = run.engine.judge(x, y)
+    if sums is not None:
+        loss, right, rows = sums.tolist()
+        return loss / rows, right / rows if task.loss == "cross_entropy" else None
     return evaluate(
         task.model, x, y, task.scaling, task.loss, precision=task.precision, world=task.world
     )
