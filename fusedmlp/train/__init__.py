@@ -10,7 +10,7 @@ from .errors import TrainError, UsageError
 from .inference import load
 from .job import run
 from .model import evaluate, predict
-from .trainer import Result, fit
+from .trainer import Result, explain, fit
 
 __all__ = [
     "Data",
@@ -21,6 +21,7 @@ __all__ = [
     "TrainError",
     "UsageError",
     "evaluate",
+    "explain",
     "fit",
     "fit_many",
     "load",

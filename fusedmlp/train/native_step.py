@@ -15,24 +15,12 @@ from torch import Tensor
 
 from . import native_op
 from .data import Scaling
-from .network import Layer, against_parameters, layers_of
+from .network import against_data, against_optimizer, against_parameters, against_rows, layers_of
 
 if TYPE_CHECKING:
     from .step import Task
 
 LOSSES = {"cross_entropy": native_op.CROSS_ENTROPY, "mse": native_op.MSE}
-_OR = " or ".join(LOSSES)
-# Settings of torch.optim that have another formula, and what they must be.
-_PLAIN = {
-    torch.optim.SGD: {"dampening": 0, "maximize": False, "differentiable": False},
-    torch.optim.AdamW: {
-        "amsgrad": False,
-        "maximize": False,
-        "differentiable": False,
-        "capturable": False,
-    },
-}
-_COMMON = ("momentum", "nesterov", "betas", "eps")  # the same for all groups
 _EMPTY = torch.empty(0)
 JUDGED_ROWS = 256  # in one forward pass: its activations stay in the L2 cache
 
@@ -54,6 +42,7 @@ class Native:
     """Forward, loss, backward and update of whole epochs in one call, without Python."""
 
     name = "native"
+    automatic = True
 
     @staticmethod
     def refuses(task: Task) -> list[str]:
@@ -65,11 +54,11 @@ class Native:
             reasons.append(f"it computes in fp32, --precision is {task.precision}")
         if task.world.size > 1:
             reasons.append("it runs in one process")
-        reasons += _against_optimizer(task.optimizer)
+        reasons += against_optimizer(task.optimizer)
         layers, against = layers_of(task.model)
         reasons += against
         reasons += against_parameters(task.model, task.optimizer)
-        return reasons + (_against_data(task, layers) if layers and not against else [])
+        return reasons + (against_data(task, layers) if layers and not against else [])
 
     def __init__(self, task: Task):
         self.task = task
@@ -179,7 +168,7 @@ class Native:
         """(sum of losses, number right, rows) in fp64 over rows x (n, ...) as stored and their
         targets, in evaluation mode and without label smoothing; None where it cannot take them."""
         task = self.task
-        if x.device.type != "cpu" or _against_rows(task, x, y, self.layers):
+        if x.device.type != "cpu" or against_rows(task, x, y, self.layers):
             return None
         if len(self.every) != len(x):
             self.every = torch.arange(len(x))
@@ -253,46 +242,3 @@ class Native:
 
     def load_scaler_state(self, state: dict | None) -> None:
         pass
-
-
-def _against_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:
-    plain = _PLAIN.get(type(optimizer))
-    if plain is None:
-        return [f"the optimiser must be SGD or AdamW, got {type(optimizer).__name__}"]
-    groups = optimizer.param_groups
-    reasons = [
-        f"{type(optimizer).__name__} with {name}={group[name]}"
-        for group in groups
-        for name, wanted in plain.items()
-        if group.get(name, wanted) != wanted
-    ]
-    if any(group.get(name) != groups[0].get(name) for group in groups for name in _COMMON):
-        reasons.append("parameter groups may differ in lr and weight_decay only")
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
-        reasons.append("the optimiser has hooks")
-    return reasons
-
-
-def _against_data(task: Task, layers: list[Layer]) -> list[str]:
-    if task.x is None:
-        return ["its data must be tensors, these come from a loader"]
-    reasons = [] if task.loss in LOSSES else [f"the loss must be {_OR}, got {task.loss}"]
-    return reasons + _against_rows(task, task.x, task.y, layers)
-
-
-def _against_rows(task: Task, x: Tensor, y: Tensor, layers: list[Layer]) -> list[str]:
-    first, last = layers[0].linear, layers[-1].linear
-    reasons = []
-    plain = task.scaling.divisor == 1.0 and task.scaling.mean is None
-    if x.dtype not in (torch.float32, torch.uint8) or (plain and x.dtype == torch.uint8):
-        reasons.append(f"rows must be fp32, or uint8 with a divisor, got {x.dtype}")
-    if not x.is_contiguous() or not y.is_contiguous():
-        reasons.append("data must be contiguous")
-    flattens = type(next(task.model.children())) is torch.nn.Flatten
-    if len(x) == 0 or x[0].numel() != first.in_features or (x.dim() != 2 and not flattens):
-        reasons.append(f"rows must have {first.in_features} values, got {tuple(x.shape[1:])}")
-    wanted = (len(x),) if task.loss == "cross_entropy" else (len(x), last.out_features)
-    dtype = torch.int64 if task.loss == "cross_entropy" else torch.float32
-    if tuple(y.shape) != wanted or y.dtype != dtype:
-        reasons.append(f"targets must be {wanted} of {dtype}, got {tuple(y.shape)} of {y.dtype}")
-    return reasons
