@@ -149,10 +149,12 @@ def assert_near_fp64(
     clip=0.0,
     schedule=None,
     scheduler=None,
+    make=None,
     **net,
 ) -> None:
     """Error after each end at most twice that of PyTorch's own loop in fp32: the middle of 3 seeds,
-    as after hundreds of steps either of them may be the lucky one."""
+    as after hundreds of steps either of them may be the lucky one. make: task -> engine, default the
+    native one."""
     ratios: dict = {}
     for seed in range(3):
         model = network(seed=seed, **net)
@@ -160,7 +162,9 @@ def assert_near_fp64(
         truth = Plain(model, data, optimizer, torch.float64, *setting)
         plain = Plain(model, data, optimizer, torch.float32, *setting)
         settings = dict(label_smoothing=smoothing, clip_norm=clip, schedule=schedule or Schedule())
-        engine = engine_of("native", model, data, optimizer, loss, **settings)
+        task = task_of(model, data, optimizer, loss, **settings)
+        engine = choose("native", task) if make is None else make(task)
+        engine.set_step(0)
         batches, done = orders(data, ends[-1]), 0
         for end in ends:
             truth.run(batches[done:end])

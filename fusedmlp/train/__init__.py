@@ -11,7 +11,7 @@ from .errors import TrainError, UsageError
 from .inference import load
 from .job import run
 from .model import evaluate, predict
-from .trainer import Result, fit
+from .trainer import Result, explain, fit
 
 __all__ = [
     "CrossvalResult",
@@ -24,6 +24,7 @@ __all__ = [
     "UsageError",
     "crossval",
     "evaluate",
+    "explain",
     "fit",
     "fit_many",
     "load",

@@ -68,7 +68,7 @@ class TrainConfig:
     """auto: cuda where there is one"""
     backend: Literal["auto", "native", "triton", "reference"] = "auto"
     """kernels of the fused layers; auto: the fastest known"""
-    engine: Literal["auto", "autograd", "native"] = "auto"
+    engine: Literal["auto", "autograd", "native", "graph"] = "auto"
     """how a training step is run; auto: the fastest that supports it"""
     seed: int = 0
     """of the initial weights, the order of the rows and the dropout masks"""

@@ -21,7 +21,7 @@ from .folder import RunFolder, create
 from .model import evaluate, evaluate_batches, optimizer_for
 from .progress import Quiet
 from .state import Run, check_loss, restore, rng_seed, save, set_rng
-from .surroundings import pick_device, surroundings
+from .surroundings import borrowed, pick_device, surroundings
 
 READ_SECONDS = 0.1  # between two reads of the losses; each waits for the device
 SAVE_SECONDS = 1.0  # between two checkpoints at the end of short epochs
@@ -128,7 +128,22 @@ def _check_world(config: TrainConfig, world: World, data) -> None:
         raise UsageError("fit: a loader works in one process; for several pass tensors")
 
 
-def _prepare(model, given, config, device, world, stop, progress) -> Run:
+def explain(model: nn.Module, data, config: TrainConfig | None = None) -> str:
+    """What each engine says to training this, a line each, the one that is taken among them.
+
+    Arguments, errors and what happens to the model's device as in `fit`; nothing is trained.
+    """
+    config = (config or TrainConfig()).check()
+    given = source.of(data, config)
+    config = _resolved(config, given, None)
+    device = pick_device(config)
+    with borrowed(config, device):
+        task, _ = _task(model, given, config, device, distributed.current())
+        return "\n".join(step.why(config.engine, task))
+
+
+def _task(model, given, config, device, world) -> tuple[step.Task, Data | source.Loaders]:
+    """The task, and the data on its device."""
     model.to(device)
     data = given
     if isinstance(given, Data):
@@ -145,6 +160,11 @@ def _prepare(model, given, config, device, world, stop, progress) -> Run:
     else:
         steps = given.length
     task.schedule = schedule.of(config, steps)
+    return task, data
+
+
+def _prepare(model, given, config, device, world, stop, progress) -> Run:
+    task, data = _task(model, given, config, device, world)
     torch.manual_seed(rng_seed(config, world, 0))
     about = finish.describe(model, data)
     return Run(config, world, task, step.choose(config.engine, task), data, progress, stop, about)
@@ -281,6 +301,10 @@ def _evaluate(run: Run, part: str) -> tuple[float | None, float | None]:
     x, y = getattr(data, f"x_{part}"), getattr(data, f"y_{part}")
     if x is None:
         return None, None
+    sums = run.engine.judge(x, y)
+    if sums is not None:
+        loss, right, rows = sums.tolist()
+        return loss / rows, right / rows if task.loss == "cross_entropy" else None
     return evaluate(
         task.model, x, y, task.scaling, task.loss, precision=task.precision, world=task.world
     )
