@@ -41,7 +41,7 @@ def _digits():
 
 def test_each_row_is_held_out_once_and_every_fold_has_each_class():
     data = _digits()
-    splits, notes = cv._splits(data, 5)
+    splits, notes = cv.splits_of(data, 5)
     held = torch.cat([h for _, h in splits])
     assert torch.equal(held.sort().values, torch.arange(len(data.x_train))) and notes == []
     whole = torch.bincount(data.y_train) / 5
@@ -54,7 +54,7 @@ def test_scores_are_those_of_training_each_network_alone():
     result = crossval(QUICK, {"hidden": [(16,), (24, 16)], "dropout": [0.0, 0.3]}, folds=3)
     assert len(result.candidates) == 4
     data = _digits()
-    splits, _ = cv._splits(data, 3)
+    splits, _ = cv.splits_of(data, 3)
     for candidate in result.candidates:
         for number, (kept, held) in enumerate(splits):
             net = models.build(candidate.config, data)
@@ -113,7 +113,7 @@ def test_regression_keeps_units_and_classes_may_be_rare():
     assert plain.best.label == "as set" and plain.best.deviation("val") >= 0
     y = torch.tensor([0, 1] * 19 + [2, 2])
     data = data_sets.Data("rare", x, y, classes=("a", "b", "c"), scaling=Scaling())
-    _, notes = cv._splits(data, 5)
+    _, notes = cv.splits_of(data, 5)
     assert notes == ["class c has only 2 rows, so not every fold has one"]
 
 

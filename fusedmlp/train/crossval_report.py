@@ -220,6 +220,7 @@ def _spread_out(axis, directions: tuple[str, ...], found) -> None:
         return
     for direction in directions:
         getattr(axis, f"set_{direction}scale")("symlog", linthresh=min(errors))
+        getattr(axis, f"set_{direction}lim")(-0.3 * min(errors), 1.4 * max(errors))
 
 
 def _list(axis, found, result) -> None:

@@ -30,7 +30,7 @@ from .trainer import fit
 
 MOST = 64  # networks that fit_many trains in one call
 # Candidates that differ in one of these need calls of their own.
-_SAME = ("activation", "optimizer", "epochs", "batch_size", "precision", "lr_schedule")
+_SAME = ("activation", "optimizer", "epochs", "batch_size", "precision")
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _crossval(config, compare, folds, data, progress, parent) -> CrossvalResult:
     configs = comparing.candidates(config, compare)
     configs = [data_sets.resolved(c, given) for c in configs]
     device = pick_device(config)
-    splits, notes = _splits(given, folds)
+    splits, notes = splits_of(given, folds)
     found = [
         Candidate(
             number + 1,
@@ -189,7 +189,7 @@ def _loaded(config: TrainConfig, data) -> Data:
     return given
 
 
-def _splits(data: Data, folds: int) -> tuple[list[tuple[Tensor, Tensor]], list[str]]:
+def splits_of(data: Data, folds: int) -> tuple[list[tuple[Tensor, Tensor]], list[str]]:
     """((kept, held) rows of each fold, notes)."""
     try:
         from sklearn.model_selection import KFold, StratifiedKFold
