@@ -206,7 +206,7 @@ def measure_threads(net: Network, counts: list[int], budget: float) -> list[dict
 
 
 def ensemble_steps(net: Network) -> int:
-    """Of each network in a call: few for a long step, as 127 networks take their turn in a round."""
+    """Of each network in a call: few for a long step, 127 networks are timed a round."""
     return max(8, 2048 // net.batch)
 
 

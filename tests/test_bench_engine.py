@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 
-import pytest
+from bench import engine_step
 
-from fusedmlp.train import native_op
+from .engines import need_native
 
-engine_step = pytest.importorskip("bench.engine_step", reason="bench/ is not installed")
-if (_reason := native_op.unavailable()) is not None:
-    pytest.skip(f"native engine: {_reason}", allow_module_level=True)
+need_native()
 
 
 def test_every_group_of_scaling_has_its_rows(tmp_path, monkeypatch):

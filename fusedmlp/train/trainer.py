@@ -109,10 +109,10 @@ def _resolved(config: TrainConfig, data, saved: dict | None) -> TrainConfig:
     if config.epochs < done or (
         config.epochs == done and (config.resume / "summary.json").exists()
     ):
-        raise UsageError(
-            f"--resume: {config.resume} has done its {done} epochs; --epochs above {done} goes "
-            "on from there"
-        )
+        way_on = f"--epochs above {done} goes on from there"
+        if was.lr_schedule != "constant":
+            way_on = f"its --lr-schedule {was.lr_schedule} has ended"
+        raise UsageError(f"--resume: {config.resume} has done its {done} epochs; {way_on}")
     return config
 
 
