@@ -182,6 +182,9 @@ def _open(run: Run, saved: dict | None, parent: Path | None) -> None:
         run.folder = world.lead(lambda: create(config.out, parent, config.overwrite, text))
     run.engine.set_step(run.position.global_step)
     run.progress.start(run)
+    if config.engine == "auto" and run.task.device.type == "cpu" and run.engine.name == "autograd":
+        reasons = "; ".join(step.Native.refuses(run.task))
+        run.progress.note(f"the faster engine native is passed over: {reasons}")
 
 
 def _loop(run: Run, saved: dict | None) -> None:
