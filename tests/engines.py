@@ -153,8 +153,8 @@ def assert_near_fp64(
     **net,
 ) -> None:
     """Error after each end at most twice that of PyTorch's own loop in fp32: the middle of 3 seeds,
-    as after hundreds of steps either of them may be the lucky one. make: task -> engine, default the
-    native one."""
+    as after hundreds of steps either of them may be the lucky one. make: task -> engine, the native
+    one where there is none."""
     ratios: dict = {}
     for seed in range(3):
         model = network(seed=seed, **net)

@@ -8,10 +8,12 @@ import functools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedmlp
 from fusedmlp import activations
-from fusedmlp.train import TrainError, explain, fit
+from fusedmlp.kernels import reference
+from fusedmlp.train import TrainError, explain, fit, graph_calls
 from fusedmlp.train.data import Data, permutation, standardized
 from fusedmlp.train.graph_step import STEPS, Graph
 from fusedmlp.train.schedule import Schedule
@@ -206,6 +208,50 @@ def test_more_rows_than_data(device):
         engines[-1].steps(order, 400)
     assert_close(*engines)
     assert engines[0].read()[2] == 640
+
+
+# Reads of a value, results whose size a value decides, and constants made on the host.
+WAITING = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "lift_fresh"}
+
+
+class Watch(TorchDispatchMode):
+    """Notes the name of every aten call."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self.seen.add(function.overloadpacket.__name__)
+        if "device" in kwargs and function.overloadpacket.__name__ == "_to_copy":
+            self.seen.add("_to_copy to a device")
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["nesterov", "adamw"])
+def test_no_call_of_the_sequence_waits_for_a_value(name, precision, monkeypatch):
+    """What a capture would fail at, as far as it shows in the calls; the ops are plain PyTorch's
+    so that theirs show too."""
+    monkeypatch.setitem(graph_calls.BY_BACKEND, "reference", reference)
+    settings = dict(precision=precision, label_smoothing=0.1, clip_norm=1.0)
+    settings["schedule"] = Schedule("cosine", 20, 5)
+    with fusedmlp.use_backend("reference"):
+        engine = on("cpu", made_data.pictures(), OPTIMIZERS[name], **settings)
+        engine.steps(torch.arange(100), 32)
+        engine.calls.load(torch.arange(100), None)
+        with Watch() as watch:
+            engine.calls.step(32)
+    assert {"index_select", "mm", "_log_softmax"} <= watch.seen
+    assert not watch.seen & WAITING and "_to_copy to a device" not in watch.seen
+    with Watch() as watch:
+        torch.ones(3).sum().item()
+        torch.ones(3).nonzero()
+        torch.tensor(1.0)
+        torch.ones(3).to("meta")
+    found = {"_local_scalar_dense", "nonzero", "lift_fresh", "_to_copy to a device"}
+    assert found <= watch.seen
 
 
 # what it refuses

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 import fusedmlp
-from fusedmlp.train import TrainError
+from fusedmlp.train import TrainError, fit
 from fusedmlp.train.native_step import Native
+from fusedmlp.train.progress import Quiet
 from fusedmlp.train.step import choose
 
 from . import made_data
-from .engines import OPTIMIZERS, need_native, network, task_of
+from .engines import OPTIMIZERS, config, need_native, network, task_of
 
 made_data.need("safetensors", "matplotlib")
 need_native()
@@ -77,3 +78,24 @@ def test_what_it_cannot_run_it_refuses_with_the_reason(case):
 def test_other_optimisers_are_refused_and_run_by_autograd(make):
     task = task_of(network(sizes=(12, 16, 3)), made_data.blobs(), make)
     assert Native.refuses(task) and choose("auto", task).name == "autograd"
+
+
+class Notes(Quiet):
+    def __init__(self):
+        self.said = []
+
+    def note(self, text):
+        self.said.append(text)
+
+
+def test_a_run_that_auto_gives_to_autograd_says_why():
+    for settings, wanted in (
+        (dict(precision="bf16"), ["it computes in fp32, --precision is bf16"]),
+        (dict(precision="bf16", engine="autograd"), []),
+        ({}, []),
+    ):
+        notes = Notes()
+        net = network(sizes=(12, 8, 3))
+        fit(net, made_data.blobs(), config(epochs=1, **settings), progress=notes)
+        assert len(notes.said) == len(wanted)
+        assert all(why in said for why, said in zip(wanted, notes.said, strict=True))

@@ -142,6 +142,8 @@ def test_a_resumed_schedule_keeps_its_end(tmp_path):
     fit(network(sizes=(12, 16, 3)), data, settings.replace(out=out))
     with pytest.raises(UsageError, match="--epochs must stay 2 as in the run, got 5"):
         fit(network(sizes=(12, 16, 3)), data, settings.replace(epochs=5, resume=out))
+    with pytest.raises(UsageError, match="has done its 2 epochs; its --lr-schedule linear has end"):
+        fit(network(sizes=(12, 16, 3)), data, settings.replace(resume=out))
     with pytest.raises(UsageError, match="--lr-schedule must stay linear"):
         longer = config(epochs=5, resume=out)
         fit(network(sizes=(12, 16, 3)), data, longer)

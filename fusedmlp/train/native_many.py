@@ -45,17 +45,18 @@ class NativeMany:
     def __init__(self, engines: list[Native], batch: int):
         self.engines, self.batch = engines, batch
         self.work = torch.empty(1, 0)
+        self.chunk = 1  # steps of the next call
 
     def steps(self, orders: list[Tensor]) -> None:
         """One step of each for each `batch` rows of its order; the sums go to engine.read()."""
-        done, chunk = 0, 1
+        done = 0
         while any(done < len(order) for order in orders):
-            last = done + chunk * self.batch
+            last = done + self.chunk * self.batch
             started = time.perf_counter()
             self._call([order[done:last] for order in orders])
             done = last
             if time.perf_counter() - started < CALL_SECONDS / 2:
-                chunk *= 2
+                self.chunk *= 2
 
     @torch.no_grad()
     def _call(self, orders: list[Tensor]) -> None:

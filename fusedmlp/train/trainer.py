@@ -109,10 +109,10 @@ def _resolved(config: TrainConfig, data, saved: dict | None) -> TrainConfig:
     if config.epochs < done or (
         config.epochs == done and (config.resume / "summary.json").exists()
     ):
-        raise UsageError(
-            f"--resume: {config.resume} has done its {done} epochs; --epochs above {done} goes "
-            "on from there"
-        )
+        way_on = f"--epochs above {done} goes on from there"
+        if was.lr_schedule != "constant":
+            way_on = f"its --lr-schedule {was.lr_schedule} has ended"
+        raise UsageError(f"--resume: {config.resume} has done its {done} epochs; {way_on}")
     return config
 
 
@@ -182,6 +182,9 @@ def _open(run: Run, saved: dict | None, parent: Path | None) -> None:
         run.folder = world.lead(lambda: create(config.out, parent, config.overwrite, text))
     run.engine.set_step(run.position.global_step)
     run.progress.start(run)
+    if config.engine == "auto" and run.task.device.type == "cpu" and run.engine.name == "autograd":
+        reasons = "; ".join(step.Native.refuses(run.task))
+        run.progress.note(f"the faster engine native is passed over: {reasons}")
 
 
 def _loop(run: Run, saved: dict | None) -> None:
