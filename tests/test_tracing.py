@@ -79,7 +79,8 @@ def test_functions_of_activations_are_fused(act, backend, device):
     net = Functional(act=act)
     fused, x = fuse(net, trace=True), torch.randn(9, 6, device=device)
     assert [len(names) for names in parts(fused)] == [3]
-    assert "fusedmlp::linear_act" in " ".join(ops_called(lambda: fused(x)))
+    ops = " ".join(ops_called(lambda: fused(x)))
+    assert "fusedmlp::linear_act" in ops or "fusedmlp::mlp" in ops
     torch.testing.assert_close(fused.eval()(x), net.eval()(x))
 
 
