@@ -123,7 +123,6 @@ def test_a_candidate_that_diverges_is_not_chosen():
     result = crossval(config, {"lr": [1e6, 0.01]}, folds=2, data=(x, 10 * x.sum(1)))
     lost, good = result.candidates
     assert result.best is good and math.isnan(lost.mean("val"))
-    config = config.replace(engine="autograd")
     with pytest.raises(RuntimeError, match="every candidate diverged"):
         crossval(config, {"lr": [1e6, 1e7]}, folds=2, data=(x, 10 * x.sum(1)))
 

@@ -95,7 +95,7 @@ def fit_many(
     epochs = max((t.config.epochs for t in trainings), default=0)
     for done in range(1, epochs + 1):
         under_way = [t for t in trainings if not t.is_done]
-        if together:
+        if together and under_way:
             if many is None or len(many.engines) != len(under_way):
                 many = NativeMany([t.engine for t in under_way], under_way[0].config.batch_size)
             _train_epoch(many, under_way)
