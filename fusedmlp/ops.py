@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import checks, dispatch
-from .activations import SAVE_NOTHING, SAVE_Y, SAVE_Z
+from .activations import SAVE_NOTHING, SAVE_Y, SAVE_Z, saves
 
 _EPILOGUE = (
     "Tensor? b, Tensor? slope, Tensor? state, int act, float alpha, "
@@ -28,6 +28,16 @@ SCHEMAS = {
     "bias_act_dropout_bwd": (
         f"(Tensor dy, Tensor? saved, {_EPILOGUE}, int saves, bool need_db, bool need_dslope)"
         " -> (Tensor dz, Tensor db, Tensor dslope)"
+    ),
+    # params: w, b, slope of each layer; ints: act, threshold, layer; numbers: alpha, scale. A
+    # tensor that is not there has no elements.
+    "mlp_fwd": (
+        "(Tensor x, Tensor[] params, Tensor? state, int[] ints, float[] numbers, "
+        "int row_offset, bool keep) -> Tensor[]"
+    ),
+    "mlp_bwd": (
+        "(Tensor dy, Tensor x, Tensor[] params, Tensor? state, Tensor[] ys, Tensor[] hs, "
+        "int[] ints, float[] numbers, int row_offset, int[] needs, bool need_dx) -> Tensor[]"
     ),
 }
 
@@ -98,11 +108,68 @@ def _fake_bwd(dy, saved, b, slope, *rest):
     return dy.new_empty(dy.shape), db, dslope
 
 
+def _check_mlp(x, params, state, ints, numbers, row_offset):
+    op = "mlp"
+    count = len(params) // 3
+    if count == 0 or (len(params), len(ints), len(numbers)) != (3 * count, 3 * count, 2 * count):
+        raise ValueError(
+            f"{op}: 3 tensors, 3 ints and 2 numbers must be given for each layer, "
+            f"got {len(params)}, {len(ints)} and {len(numbers)}"
+        )
+    k = x.shape[-1] if x.dim() else 0
+    for i in range(count):
+        w, b, slope = (t if t.numel() else None for t in params[3 * i : 3 * i + 3])
+        w = params[3 * i]
+        checks.linear(op, x if i == 0 else x.new_empty((*x.shape[:-1], k)), w, b)
+        act, threshold, _ = ints[3 * i : 3 * i + 3]
+        checks.epilogue(op, x, w.shape[0], act, slope, state, threshold, row_offset)
+        k = w.shape[0]
+
+
+def _check_mlp_fwd(x, params, state, ints, numbers, row_offset, keep):
+    _check_mlp(x, params, state, ints, numbers, row_offset)
+
+
+def _check_mlp_bwd(dy, x, params, state, ys, hs, ints, numbers, row_offset, needs, need_dx):
+    _check_mlp(x, params, state, ints, numbers, row_offset)
+    count = len(params) // 3
+    if (len(ys), len(hs), len(needs)) != (count,) * 3:
+        raise ValueError(
+            f"mlp: ys, hs and needs must have {count} elements, one a layer, "
+            f"got {len(ys)}, {len(hs)} and {len(needs)}"
+        )
+    if dy.shape != ys[-1].shape:
+        raise ValueError(
+            f"mlp: dy must be {tuple(ys[-1].shape)} like the output, got {tuple(dy.shape)}"
+        )
+
+
+def _fake_mlp_fwd(x, params, state, ints, numbers, row_offset, keep):
+    _check_mlp_fwd(x, params, state, ints, numbers, row_offset, keep)
+    ys = [x.new_empty((*x.shape[:-1], w.shape[0])) for w in params[::3]]
+    if not keep:
+        return ys[-1:]
+    kinds = [
+        saves(ints[3 * i], numbers[2 * i], x.dtype, ints[3 * i + 1] != 0) for i in range(len(ys))
+    ]
+    return ys + [x.new_empty(y.shape if k == SAVE_Z else 0) for y, k in zip(ys, kinds, strict=True)]
+
+
+def _fake_mlp_bwd(dy, x, params, state, ys, hs, ints, numbers, row_offset, needs, need_dx):
+    _check_mlp_bwd(dy, x, params, state, ys, hs, ints, numbers, row_offset, needs, need_dx)
+    wanted = [needs[at // 3] >> at % 3 & 1 for at in range(len(params))]
+    return [x.new_empty(x.shape if need_dx else 0)] + [
+        t.new_empty(t.shape if want else 0) for t, want in zip(params, wanted, strict=True)
+    ]
+
+
 _CHECKS_AND_FAKES = {
     "linear_act_fwd": (_check_linear_act, _fake_linear_act_fwd),
     "linear_act_infer": (_check_linear_act, _fake_linear_act_infer),
     "bias_act_dropout_fwd": (_check_fwd, _fake_fwd),
     "bias_act_dropout_bwd": (_check_bwd, _fake_bwd),
+    "mlp_fwd": (_check_mlp_fwd, _fake_mlp_fwd),
+    "mlp_bwd": (_check_mlp_bwd, _fake_mlp_bwd),
 }
 
 
