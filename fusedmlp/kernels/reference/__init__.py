@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ... import activations, checks, dtypes, rng
 from ...activations import SAVE_Y, SAVE_Z, TABLE
+from .cross_entropy import cross_entropy  # noqa: F401
 
 
 def _keep(like: Tensor, state, threshold: int, layer: int, row_offset: int) -> Tensor | None:
