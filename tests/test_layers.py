@@ -30,8 +30,9 @@ ALLOWED = {
     "measure": {"surgery"},
     "verify": {"functional", "dispatch", "differentiable"},
     "info": {"dispatch", "kernels", "verify"},
+    "tuning": {"dispatch", "kernels"},
 }
-CORE = set(ALLOWED) - {"info", "verify"}
+CORE = set(ALLOWED) - {"info", "verify", "tuning"}
 
 
 def _imports(path: Path) -> set[str]:
