@@ -106,8 +106,7 @@ def _products(target: str, quick: bool) -> Iterator[Kernel]:
             made = dict(target=target, dtype=dtype, kind=kind, tile=tuple(tile))
             yield Kernel("linear_act", **made, descriptors=int(tile.descriptors))
             yield Kernel("dgrad_act", **made, descriptors=2 * tile.descriptors)
-            if full:
-                # A tile with descriptors then goes by pointers too, as operands are not aligned.
+            if full and configs.for_odd_rows(tile, kind):
                 yield Kernel("linear_act", **made, aligned=False)
                 yield Kernel("dgrad_act", **made, aligned=False)
             if not quick and not tile.descriptors:

@@ -3,6 +3,7 @@
     python -m bench.kernels                    everything, about half an hour on two cores
     python -m bench.kernels --quick            one of each kind, a minute
     python -m bench.kernels --target sm_90 --out bench/results/kernels.json --resume
+    python -m bench.kernels --out bench/results/kernels.json --check
     python -m bench.kernels --dropout-instructions --out bench/results/dropout_instructions.json
 
 No GPU is needed and none is asked for. Exit status 1 if a kernel for an NVIDIA GPU uses local
@@ -13,8 +14,6 @@ should have.
 from __future__ import annotations
 
 import argparse
-import ast
-import hashlib
 import json
 import multiprocessing
 import os
@@ -27,39 +26,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
 from . import record
 from .kernel_cases import TARGETS, Kernel, kernels, sample
 
-# What decides the code of a kernel, and with which arguments it is launched.
-_SOURCES = (
-    "activations.py",
-    "rng.py",
-    *(
-        f"kernels/triton/{name}.py"
-        for name in (
-            "bias_act_dropout",
-            "configs",
-            "cross_entropy",
-            "device",
-            "dgrad_act",
-            "epilogue",
-            "gemm",
-            "launch",
-            "linear_act",
-        )
-    ),
-)
 _PARTIAL_EVERY = 30.0  # seconds between two writings of a results file that is being made
 
 
-def sources_hash() -> str:
-    """Of the kernels' code, comments and layout left out, and Triton's version."""
-    found = hashlib.sha256(triton.__version__.encode())
-    for name in _SOURCES:
-        found.update(ast.dump(ast.parse((record.ROOT / "fusedmlp" / name).read_text())).encode())
-    return found.hexdigest()[:16]
+def _launch(kernel: Kernel) -> Any:
+    from . import triton_build
+
+    with torch_setting(kernel.kind):
+        return triton_build.launches_of(kernel.target, kernel.call)[kernel.part]
+
+
+def code_of(kernel: Kernel) -> str:
+    """A hash of all that decides a kernel's machine code; compiles nothing."""
+    from . import triton_build
+
+    return triton_build.code_hash(_launch(kernel), kernel.target)
 
 
 def report(kernel: Kernel) -> dict[str, Any]:
@@ -76,8 +61,8 @@ def report(kernel: Kernel) -> dict[str, Any]:
         "tile": "x".join(map(str, kernel.tile[:3])),
         "sizes": "aligned" if kernel.aligned else "odd",
     }
-    with torch_setting(kernel.kind):
-        launch = triton_build.launches_of(kernel.target, kernel.call)[kernel.part]
+    launch = _launch(kernel)
+    row["code"] = triton_build.code_hash(launch, kernel.target)
     row |= triton_build.build(launch, kernel.target)
     row["descriptors"] = launch.constants.get("DESCRIPTORS", 0)
     row["tile"] = row["tile"] or "x".join(
@@ -204,21 +189,20 @@ class Results:
 
     def __init__(self, out: Path | None, head: dict[str, Any], todo: list[Kernel], resume: bool):
         self.out, self.head, self.cases = out, head, [k.case for k in todo]
+        self._codes = {k.case: code_of(k) for k in todo} if resume else {}
         self.found: dict[str, dict[str, Any]] = {}
         if resume:
             self.found = {row["case"]: row for row in self._kept()}
         self._written = time.monotonic()
 
     def _kept(self) -> list[dict[str, Any]]:
-        """Rows of an earlier run of the same kernels; those that were wrong are made again."""
+        """Rows of an earlier run whose code is the same; those that were wrong are made again."""
         try:
-            before = json.loads(self.out.read_text())
+            before = json.loads(self.out.read_text())["rows"]
         except (OSError, ValueError):
             return []
-        if before.get("sources") != self.head["sources"]:
-            return []
-        wanted = set(self.cases)
-        return [r for r in before["rows"] if r["case"] in wanted and not r["wrong"]]
+        same = self._codes
+        return [r for r in before if r.get("code") == same.get(r["case"], "") and not r["wrong"]]
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -252,15 +236,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="results file (JSON)")
     parser.add_argument("--resume", action="store_true", help="keep the rows that --out has")
     parser.add_argument(
+        "--check", action="store_true", help="compile nothing: is --out complete and of this code?"
+    )
+    parser.add_argument(
         "--dropout-instructions", action="store_true", help="count what dropout adds, sm_90"
     )
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     args = parser.parse_args(argv)
-    if args.resume and not args.out:
-        parser.error("--resume needs --out")
+    if (args.resume or args.check) and not args.out:
+        parser.error("--resume and --check need --out")
     targets = tuple(args.target or TARGETS)
     name = "dropout_instructions" if args.dropout_instructions else "kernels"
-    head = record.header(name, "bench.kernels", argv) | {"sources": sources_hash()}
+    head = record.header(name, "bench.kernels", argv)
     with tempfile.TemporaryDirectory() as cache:
         # Its own cache: what is timed is compiled here and now.
         os.environ["TRITON_CACHE_DIR"] = cache
@@ -268,7 +255,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.dropout_instructions:
             return _count_dropout(args, head)
         todo = sample() if args.sample else kernels(targets, args.quick)
-        results = Results(args.out, head, list(todo), args.resume)
+        results = Results(args.out, head, list(todo), args.resume or args.check)
+        if args.check:
+            print(f"{len(results.found)} of {len(todo)} kernels are in {args.out}, right")
+            return 0 if len(results.found) == len(todo) else 1
         for row in _compile([k for k in todo if k.case not in results.found], args.workers):
             results.add(row)
             if sys.stderr.isatty():

@@ -184,7 +184,7 @@ def test_fp32_products_obey_torchs_setting(kernels):
 def test_a_large_fp32_product_takes_the_librarys_gemm(kernels, device, monkeypatch):
     from fusedmlp.kernels.triton import configs
 
-    monkeypatch.setattr(configs, "LARGEST_FP32_PRODUCT", 0)
+    monkeypatch.setattr(configs, "LARGEST_SLOW_PRODUCT", 0)
     args = _layer(19, 20, 21, torch.float32, device)
     _assert_within_budget(kernels.linear_act_fwd(*args), reference.linear_act_fwd, args)
 

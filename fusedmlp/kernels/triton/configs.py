@@ -37,10 +37,13 @@ def elementwise_tile(m: int, n: int) -> tuple[int, int, int]:
     return block_m, block_n, 4
 
 
-def column_tile(m: int, n: int) -> tuple[int, int, int]:
+def column_tile(m: int, n: int, itemsize: int) -> tuple[int, int, int]:
     """(BLOCK_M, BLOCK_N, warps) where sums over rows are wanted: narrow, many rows."""
     block_n = max(8, min(_power_of_two(n), 128))
-    block_m = max(1, min(_power_of_two(m), _TILE // block_n))
+    # Half of it for fp32, and for rows that are read element by element: a whole one spilled up to
+    # 184 bytes a thread. By sizes only: the tile is part of the order of sums.
+    tile = _TILE // 2 if itemsize == 4 or n % 16 else _TILE
+    block_m = max(1, min(_power_of_two(m), tile // block_n))
     return block_m, block_n, 4
 
 
@@ -125,9 +128,10 @@ def target(arch: int, processors: int = 132) -> Target:
 
 GROUP_M = 8
 
-# Beyond this many multiplications the library's fp32 GEMM is taken: Triton does ieee fp32 without
-# tensor cores and without the library's register blocking.
-LARGEST_FP32_PRODUCT = 1 << 27
+# Beyond this many multiplications the library's GEMM is taken for ieee fp32, which Triton does
+# without tensor cores and the library's register blocking, and for operands with odd rows, for
+# which only narrow tiles are there.
+LARGEST_SLOW_PRODUCT = 1 << 27
 
 # What can be chosen, by kind: 'half' (fp16, bf16), 'tf32', 'ieee'. From wide to narrow.
 TILES: dict[str, tuple[Tile, ...]] = {
@@ -217,12 +221,35 @@ def cycles(tile: Tile, kind: str, m: int, n: int, k: int, itemsize: int, target:
     return total
 
 
+# Elements of a thread, of both operands and the sums, up to which a kernel that reads its operands
+# element by element keeps them in registers: found by compiling (docs/triton.md).
+_MOST_ELEMENTS = {"half": 95, "tf32": 96, "ieee": 40}
+
+
+def for_odd_rows(tile: Tile, kind: str) -> bool:
+    """Whether a tile is for operands whose rows are not multiples of 16 elements apart."""
+    elements = (tile.m + tile.n) * tile.k + tile.m * tile.n
+    return not tile.descriptors and elements <= _MOST_ELEMENTS[kind] * 32 * tile.warps
+
+
 def candidates(
-    op: str, kind: str, m: int, n: int, k: int, itemsize: int, target: Target
+    op: str,
+    kind: str,
+    m: int,
+    n: int,
+    k: int,
+    itemsize: int,
+    target: Target,
+    odd: bool = False,
 ) -> list[Tile]:
-    """Every tile that can be chosen for a size, split along K where that can pay."""
+    """Every tile that can be chosen for a size, split along K where that can pay.
+
+    odd  rows of an operand are not multiples of 16 elements apart: no vector instruction reads them
+    """
     found = []
     for tile in fitting(kind, itemsize, target):
+        if odd and not for_odd_rows(tile, kind):
+            continue
         # Descriptors are made on the host for each call; they pay where the kernel is long.
         if tile.descriptors and m * n * k < 1 << 30:
             continue
@@ -234,7 +261,16 @@ def candidates(
 
 
 @functools.lru_cache(maxsize=4096)
-def default_tile(op: str, kind: str, m: int, n: int, k: int, itemsize: int, target: Target) -> Tile:
+def default_tile(
+    op: str,
+    kind: str,
+    m: int,
+    n: int,
+    k: int,
+    itemsize: int,
+    target: Target,
+    odd: bool = False,
+) -> Tile:
     """The tile that the model ranks first: what is used where nothing was tuned."""
-    found = candidates(op, kind, m, n, k, itemsize, target)
+    found = candidates(op, kind, m, n, k, itemsize, target, odd)
     return min(found, key=lambda t: cycles(t, kind, m, n, k, itemsize, target))

@@ -68,10 +68,15 @@ def _table_name(device: int) -> str:
     return f"{torch.cuda.get_device_name(device)}, triton {triton.__version__}"
 
 
-def size_class(op: str, kind: str, m: int, n: int, k: int) -> str:
+def size_class(op: str, kind: str, m: int, n: int, k: int, odd: bool = False) -> str:
     """Sizes that share a tile: equal after rounding up to powers of two."""
     up = (1 << max(0, size - 1).bit_length() for size in (m, n, k))
-    return f"{op} {kind} " + "x".join(map(str, up))
+    return f"{op} {kind} " + "x".join(map(str, up)) + " odd" * odd
+
+
+def _odd(op: str, n: int, k: int) -> bool:
+    """Whether the operands that are timed have odd rows (gemm.py); w of dgrad_act is (k, n)."""
+    return bool(k % 16 or (op == "dgrad_act" and n % 16))
 
 
 def forget() -> None:
@@ -83,29 +88,44 @@ def forget() -> None:
 
 @functools.lru_cache(maxsize=4096)
 def _stored(
-    op: str, kind: str, m: int, n: int, k: int, itemsize: int, target: configs.Target, name: str
+    op: str,
+    kind: str,
+    m: int,
+    n: int,
+    k: int,
+    itemsize: int,
+    target: configs.Target,
+    name: str,
+    odd: bool = False,
 ) -> configs.Tile | None:
-    tile = _load().get(name, {}).get(size_class(op, kind, m, n, k))
+    tile = _load().get(name, {}).get(size_class(op, kind, m, n, k, odd))
     if tile is None:
         return None
     tile = configs.Tile(*tile)
     # A file of another version may name a tile that this one does not have.
     known = tile._replace(splits=1) in configs.fitting(kind, itemsize, target)
-    return tile if known else None
+    return tile if known and (not odd or configs.for_odd_rows(tile, kind)) else None
 
 
 def choose(
-    op: str, kind: str, m: int, n: int, k: int, x: torch.Tensor, target: configs.Target
+    op: str,
+    kind: str,
+    m: int,
+    n: int,
+    k: int,
+    x: torch.Tensor,
+    target: configs.Target,
+    odd: bool = False,
 ) -> configs.Tile:
-    """The tile for one call on x's device."""
+    """The tile for one call on x's device; odd: of its operands, as in configs.candidates."""
     itemsize = x.element_size()
     mode = os.environ.get("FUSEDMLP_AUTOTUNE", "")
     if not x.is_cuda or mode == "0" or torch.are_deterministic_algorithms_enabled():
-        return configs.default_tile(op, kind, m, n, k, itemsize, target)
-    stored = _stored(op, kind, m, n, k, itemsize, target, _table_name(x.device.index))
+        return configs.default_tile(op, kind, m, n, k, itemsize, target, odd)
+    stored = _stored(op, kind, m, n, k, itemsize, target, _table_name(x.device.index), odd)
     if stored is None and mode == "1" and not torch.cuda.is_current_stream_capturing():
         stored = tune_one(op, x.dtype, m, n, k, x.device.index)
-    return stored or configs.default_tile(op, kind, m, n, k, itemsize, target)
+    return stored or configs.default_tile(op, kind, m, n, k, itemsize, target, odd)
 
 
 def _call(op: str, dtype: torch.dtype, m: int, n: int, k: int, device: int) -> Callable:
@@ -167,7 +187,8 @@ def candidates(
     from .launch import capability
 
     target = capability(torch.empty(0, device=f"cuda:{device}"))
-    return list(configs.candidates(op, kind_of(dtype), m, n, k, dtype.itemsize, target))
+    kind, odd = kind_of(dtype), _odd(op, n, k)
+    return configs.candidates(op, kind, m, n, k, dtype.itemsize, target, odd)
 
 
 def tune_one(
@@ -201,7 +222,7 @@ def keep(
 
     best = min(times, key=times.get)
     table = _load().setdefault(_table_name(device), {})
-    table[size_class(op, kind_of(dtype), m, n, k)] = list(best)
+    table[size_class(op, kind_of(dtype), m, n, k, _odd(op, n, k))] = list(best)
     _save()
     _stored.cache_clear()
     return best
