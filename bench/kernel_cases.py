@@ -109,7 +109,7 @@ def _products(target: str, quick: bool) -> Iterator[Kernel]:
             if full and configs.for_odd_rows(tile, kind):
                 yield Kernel("linear_act", **made, aligned=False)
                 yield Kernel("dgrad_act", **made, aligned=False)
-            if not quick and not tile.descriptors:
+            if not quick and configs.can_split(tile, tile_target(target)):
                 yield Kernel("linear_act", **made | {"tile": tuple(tile._replace(splits=4))})
         if dtype == "bf16":
             split = tuple(plain[0]._replace(splits=4))

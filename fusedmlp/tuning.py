@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, default=256, help="batch size of --net (256)")
     parser.add_argument("--dtype", action="append", choices=_DTYPES, help="may be repeated (bf16)")
     parser.add_argument("--device", type=int, default=0, help="number of the GPU (0)")
+    parser.add_argument("--missing", action="store_true", help="only sizes without a kept tile")
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     return parser
 
@@ -100,6 +101,8 @@ def command(argv: list[str]) -> int:
     from .kernels.triton import tune
 
     jobs = tune.jobs(shapes, wanted)
+    if args.missing:
+        jobs = [job for job in jobs if not tune.is_kept(*job, args.device)]
     failed = 0
     with _progress(sum(len(tune.candidates(*job, args.device)) for job in jobs)) as (tick, say):
         for job in jobs:

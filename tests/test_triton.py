@@ -213,7 +213,8 @@ def _dgrad_arguments(m, k, n, dtype, device, act, p, slopes=None):
 @pytest.mark.parametrize("act", activations.NAMES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dgrad_act_is_the_gemm_and_the_backward_epilogue(dtype, act, p, kernels, device):
-    args = _dgrad_arguments(67, 13, 27, DTYPES[dtype], device, act, p)
+    # So many columns that the error of the yardstick's column sums is not small by luck.
+    args = _dgrad_arguments(67, 45, 27, DTYPES[dtype], device, act, p)
     _assert_within_budget(kernels.dgrad_act(*args), _dgrad_act_reference, args)
 
 

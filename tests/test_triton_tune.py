@@ -9,7 +9,7 @@ from fusedmlp import cli, dispatch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-SIZES = "linear_act", "half", 4000, 1000, 1000
+SIZES = "linear_act", "half", 4000, 1008, 1008
 DEVICE = "NVIDIA Test, triton 3"
 
 
@@ -120,11 +120,11 @@ def gpu(tune, target, monkeypatch):
 
 
 def test_the_command_keeps_the_fastest_tile_of_each_size(gpu, target, capsys):
-    assert cli.main(["tune", "4000x1000x1000", "--net", "64-32-8", "--rows", "16"]) == 0
+    assert cli.main(["tune", "4000x1008x1008", "--net", "64-32-8", "--rows", "16"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in said[:-1]] == [
-        "linear_act bf16 4000 x 1000 -> 1000",
-        "dgrad_act bf16 4000 x 1000 -> 1000",
+        "linear_act bf16 4000 x 1008 -> 1008",
+        "dgrad_act bf16 4000 x 1008 -> 1008",
         "linear_act bf16 16 x 64 -> 32",
         "dgrad_act bf16 16 x 32 -> 64",
         "linear_act bf16 16 x 32 -> 8",
@@ -132,6 +132,13 @@ def test_the_command_keeps_the_fastest_tile_of_each_size(gpu, target, capsys):
     ]
     assert said[-1] == f"kept in {gpu.path()}"
     gpu.forget()
+    assert cli.main(["tune", "4000x1008x1008", "16x8x32", "--missing"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    # Sizes are kept by class: 16 x 32 -> 8 above was timed on odd rows, as dgrad_act's are here.
+    assert [line.split(":")[0] for line in said[:-1]] == [
+        "linear_act bf16 16 x 8 -> 32",
+        "dgrad_act bf16 16 x 32 -> 8",
+    ]
     assert _stored(gpu, target) == gpu.candidates(SIZES[0], torch.bfloat16, *SIZES[2:], 0)[2]
 
 
@@ -196,3 +203,31 @@ def test_every_size_has_a_default_that_the_device_can_hold(arch):
                 tile = configs.default_tile(op, kind, m, n, k, itemsize, target)
                 assert configs.shared_bytes(tile, itemsize) < target.shared
                 assert tile.splits == 1 or op == "linear_act"
+
+
+@pytest.mark.parametrize("kind", ["half", "tf32", "ieee"])
+def test_odd_rows_take_tiles_that_were_compiled_for_them(kind, target):
+    """None with descriptors, none that spills by kernels.json, in a size class of its own."""
+    from fusedmlp.kernels.triton import configs, tune
+
+    itemsize = 2 if kind == "half" else 4
+    wide = configs.candidates("linear_act", kind, 4096, 4096, 4096, itemsize, target)
+    odd = configs.candidates("linear_act", kind, 4096, 4096, 4091, itemsize, target, True)
+    assert odd and {t._replace(splits=1) for t in odd} < {t._replace(splits=1) for t in wide}
+    assert all(configs.for_odd_rows(t, kind) and not t.descriptors for t in odd)
+    sizes = "linear_act", kind, 64, 64, 64
+    assert tune.size_class(*sizes, True) != tune.size_class(*sizes)
+
+
+def test_what_odd_rows_are():
+    from fusedmlp.kernels.triton import gemm
+
+    x, w = torch.zeros(8, 32), torch.zeros(4, 32)
+    assert not gemm._odd(x, w) and not gemm._odd(x, w.t().contiguous().view(4, 32))
+    assert gemm._odd(x[:, :20].contiguous(), w[:, :20].contiguous())
+    assert gemm._odd(x[:, 1:17], w[:, :16])  # rows are 32 apart but do not start at 16 bytes
+    assert gemm._odd(torch.zeros(8, 64)[:, ::2], w)
+    assert not gemm._odd(torch.zeros(1, 32)[:, :32], w)
+    transposed = torch.zeros(32, 16).t()
+    assert not gemm._odd(x, transposed)
+    assert gemm._odd(x, torch.zeros(32, 4).t())

@@ -232,6 +232,14 @@ def for_odd_rows(tile: Tile, kind: str) -> bool:
     return not tile.descriptors and elements <= _MOST_ELEMENTS[kind] * 32 * tile.warps
 
 
+def can_split(tile: Tile, target: Target) -> bool:
+    """Whether a tile's product may be split along K. With tcgen05 two of them spill then."""
+    with_tcgen05 = target.backend == "cuda" and 100 <= target.arch < 120
+    return not tile.descriptors and not (
+        with_tcgen05 and (tile.m, tile.n) in ((64, 64), (256, 128))
+    )
+
+
 def candidates(
     op: str,
     kind: str,
@@ -254,8 +262,10 @@ def candidates(
         if tile.descriptors and m * n * k < 1 << 30:
             continue
         found.append(tile)
-        for splits in (2, 4, 8, 16, 32) if op == "linear_act" else ():
-            if not tile.descriptors and k >= splits * max(256, 2 * tile.k) and m * n <= 1 << 20:
+        if op != "linear_act" or not can_split(tile, target):
+            continue
+        for splits in (2, 4, 8, 16, 32):
+            if k >= splits * max(256, 2 * tile.k) and m * n <= 1 << 20:
                 found.append(tile._replace(splits=splits))
     return found
 

@@ -228,6 +228,14 @@ def keep(
     return best
 
 
+def is_kept(op: str, dtype: torch.dtype, m: int, n: int, k: int, device: int = 0) -> bool:
+    """Whether the file has a tile for one size on this GPU."""
+    from .gemm import kind_of
+
+    table = _load().get(_table_name(device), {})
+    return size_class(op, kind_of(dtype), m, n, k, _odd(op, n, k)) in table
+
+
 def jobs(
     shapes: Iterable[tuple[int, int, int]], dtypes: Iterable[torch.dtype]
 ) -> list[tuple[str, torch.dtype, int, int, int]]:
