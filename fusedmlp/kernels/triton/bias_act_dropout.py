@@ -304,7 +304,7 @@ def bias_act_dropout_bwd(
         dy2, saved2 = rows_view(dy), rows_view(saved)
     m, n = dy2.shape
     if sums:
-        block_m, block_n, warps = configs.column_tile(m, n, dy.element_size())
+        block_m, block_n, warps = configs.column_tile(m, n)
     else:
         block_m, block_n, warps = configs.elementwise_tile(m, n)
     tiles_n = cdiv(n, block_n)

@@ -37,13 +37,11 @@ def elementwise_tile(m: int, n: int) -> tuple[int, int, int]:
     return block_m, block_n, 4
 
 
-def column_tile(m: int, n: int, itemsize: int) -> tuple[int, int, int]:
+def column_tile(m: int, n: int) -> tuple[int, int, int]:
     """(BLOCK_M, BLOCK_N, warps) where sums over rows are wanted: narrow, many rows."""
     block_n = max(8, min(_power_of_two(n), 128))
-    # Half of it for fp32, and for rows that are read element by element: a whole one spilled up to
-    # 184 bytes a thread. By sizes only: the tile is part of the order of sums.
-    tile = _TILE // 2 if itemsize == 4 or n % 16 else _TILE
-    block_m = max(1, min(_power_of_two(m), tile // block_n))
+    # Half of the elementwise tile: a whole one spilled, up to 184 bytes a thread (gelu, N odd).
+    block_m = max(1, min(_power_of_two(m), _TILE // 2 // block_n))
     return block_m, block_n, 4
 
 
