@@ -88,7 +88,7 @@ class Kernel:
 
 
 def _products(target: str, quick: bool) -> Iterator[Kernel]:
-    """Every tile that can be chosen: heaviest epilogue, backward, split; on sm_90 also the rest."""
+    """Every tile that can be chosen: heaviest epilogue, backward, splits, odd rows."""
     from fusedmlp.kernels.triton import configs
 
     from .triton_build import tile_target
@@ -106,7 +106,7 @@ def _products(target: str, quick: bool) -> Iterator[Kernel]:
             made = dict(target=target, dtype=dtype, kind=kind, tile=tuple(tile))
             yield Kernel("linear_act", **made, descriptors=int(tile.descriptors))
             yield Kernel("dgrad_act", **made, descriptors=2 * tile.descriptors)
-            if full and configs.for_odd_rows(tile, kind):
+            if not quick and configs.for_odd_rows(tile, kind, tile_target(target)):
                 yield Kernel("linear_act", **made, aligned=False)
                 yield Kernel("dgrad_act", **made, aligned=False)
             if not quick and configs.can_split(tile, tile_target(target)):

@@ -214,7 +214,7 @@ def test_odd_rows_take_tiles_that_were_compiled_for_them(kind, target):
     wide = configs.candidates("linear_act", kind, 4096, 4096, 4096, itemsize, target)
     odd = configs.candidates("linear_act", kind, 4096, 4096, 4091, itemsize, target, True)
     assert odd and {t._replace(splits=1) for t in odd} < {t._replace(splits=1) for t in wide}
-    assert all(configs.for_odd_rows(t, kind) and not t.descriptors for t in odd)
+    assert all(configs.for_odd_rows(t, kind, target) and not t.descriptors for t in odd)
     sizes = "linear_act", kind, 64, 64, 64
     assert tune.size_class(*sizes, True) != tune.size_class(*sizes)
 

@@ -224,8 +224,15 @@ def cycles(tile: Tile, kind: str, m: int, n: int, k: int, itemsize: int, target:
 _MOST_ELEMENTS = {"half": 95, "tf32": 96, "ieee": 40}
 
 
-def for_odd_rows(tile: Tile, kind: str) -> bool:
+# (kind, m, n) that have no more and spill all the same before compute capability 9.0.
+_SPILLED_BEFORE_90 = frozenset({("half", 64, 32), ("tf32", 128, 128)})
+
+
+def for_odd_rows(tile: Tile, kind: str, target: Target) -> bool:
     """Whether a tile is for operands whose rows are not multiples of 16 elements apart."""
+    if target.backend == "cuda" and target.arch < 90:
+        if (kind, tile.m, tile.n) in _SPILLED_BEFORE_90:
+            return False
     elements = (tile.m + tile.n) * tile.k + tile.m * tile.n
     return not tile.descriptors and elements <= _MOST_ELEMENTS[kind] * 32 * tile.warps
 
@@ -254,7 +261,7 @@ def candidates(
     """
     found = []
     for tile in fitting(kind, itemsize, target):
-        if odd and not for_odd_rows(tile, kind):
+        if odd and not for_odd_rows(tile, kind, target):
             continue
         # Descriptors are made on the host for each call; they pay where the kernel is long.
         if tile.descriptors and m * n * k < 1 << 30:

@@ -104,7 +104,7 @@ def _stored(
     tile = configs.Tile(*tile)
     # A file of another version may name a tile that this one does not have.
     known = tile._replace(splits=1) in configs.fitting(kind, itemsize, target)
-    return tile if known and (not odd or configs.for_odd_rows(tile, kind)) else None
+    return tile if known and (not odd or configs.for_odd_rows(tile, kind, target)) else None
 
 
 def choose(
