@@ -224,14 +224,20 @@ def cycles(tile: Tile, kind: str, m: int, n: int, k: int, itemsize: int, target:
 _MOST_ELEMENTS = {"half": 95, "tf32": 96, "ieee": 40}
 
 
-# (kind, m, n) that have no more and spill all the same before compute capability 9.0.
-_SPILLED_BEFORE_90 = frozenset({("half", 64, 32), ("tf32", 128, 128)})
+# (kind, m, n) that have no more and spill all the same: first compute capability -> tiles.
+_SPILLED = {
+    0: {("half", 64, 32), ("tf32", 128, 128)},
+    90: set(),
+    100: {("half", 128, 16), ("tf32", 128, 16), ("tf32", 64, 16)},
+    120: {("tf32", 128, 128)},
+}
 
 
 def for_odd_rows(tile: Tile, kind: str, target: Target) -> bool:
     """Whether a tile is for operands whose rows are not multiples of 16 elements apart."""
-    if target.backend == "cuda" and target.arch < 90:
-        if (kind, tile.m, tile.n) in _SPILLED_BEFORE_90:
+    if target.backend == "cuda":
+        known = max(arch for arch in _SPILLED if arch <= target.arch)
+        if (kind, tile.m, tile.n) in _SPILLED[known]:
             return False
     elements = (tile.m + tile.n) * tile.k + tile.m * tile.n
     return not tile.descriptors and elements <= _MOST_ELEMENTS[kind] * 32 * tile.warps
