@@ -12,7 +12,6 @@ a kernel that is meant to run on tensor cores has none of their instructions.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -20,8 +19,10 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+
+from . import record
 
 LIBRARY = Path(__file__).resolve().parent.parent / "fusedmlp" / "_native_cuda.so"
 FAMILIES = {0: "plain", 1: "prelu", 2: "smooth"}  # Family in csrc/cuda/epilogue.cuh
@@ -51,6 +52,14 @@ class Kernel:
     @property
     def tensor(self) -> int:
         return self.found.get("HMMA", 0)
+
+    def row(self) -> dict[str, str | int]:
+        """What a results file keeps."""
+        row = {field.name: getattr(self, field.name) for field in fields(self)}
+        counted = row.pop("found")
+        row = {"kernel": row.pop("name")} | row
+        row |= {"spills": self.spills, "tensor_core": self.tensor}
+        return row | {"async_copies": counted.get("LDGSTS", 0), "wrong": self.wrong()}
 
     def wrong(self) -> str:
         """What speaks against this kernel, or ''."""
@@ -185,9 +194,8 @@ def main(argv: list[str] | None = None) -> int:
     size = args.library.stat().st_size
     print(f"{len(found)} kernels, {size / 1e6:.1f} MB")
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        record = dict(bytes=size, kernels=[asdict(k) | {"spills": k.spills} for k in found])
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        head = record.header("cuda_kernels", "bench.cuda_kernels", argv)
+        record.write(args.out, head | {"bytes": size, "rows": [k.row() for k in found]})
     wrong = [(k, k.wrong()) for k in found if k.wrong()]
     for k, why in wrong:
         print(f"{k.arch} {k.name} {k.variant}: {why}", file=sys.stderr)

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU: bash bench/gpu.sh [all|build|test|sanitize|bench] (make gpu).
+# Everything that needs an NVIDIA GPU: bash bench/gpu.sh [all|build|test|sanitize|bench|tune] (make gpu).
 # Runs with $PYTHON as it is: installs nothing and needs no network; a missing package skips what
 # needs it. Leaves at most 8 files in $RESULTS: machine.json, build.txt, test.txt, sanitize.txt,
 # bench.txt, ops.json and summary.tsv, which the closing table is made from. Each part ends within
-# 8 minutes and can be called alone; 1 is returned when one of those called failed.
+# 8 minutes and can be called alone; 1 is returned when one of those called failed. Not in `all`, as it
+# takes several calls: `tune` times tiles for the layers that bench.run times, which then takes them;
+# each call goes on where the last one was cut off.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 
@@ -101,6 +103,12 @@ part_bench() {
     limited 470 "$PYTHON" -m bench.run --suite gpu --seconds 420 --resume --out "$RESULTS/ops.json"
 }
 
+part_tune() {
+    limited 470 "$PYTHON" -m fusedmlp tune --missing \
+        256x784x256 256x256x10 4096x784x256 4096x256x10 16384x784x256 16384x256x10 \
+        8192x1024x4096 8192x4096x1024 8192x4096x16384 8192x16384x4096
+}
+
 run_part() {
     local part=$1 log=$RESULTS/$1.txt start=$SECONDS status word note
     echo "== gpu: $part"
@@ -120,8 +128,8 @@ run_part() {
 
 case ${1:-all} in
     all) wanted=("${PARTS[@]}") ;;
-    build | test | sanitize | bench) wanted=("$1") ;;
-    *) stop "unknown part '$1'; known: all ${PARTS[*]}" ;;
+    build | test | sanitize | bench | tune) wanted=("$1") ;;
+    *) stop "unknown part '$1'; known: all ${PARTS[*]} tune" ;;
 esac
 command -v "$PYTHON" >/dev/null || stop "no $PYTHON here; give one: PYTHON=..."
 has torch || stop "$PYTHON has no torch"

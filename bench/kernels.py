@@ -2,7 +2,9 @@
 
     python -m bench.kernels                    everything, about half an hour on two cores
     python -m bench.kernels --quick            one of each kind, a minute
-    python -m bench.kernels --target sm_90 --out bench/results/kernels.json
+    python -m bench.kernels --target sm_90 --out bench/results/kernels.json --resume
+    python -m bench.kernels --out bench/results/kernels.json --check
+    python -m bench.kernels --dropout-instructions --out bench/results/dropout_instructions.json
 
 No GPU is needed and none is asked for. Exit status 1 if a kernel for an NVIDIA GPU uses local
 memory, needs more shared memory than the device has, or misses the tensor-core instruction it
@@ -12,7 +14,6 @@ should have.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import multiprocessing
 import os
@@ -20,164 +21,30 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
-from fusedmlp import activations, rng
+from . import record
+from .kernel_cases import TARGETS, Kernel, kernels, sample
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One thing to compile. tile: fields of configs.Tile, () where the op has its own."""
-
-    op: str
-    target: str
-    dtype: str
-    act: str = "gelu"
-    p: float = 0.1
-    kind: str = ""  # of the product: half, tf32, ieee
-    tile: tuple = ()
-    aligned: bool = True
-    descriptors: int = 0
-    part: int = 0  # which launch of the op
-
-    def call(self) -> None:
-        """Calls the op on meta tensors."""
-        from fusedmlp.kernels.triton import bias_act_dropout as epilogue
-        from fusedmlp.kernels.triton import configs, linear_act
-        from fusedmlp.kernels.triton.cross_entropy import cross_entropy
-        from fusedmlp.kernels.triton.dgrad_act import dgrad_act
-
-        # Sizes: multiples of every tile, or odd ones, whose rows no vector instruction can load.
-        m, n, k = (4096, 4096, 4096) if self.aligned else (4095, 4093, 4091)
-        dtype = _DTYPES[self.dtype]
-
-        def empty(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
-            return torch.empty(shape, dtype=kind, device="meta")
-
-        act = activations.IDS[self.act]
-        threshold, scale = rng.threshold_and_scale(self.p)
-        slope = empty(n) if self.act == "prelu" else None
-        state = empty(2, kind=torch.int64)
-        numbers = act, 0.01, threshold, scale, 0, 0
-        saves = activations.saves(act, 0.01, dtype, self.p > 0)
-        sums = True, slope is not None
-        tile = configs.Tile(*self.tile) if self.tile else None
-        vectors = empty(n), slope, state
-        if self.op == "linear_act":
-            w = empty(n, k) if self.descriptors < 2 else empty(k, n).t()
-            linear_act.run(empty(m, k), w, *vectors, *numbers, keep_h=True, tile=tile)
-        elif self.op == "dgrad_act":
-            saved = empty(m, n) if saves else None
-            dgrad_act(empty(m, k), empty(k, n), saved, *vectors, *numbers, saves, *sums, tile=tile)
-        elif self.op == "bias_act_dropout_fwd":
-            epilogue.bias_act_dropout_fwd(empty(m, n), *vectors, *numbers)
-        elif self.op == "bias_act_dropout_bwd":
-            saved = empty(m, n) if saves else None
-            epilogue.bias_act_dropout_bwd(empty(m, n), saved, *vectors, *numbers, saves, *sums)
-        elif self.op == "dropout":
-            epilogue.bias_act_dropout_fwd(empty(m, n), None, None, state, 0, 0.0, *numbers[2:])
-        else:
-            columns = 10 if self.op == "cross_entropy" else 50_257
-            cross_entropy(empty(m, columns), empty(m, kind=torch.int64), 0.1)
-
-    def expects(self) -> str:
-        """The tensor-core instruction that must be there, '' for none."""
-        if not self.kind or self.kind == "ieee" or (self.op == "linear_act" and self.part == 1):
-            return ""
-        m = self.tile[0]
-        if self.target.startswith("gfx"):
-            return "MFMA" if self.kind == "half" else ""
-        if m >= 64 and self.target in ("sm_90", "sm_100"):
-            return {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}[self.target]
-        return "HMMA"
+_PARTIAL_EVERY = 30.0  # seconds between two writings of a results file that is being made
 
 
-def _products(target: str, quick: bool) -> Iterator[Kernel]:
-    """Every tile that can be chosen: heaviest epilogue, backward, split; on sm_90 also the rest."""
-    from fusedmlp.kernels.triton import configs
+def _launch(kernel: Kernel) -> Any:
+    from . import triton_build
 
-    from .triton_build import tile_target
-
-    full = target == "sm_90" and not quick
-    for kind, dtype in (("half", "bf16"), ("half", "fp16"), ("tf32", "fp32"), ("ieee", "fp32")):
-        tiles = configs.fitting(kind, 2 if kind == "half" else 4, tile_target(target))
-        plain = [t for t in tiles if not t.descriptors]
-        if dtype == "fp16":
-            # The same code as bf16 but for the conversions.
-            tiles = tiles[::4] if full else ()
-        elif quick:
-            tiles = tiles[:: len(tiles) // 2]
-        for tile in tiles:
-            made = dict(target=target, dtype=dtype, kind=kind, tile=tuple(tile))
-            yield Kernel("linear_act", **made, descriptors=int(tile.descriptors))
-            yield Kernel("dgrad_act", **made, descriptors=2 * tile.descriptors)
-            if full:
-                # A tile with descriptors then goes by pointers too, as operands are not aligned.
-                yield Kernel("linear_act", **made, aligned=False)
-                yield Kernel("dgrad_act", **made, aligned=False)
-            if not quick and not tile.descriptors:
-                yield Kernel("linear_act", **made | {"tile": tuple(tile._replace(splits=4))})
-        if dtype == "bf16":
-            split = tuple(plain[0]._replace(splits=4))
-            yield Kernel("linear_act", target, dtype, kind=kind, part=1, tile=split)
-        if full and dtype == "bf16":
-            tile = tuple(next(t for t in plain if (t.m, t.n) == (128, 128)))
-            for act, p in itertools.product(activations.NAMES, (0.0, 0.1)):
-                yield Kernel("linear_act", target, dtype, act, p, kind, tile)
-                yield Kernel("dgrad_act", target, dtype, act, p, kind, tile)
+    with torch_setting(kernel.kind):
+        return triton_build.launches_of(kernel.target, kernel.call)[kernel.part]
 
 
-def _elementwise(target: str, quick: bool) -> Iterator[Kernel]:
-    for dtype in _DTYPES if target == "sm_90" and not quick else ("bf16",):
-        for op in ("dropout", "cross_entropy", "cross_entropy of long rows"):
-            yield Kernel(op, target, dtype)
-        yield Kernel("bias_act_dropout_bwd", target, dtype, part=1)  # the second stage of its sums
-        for op in ("bias_act_dropout_fwd", "bias_act_dropout_bwd"):
-            for act in ("gelu",) if quick else activations.NAMES:
-                yield Kernel(op, target, dtype, act)
-            if not quick:
-                yield Kernel(op, target, dtype, "gelu", aligned=False)
+def code_of(kernel: Kernel) -> str:
+    """A hash of all that decides a kernel's machine code; compiles nothing."""
+    from . import triton_build
 
-
-def _sample() -> tuple[Kernel, ...]:
-    """What the test suite compiles: every kernel once, every target, each kind of product."""
-    small = (64, 32, 64, 4, 4)
-    return (
-        Kernel("linear_act", "sm_90", "bf16", kind="half", tile=(64, 64, 64, 4, 4)),
-        Kernel(
-            "linear_act", "sm_90", "bf16", "relu", kind="half", tile=(*small, True), descriptors=1
-        ),
-        Kernel("linear_act", "sm_90", "fp16", "silu", kind="half", tile=small, aligned=False),
-        Kernel("linear_act", "sm_90", "fp32", "tanh", kind="tf32", tile=(64, 32, 32, 4, 4)),
-        Kernel("linear_act", "sm_90", "fp32", "elu", kind="ieee", tile=(64, 16, 32, 4, 3)),
-        Kernel("linear_act", "sm_90", "bf16", kind="half", tile=(*small, False, 4)),
-        Kernel("linear_act", "sm_90", "bf16", kind="half", tile=(*small, False, 4), part=1),
-        Kernel("dgrad_act", "sm_90", "bf16", kind="half", tile=small),
-        Kernel("bias_act_dropout_fwd", "sm_90", "fp32", "softplus"),
-        Kernel("bias_act_dropout_bwd", "sm_90", "bf16", "prelu"),
-        Kernel("bias_act_dropout_bwd", "sm_90", "bf16", part=1),
-        Kernel("dropout", "sm_90", "bf16"),
-        Kernel("cross_entropy", "sm_90", "bf16"),
-        *(
-            Kernel("linear_act", t, "bf16", kind="half", tile=small)
-            for t in TARGETS
-            if t != "sm_90"
-        ),
-    )
-
-
-def kernels(targets: tuple[str, ...], quick: bool) -> list[Kernel]:
-    """What is compiled, each once."""
-    made = [k for t in targets for k in (*_products(t, quick), *_elementwise(t, quick))]
-    return list(dict.fromkeys(made))
+    return triton_build.code_hash(_launch(kernel), kernel.target)
 
 
 def report(kernel: Kernel) -> dict[str, Any]:
@@ -185,6 +52,7 @@ def report(kernel: Kernel) -> dict[str, Any]:
     from . import triton_build
 
     row = {
+        "case": kernel.case,
         "op": kernel.op,
         "dtype": kernel.dtype,
         "kind": kernel.kind,
@@ -193,8 +61,8 @@ def report(kernel: Kernel) -> dict[str, Any]:
         "tile": "x".join(map(str, kernel.tile[:3])),
         "sizes": "aligned" if kernel.aligned else "odd",
     }
-    with torch_setting(kernel.kind):
-        launch = triton_build.launches_of(kernel.target, kernel.call)[kernel.part]
+    launch = _launch(kernel)
+    row["code"] = triton_build.code_hash(launch, kernel.target)
     row |= triton_build.build(launch, kernel.target)
     row["descriptors"] = launch.constants.get("DESCRIPTORS", 0)
     row["tile"] = row["tile"] or "x".join(
@@ -236,10 +104,13 @@ def _wrong(row: dict[str, Any]) -> str:
 
 def _report_or_error(kernel: Kernel) -> dict[str, Any]:
     try:
-        return report(kernel)
+        row = report(kernel)
+        row.pop("counts")
+        return row
     except Exception as error:  # a kernel that does not compile is a finding, not the end
         text = (str(error).splitlines() or [""])[0]
         return {
+            "case": kernel.case,
             "op": kernel.op,
             "target": kernel.target,
             "dtype": kernel.dtype,
@@ -250,10 +121,10 @@ def _report_or_error(kernel: Kernel) -> dict[str, Any]:
         }
 
 
-def dropout_instructions(target: str, sample: bool = False) -> list[dict[str, Any]]:
+def dropout_instructions(target: str, small: bool = False) -> list[dict[str, Any]]:
     """Instructions an element that dropout adds to straight-line epilogues of one tile."""
     rows = []
-    tile = (64, 64, 64, 4, 4) if sample else (128, 128, 64, 8, 3)
+    tile = (64, 64, 64, 4, 4) if small else (128, 128, 64, 8, 3)
     made = [Kernel("linear_act", target, "bf16", "relu", kind="half", tile=tile)]
     for dtype in ("bf16", "fp32"):
         made.append(Kernel("bias_act_dropout_fwd", target, dtype, "relu"))
@@ -264,14 +135,14 @@ def dropout_instructions(target: str, sample: bool = False) -> list[dict[str, An
         elements = size[0] * size[1] / (32 * dropped["warps"])
         names = plain["counts"].keys() | dropped["counts"].keys()
         more = {n: dropped["counts"].get(n, 0) - plain["counts"].get(n, 0) for n in names}
-        top = sorted(more.items(), key=lambda item: -item[1])[:8]
+        top = sorted(more.items(), key=lambda item: (-item[1], item[0]))[:8]
         rows.append(
             {
-                "op": kernel.op,
+                "kernel": dropped["kernel"],
                 "dtype": kernel.dtype,
                 "target": target,
-                "tile": dropped["tile"],
-                "elements_per_thread": elements,
+                "tile": "x".join(map(str, size[:2])),
+                "elements_a_thread": int(elements),
                 "without": plain["instructions"],
                 "with": dropped["instructions"],
                 "per_element": round(sum(more.values()) / elements, 2),
@@ -313,54 +184,103 @@ def table(rows: list[dict[str, Any]]) -> str:
     )
 
 
+class Results:
+    """The rows that are there, written to a file every so often, so that a stop loses nothing."""
+
+    def __init__(self, out: Path | None, head: dict[str, Any], todo: list[Kernel], resume: bool):
+        self.out, self.head, self.cases = out, head, [k.case for k in todo]
+        self._codes = {k.case: code_of(k) for k in todo} if resume else {}
+        self.found: dict[str, dict[str, Any]] = {}
+        if resume:
+            self.found = {row["case"]: row for row in self._kept()}
+        self._written = time.monotonic()
+
+    def _kept(self) -> list[dict[str, Any]]:
+        """Rows of an earlier run whose code is the same; those that were wrong are made again."""
+        try:
+            before = json.loads(self.out.read_text())["rows"]
+        except (OSError, ValueError):
+            return []
+        same = self._codes
+        return [r for r in before if r.get("code") == same.get(r["case"], "") and not r["wrong"]]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """In the order of the list of cases."""
+        return [self.found[case] for case in self.cases if case in self.found]
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.found[row["case"]] = row
+        if time.monotonic() - self._written > _PARTIAL_EVERY:
+            self.write()
+
+    def write(self) -> None:
+        if self.out:
+            left = len(self.cases) - len(self.found)
+            record.write(self.out, self.head | {"left": left, "rows": self.rows})
+        self._written = time.monotonic()
+
+
+def _compile(todo: list[Kernel], workers: int) -> Iterator[dict[str, Any]]:
+    # Fresh processes, one at least: what LLVM does to a process is not this one's end.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        yield from pool.map(_report_or_error, todo)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one of each kind")
     parser.add_argument("--sample", action="store_true", help="what the test suite compiles")
     parser.add_argument("--target", action="append", choices=TARGETS, help="may be repeated")
     parser.add_argument("--out", type=Path, help="results file (JSON)")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that --out has")
+    parser.add_argument(
+        "--check", action="store_true", help="compile nothing: is --out complete and of this code?"
+    )
+    parser.add_argument(
+        "--dropout-instructions", action="store_true", help="count what dropout adds, sm_90"
+    )
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     args = parser.parse_args(argv)
+    if (args.resume or args.check) and not args.out:
+        parser.error("--resume and --check need --out")
     targets = tuple(args.target or TARGETS)
+    name = "dropout_instructions" if args.dropout_instructions else "kernels"
+    head = record.header(name, "bench.kernels", argv)
     with tempfile.TemporaryDirectory() as cache:
         # Its own cache: what is timed is compiled here and now.
         os.environ["TRITON_CACHE_DIR"] = cache
         start = time.perf_counter()
-        todo = list(_sample()) if args.sample else kernels(targets, args.quick)
-        rows = []
-        with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
-            for row in pool.imap_unordered(_report_or_error, todo, chunksize=4):
-                rows.append(row)
-                if sys.stderr.isatty():
-                    print(f"\r{len(rows)} of {len(todo)}", end="", file=sys.stderr, flush=True)
-        rows.sort(key=lambda row: [str(row.get(c, "")) for c in _COLUMNS])
-        counted = [r for t in targets if t == "sm_90" for r in dropout_instructions(t, args.sample)]
-        seconds = time.perf_counter() - start
+        if args.dropout_instructions:
+            return _count_dropout(args, head)
+        todo = sample() if args.sample else kernels(targets, args.quick)
+        results = Results(args.out, head, list(todo), args.resume or args.check)
+        if args.check:
+            print(f"{len(results.found)} of {len(todo)} kernels are in {args.out}, right")
+            return 0 if len(results.found) == len(todo) else 1
+        for row in _compile([k for k in todo if k.case not in results.found], args.workers):
+            results.add(row)
+            if sys.stderr.isatty():
+                print(f"\r{len(results.found)} of {len(todo)}", end="", file=sys.stderr, flush=True)
+        results.write()
+    rows = results.rows
     print(table(rows))
-    for r in counted:
-        print(
-            f"{r['target']} {r['op']} {r['dtype']} {r['tile']}: dropout adds {r['per_element']} "
-            f"instructions an element: {r['by_instruction']}"
-        )
     wrong = [row for row in rows if row["wrong"]]
-    print(f"{len(rows)} kernels in {seconds:.0f} s, {len(wrong)} wrong")
-    if args.out:
-        for row in rows:
-            row.pop("counts", None)
-        args.out.write_text(
-            json.dumps(
-                {
-                    "triton": triton.__version__,
-                    "torch": torch.__version__,
-                    "seconds": round(seconds),
-                    "dropout_instructions": counted,
-                    "kernels": rows,
-                },
-                indent=1,
-            )
-            + "\n"
-        )
+    print(f"{len(rows)} kernels in {time.perf_counter() - start:.0f} s, {len(wrong)} wrong")
     return 1 if wrong else 0
+
+
+def _count_dropout(args: argparse.Namespace, head: dict[str, Any]) -> int:
+    rows = dropout_instructions("sm_90", args.sample)
+    for r in rows:
+        print(
+            f"{r['target']} {r['kernel']} {r['dtype']} {r['tile']}: dropout adds "
+            f"{r['per_element']} instructions an element: {r['by_instruction']}"
+        )
+    if args.out:
+        record.write(args.out, head | {"rows": rows})
+    return 0
 
 
 if __name__ == "__main__":

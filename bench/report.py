@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import record
+from . import kernel_tables, record
 from .run import NEVER_BELOW, grid_summary, key
 
 _MARKED = re.compile(
@@ -187,6 +187,12 @@ def plain_table(found: dict) -> str:
     return markdown([name.replace("_", " ") for name in ordered], lines, len(text))
 
 
+def _whole_file_table(name: str) -> Callable[[dict], str]:
+    if name in kernel_tables.TABLES:
+        return lambda found: markdown(*kernel_tables.TABLES[name](found))
+    return saved_bytes_table if name == "saved-bytes" else plain_table
+
+
 def _is_ops(found: dict, device: str, group: str) -> bool:
     return any(row.get("group") == group and row.get("device") == device for row in found["rows"])
 
@@ -198,7 +204,7 @@ def table(name: str, results: dict[Path, dict]) -> str:
     ungrouped = {f["name"] for f in results.values() if not any("group" in r for r in f["rows"])}
     if whole_file in ungrouped:
         pick = lambda path, found: found["name"] == whole_file  # noqa: E731
-        make = saved_bytes_table if name == "saved-bytes" else plain_table
+        make = _whole_file_table(name)
     else:
         device, group = ("cuda", name[4:]) if name.startswith("gpu-") else ("cpu", name)
         if group in ("grid", "grid-all"):

@@ -7,8 +7,10 @@ driver; TRITON_INTERPRET must not be set.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
+import hashlib
 import importlib
 import os
 import re
@@ -113,6 +115,33 @@ def source(launch: Launch) -> ASTSource:
         elif aligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def _is_compiled(node: ast.stmt) -> bool:
+    """A kernel, a function that kernels call, or a constant of theirs."""
+    if isinstance(node, ast.FunctionDef):
+        return any("jit" in ast.dump(d) for d in node.decorator_list)
+    return isinstance(node, (ast.Assign, ast.AnnAssign)) and "constexpr" in ast.dump(node)
+
+
+@functools.cache
+def _kernels_hash() -> str:
+    """Of all that is compiled in the Triton files, not of host code, comments and layout."""
+    found = hashlib.sha256(triton.__version__.encode())
+    for path in sorted(Path(configs.__file__).parent.glob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if _is_compiled(node):
+                found.update(ast.dump(node).encode())
+    return found.hexdigest()
+
+
+def code_hash(launch: Launch, target: str) -> str:
+    """Of all that decides the machine code: kernels, specialisation, target, Triton's version."""
+    made = source(launch)
+    parts = [_kernels_hash(), launch.kernel.__name__, target, launch.warps, launch.stages]
+    for named in (made.signature, made.constants, made.attrs):
+        parts += sorted(f"{key}={value}" for key, value in named.items())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 @functools.cache

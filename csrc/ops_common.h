@@ -188,6 +188,7 @@ void run_fwd(const char* op, Device& device, void* y, const void* x, const Epilo
 // y, and h = x w^T if it is wanted.
 template <class Device>
 std::tuple<Tensor, OptionalTensor> linear_act(
+    const char* op,
     const Tensor& x,
     const Tensor& w,
     const OptionalTensor& b,
@@ -196,7 +197,6 @@ std::tuple<Tensor, OptionalTensor> linear_act(
     const Numbers& n,
     bool want_h
 ) {
-    const char* op = kLinear;
     const View xv(x), wv(w);
     check_linear(op, xv, wv);
     const Epilogue e(op, xv, xv.rows(), wv.sizes[0], b, "weight", wv, slope, state, n);
@@ -263,7 +263,7 @@ Tensor linear_act_infer(
     int64_t row_offset
 ) {
     const Numbers n{act, alpha, threshold, scale, layer, row_offset};
-    return std::get<0>(linear_act<Device>(x, w, b, slope, state, n, false));
+    return std::get<0>(linear_act<Device>(kLinear, x, w, b, slope, state, n, false));
 }
 
 template <class Device>
@@ -281,7 +281,7 @@ std::tuple<Tensor, Tensor> linear_act_fwd(
     int64_t row_offset
 ) {
     const Numbers n{act, alpha, threshold, scale, layer, row_offset};
-    auto [y, h] = linear_act<Device>(x, w, b, slope, state, n, true);
+    auto [y, h] = linear_act<Device>(kLinear, x, w, b, slope, state, n, true);
     return {y, *h};
 }
 

@@ -5,7 +5,7 @@
 #    include "device_cuda.h"
 #endif
 
-#include "ops_common.h"
+#include "ops_mlp.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -63,6 +63,8 @@ STABLE_TORCH_LIBRARY_IMPL(fusedmlp, FUSEDMLP_DISPATCH_KEY, m) {
     m.impl("linear_act_infer.native", TORCH_BOX(&linear_act_infer<Device>));
     m.impl("bias_act_dropout_fwd.native", TORCH_BOX(&bias_act_dropout_fwd<Device>));
     m.impl("bias_act_dropout_bwd.native", TORCH_BOX(&bias_act_dropout_bwd<Device>));
+    m.impl("mlp_fwd.native", TORCH_BOX(&mlp_fwd<Device>));
+    m.impl("mlp_bwd.native", TORCH_BOX(&mlp_bwd<Device>));
     m.impl("cross_entropy.native", TORCH_BOX(&cross_entropy));
 }
 

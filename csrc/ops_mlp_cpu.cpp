@@ -97,13 +97,16 @@ struct Net {
             const View wv(*t);
             check_tensor(kMlp, "weight", wv);
             check_same_device(kMlp, "weight", wv, xv);
-            if (wv.dim != 2 || wv.sizes[1] != width || wv.dtype != xv.dtype)
+            if (wv.dim != 2 || wv.sizes[1] != width)
                 fail(
-                    kMlp, ": weight ", i, " must be (N, ", width, ") ", dtype_name(xv.dtype),
-                    ", got ", wv.shape(), " ", dtype_name(wv.dtype)
+                    kMlp, ": weight must be (N, K) with K = ", width, " in layer ", i, ", got ",
+                    wv.shape()
                 );
-            if (wv.numel == 0)
-                fail(kMlp, ": weight ", i, " must have elements, got ", wv.shape());
+            if (wv.dtype != xv.dtype)
+                fail(
+                    kMlp, ": weight must be ", dtype_name(xv.dtype), " like input, got ",
+                    dtype_name(wv.dtype)
+                );
             weights.emplace_back(*t++);
             const OptionalTensor b = n[3] & kB ? OptionalTensor(*t++) : std::nullopt;
             const OptionalTensor slope = n[3] & kSlope ? OptionalTensor(*t++) : std::nullopt;
@@ -175,8 +178,8 @@ float* kept(const char* name, const Tensor& t, const Net& net, size_t i) {
     if (check_tensor(kMlp, name, v) != Dtype::kFloat32 || v.numel != l.e.rows * l.e.cols ||
         !v.contiguous())
         fail(
-            kMlp, ": ", name, " ", i, " must be contiguous fp32 of ", l.e.rows, " x ", l.e.cols,
-            ", got ", dtype_name(v.dtype), " ", v.shape()
+            kMlp, ": ", name, " ", i, " must be contiguous torch.float32 of ", l.e.rows, " x ",
+            l.e.cols, ", got ", dtype_name(v.dtype), " ", v.shape()
         );
     check_same_device(kMlp, name, v, net.xv);
     return floats(t);
@@ -255,7 +258,7 @@ Tensors mlp_bwd(
     if (check_tensor(kMlp, "dy", dyv) != Dtype::kFloat32 || dyv.last() != last.e.cols ||
         dyv.rows() != net.rows)
         fail(
-            kMlp, ": dy must be fp32 of ", net.rows, " x ", last.e.cols, ", got ",
+            kMlp, ": dy must be torch.float32 of ", net.rows, " x ", last.e.cols, ", got ",
             dtype_name(dyv.dtype), " ", dyv.shape()
         );
     const Dense dy_dense(dy);

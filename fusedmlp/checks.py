@@ -260,6 +260,28 @@ def epilogue(
         row_range(op, rows(x), columns, row_offset)
 
 
+def classes(op: str, x: object, target: object) -> None:
+    """Logits and int64 numbers of classes, of any shape."""
+    tensor(op, "input", x)
+    if not isinstance(target, torch.Tensor):
+        raise TypeError(f"{op}: target must be a torch.Tensor, got {type(target).__name__}")
+    if target.dtype != torch.int64:
+        raise TypeError(f"{op}: target must be int64 class numbers, got {target.dtype}")
+
+
+def class_targets(op: str, x: Tensor, target: Tensor) -> None:
+    """Logits (M, C) of one class or more, and the int64 numbers of their classes (M,)."""
+    classes(op, x, target)
+    if x.dim() != 2 or x.shape[1] == 0:
+        raise ValueError(f"{op}: input must be (M, C) with at least one class, got {_shape(x)}")
+    if target.shape != x.shape[:1]:
+        raise ValueError(
+            f"{op}: target must be (M,) with M = {x.shape[0]} to match input {_shape(x)}, "
+            f"got {_shape(target)}"
+        )
+    same_device(op, "target", target, x)
+
+
 def positive_sizes(op: str, name: str, sizes: Sequence[object]) -> tuple[int, ...]:
     """A sequence of ints >= 1."""
     for size in sizes:

@@ -1,7 +1,7 @@
 """The fusedmlp command: finds the command, runs it, and turns every failure into one message and
 an exit code.
 
-Imports nothing that a command does not need: `info` and `verify` work without any extra.
+Imports nothing that a command does not need: `info`, `verify` and `tune` need no extra.
 """
 
 import importlib.util
@@ -17,6 +17,7 @@ USAGE = """usage: fusedmlp COMMAND [...]
   predict    name what is on pictures, or on the test rows, with the network of a run folder
   info       versions, devices, and what each backend can run here
   verify     check every backend of this machine against fp64
+  tune       time the tiles of the Triton kernels on this machine's GPU, and keep the fastest
 
 fusedmlp COMMAND --help lists the command's flags; fusedmlp --version shows the version."""
 
@@ -26,7 +27,7 @@ NEEDS = {  # packages of the train extra
     "evaluate": ("tyro", "safetensors"),
     "predict": ("tyro", "safetensors"),
 }
-COMMANDS = (*NEEDS, "info", "verify")
+COMMANDS = (*NEEDS, "info", "verify", "tune")
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 
@@ -75,6 +76,10 @@ def _run(command: str, argv: list[str]) -> int:
         from . import info
 
         return getattr(info, f"{command}_command")(argv)
+    if command == "tune":
+        from . import tuning
+
+        return tuning.command(argv)
     from .train import commands
 
     return getattr(commands, command)(argv)

@@ -38,17 +38,20 @@ class Backend:
     unavailable  device type -> why nothing of it runs on that device here, or None; cached
     dtypes       the dtypes its kernels take
     module       where its functions live, imported on first use
+    missing      (device type, dtype, op or None) -> what of its kernels this call would need and
+                 is not there, or None; asked where the rest is all right
     """
 
     name: str
     unavailable: Callable[[str], str | None]
     dtypes: tuple[torch.dtype, ...]
     module: str
+    missing: Callable[[str, torch.dtype, str | None], str | None] = lambda *call: None
 
     def load(self) -> ModuleType:
         return importlib.import_module(self.module)
 
-    def refuses(self, device_type: str, dtype: torch.dtype) -> list[str]:
+    def refuses(self, device_type: str, dtype: torch.dtype, op: str | None = None) -> list[str]:
         """Every reason why this backend cannot run a call; empty when it can."""
         reasons = []
         reason = self.unavailable(device_type)
@@ -57,6 +60,9 @@ class Backend:
         if dtype not in self.dtypes:
             names = ", ".join(dtypes.SHORT[d] for d in self.dtypes)
             reasons.append(f"{dtypes.SHORT.get(dtype, dtype)} is not one of its dtypes ({names})")
+        if not reasons:
+            reason = self.missing(device_type, dtype, op)
+            reasons += [] if reason is None else [reason]
         return reasons
 
 
@@ -64,6 +70,20 @@ def _native_unavailable(device_type: str) -> str | None:
     from .kernels.native import extension
 
     return extension.unavailable(device_type)
+
+
+def _native_missing(device_type: str, dtype: torch.dtype, op: str | None) -> str | None:
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    if op == "cross_entropy" and not has(f"fusedmlp::{op}.native", device_type.upper()):
+        return f"the extension has no {op} for {device_type} tensors"
+    if device_type == "cuda" and dtype == torch.bfloat16:
+        major, minor = torch.cuda.get_device_capability()
+        if major < 8:
+            return (
+                "bf16 needs a GPU of compute capability 8.0 or newer, this one has "
+                f"{major}.{minor}; use fp16"
+            )
+    return None
 
 
 @functools.cache
@@ -84,7 +104,9 @@ def _triton_unavailable(device_type: str) -> str | None:
 
 
 BACKENDS: tuple[Backend, ...] = (
-    Backend("native", _native_unavailable, dtypes.KERNEL, "fusedmlp.kernels.native"),
+    Backend(
+        "native", _native_unavailable, dtypes.KERNEL, "fusedmlp.kernels.native", _native_missing
+    ),
     Backend("triton", _triton_unavailable, dtypes.KERNEL, "fusedmlp.kernels.triton"),
     Backend("reference", lambda device: None, dtypes.SUPPORTED, "fusedmlp.kernels.reference"),
 )
@@ -152,7 +174,7 @@ def _is_usable(name: str, device_type: str, dtype: torch.dtype, op: str) -> bool
     key = (name, device_type, dtype, op)
     found = _usable.get(key)
     if found is None:
-        reasons = _BY_NAME[name].refuses(device_type, dtype)
+        reasons = _BY_NAME[name].refuses(device_type, dtype, op)
         for reason in reasons:
             _log_once(op, name, reason)
         found = _usable[key] = not reasons
@@ -162,7 +184,7 @@ def _is_usable(name: str, device_type: str, dtype: torch.dtype, op: str) -> bool
 def require(name: str, device_type: str, dtype: torch.dtype, op: str) -> str:
     """`name`, or BackendError with every reason why it cannot run `op` there."""
     if not _usable.get((name, device_type, dtype, op)):
-        reasons = _BY_NAME[_known(name, op)].refuses(device_type, dtype)
+        reasons = _BY_NAME[_known(name, op)].refuses(device_type, dtype, op)
         if reasons:
             lines = "\n    ".join(reasons)
             raise BackendError(

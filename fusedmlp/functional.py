@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from . import activations, checks, differentiable, dispatch, dtypes, ops, rng
 from .autograd import BiasActDropout, LinearAct
+from .loss import cross_entropy  # noqa: F401
 
 _NONE = activations.NONE
 

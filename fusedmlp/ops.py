@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, nets
+from . import checks, dispatch, dtypes, nets
 from .activations import SAVE_NOTHING, SAVE_Y, SAVE_Z, saves
 
 _EPILOGUE = (
@@ -39,6 +39,10 @@ SCHEMAS = {
     "mlp_bwd": (
         "(Tensor dy, Tensor x, Tensor[] params, Tensor? state, Tensor[] ys, Tensor[] hs, "
         "int[] ints, float[] numbers, int row_offset, int[] needs, bool need_dx) -> Tensor[]"
+    ),
+    "cross_entropy": (
+        "(Tensor logits, Tensor target, float label_smoothing, int ignore_index, "
+        "float grad_scale) -> (Tensor losses, Tensor dlogits)"
     ),
 }
 
@@ -174,6 +178,18 @@ def _fake_mlp_bwd(dy, x, params, state, ys, hs, ints, numbers, row_offset, needs
     return [x.new_empty(x.shape if need_dx else 0), *grads]
 
 
+def _check_cross_entropy(logits, target, label_smoothing, ignore_index, grad_scale):
+    op = "cross_entropy"
+    checks.class_targets(op, logits, target)
+    checks.probability(op, label_smoothing, "label_smoothing")
+
+
+def _fake_cross_entropy(logits, target, *rest):
+    _check_cross_entropy(logits, target, *rest)
+    losses = logits.new_empty(logits.shape[0], dtype=dtypes.compute(logits.dtype))
+    return losses, logits.new_empty(logits.shape)
+
+
 _CHECKS_AND_FAKES = {
     "linear_act_fwd": (_check_linear_act, _fake_linear_act_fwd),
     "linear_act_infer": (_check_linear_act, _fake_linear_act_infer),
@@ -181,6 +197,7 @@ _CHECKS_AND_FAKES = {
     "bias_act_dropout_bwd": (_check_bwd, _fake_bwd),
     "mlp_fwd": (_check_mlp_fwd, _fake_mlp_fwd),
     "mlp_bwd": (_check_mlp_bwd, _fake_mlp_bwd),
+    "cross_entropy": (_check_cross_entropy, _fake_cross_entropy),
 }
 
 

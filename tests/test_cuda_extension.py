@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import fusedmlp.functional as FF
 from bench import cuda_kernels
@@ -247,3 +248,35 @@ def test_each_kernel_once(cuda, act, dtype, columns):
     for op, m in (("bias_act_dropout", 600), ("linear_act", 70)):
         case = check_op.Case(op, m, 72, columns, act, 0.3, dtype, "cuda")
         check_op.assert_within_budget(case, check_op.run(case, "native"))
+    logits = torch.randn(70, columns, device=cuda, dtype=dtype, requires_grad=True)
+    target = torch.randint(columns, (70,), device=cuda)
+    loss = FF.cross_entropy(logits, target, label_smoothing=0.1, backend="native")
+    (dlogits,) = torch.autograd.grad(loss, logits)
+    expected = F.cross_entropy(logits.float(), target, label_smoothing=0.1)
+    torch.testing.assert_close(loss.float(), expected, rtol=2e-2, atol=1e-2)
+    assert dlogits.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_network_as_one_call_can_be_captured(cuda, dtype):
+    """Forward and backward of mlp; replays give the bits of the first run."""
+    from .test_mlp_op import Net
+
+    net = Net((64, 72, 40, 10), ("relu", "gelu", "none"), 0.2, dtype, cuda, leading=(256,))
+
+    def step():
+        kept = net.forward("native")
+        return {"y": kept[2]} | net.backward("native", kept)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        expected = step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    graph.replay()
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in got)

@@ -336,7 +336,8 @@ sys.exit(3 if found else 0)
 @pytest.mark.slow
 def test_the_op_suite_passes_on_emulated_kernels():
     """Checks, views, allocations and routes of ops_cuda.cpp with every kernel, on CPU tensors."""
-    files = ["tests/test_ops.py", "tests/test_corners.py", "tests/test_checks.py"]
+    names = ("ops", "corners", "checks", "mlp_op", "cross_entropy")
+    files = [f"tests/test_{name}.py" for name in names]
     chosen = "native and not threads and not extension"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     command += ["-p", "tests.emulated_native", *files, "-k", chosen]

@@ -125,3 +125,16 @@ def test_a_fallback_never_computes_another_function(no_native):
                 got = FF.bias_act_dropout(x, None, name, **args)
                 want = FF.bias_act_dropout(x, None, name, backend="reference", **args)
                 torch.testing.assert_close(got, want)
+
+
+def test_bf16_on_an_old_gpu_is_refused_before_the_kernel_is(monkeypatch):
+    """The kernels need compute capability 8.0 for it; fp16 runs there."""
+    named = dispatch._BY_NAME["native"]
+    native = dispatch.Backend("native", lambda d: None, named.dtypes, named.module, named.missing)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    (reason,) = native.refuses("cuda", torch.bfloat16)
+    assert "compute capability 8.0 or newer, this one has 7.5; use fp16" in reason
+    assert native.refuses("cuda", torch.float16) == []
+    assert native.refuses("cpu", torch.bfloat16) == []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert native.refuses("cuda", torch.bfloat16) == []

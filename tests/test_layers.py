@@ -23,15 +23,17 @@ ALLOWED = {
     "ops": {"dispatch"},
     "autograd": {"ops", "differentiable"},
     "autograd_mlp": {"autograd", "ops", "differentiable"},
-    "functional": {"autograd", "ops", "dispatch", "differentiable"},
+    "loss": {"ops", "dispatch"},
+    "functional": {"autograd", "loss", "ops", "dispatch", "differentiable"},
     "surgery": {"functional", "dispatch", "nn", "ops", "tracing"},
     "nn": {"functional", "autograd_mlp", "dispatch", "surgery", "tracing", "measure"},
     "tracing": {"functional", "nn"},
     "measure": {"surgery"},
     "verify": {"functional", "autograd_mlp", "dispatch", "differentiable"},
     "info": {"dispatch", "kernels", "verify"},
+    "tuning": {"dispatch", "kernels"},
 }
-CORE = set(ALLOWED) - {"info", "verify"}
+CORE = set(ALLOWED) - {"info", "verify", "tuning"}
 
 
 def _imports(path: Path) -> set[str]:

@@ -184,7 +184,7 @@ def test_fp32_products_obey_torchs_setting(kernels):
 def test_a_large_fp32_product_takes_the_librarys_gemm(kernels, device, monkeypatch):
     from fusedmlp.kernels.triton import configs
 
-    monkeypatch.setattr(configs, "LARGEST_FP32_PRODUCT", 0)
+    monkeypatch.setattr(configs, "LARGEST_SLOW_PRODUCT", 0)
     args = _layer(19, 20, 21, torch.float32, device)
     _assert_within_budget(kernels.linear_act_fwd(*args), reference.linear_act_fwd, args)
 
@@ -213,7 +213,8 @@ def _dgrad_arguments(m, k, n, dtype, device, act, p, slopes=None):
 @pytest.mark.parametrize("act", activations.NAMES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dgrad_act_is_the_gemm_and_the_backward_epilogue(dtype, act, p, kernels, device):
-    args = _dgrad_arguments(67, 13, 27, DTYPES[dtype], device, act, p)
+    # So many columns that the error of the yardstick's column sums is not small by luck.
+    args = _dgrad_arguments(67, 45, 27, DTYPES[dtype], device, act, p)
     _assert_within_budget(kernels.dgrad_act(*args), _dgrad_act_reference, args)
 
 
@@ -229,79 +230,6 @@ def test_dgrad_act_of_an_empty_batch(kernels, device):
     args = _dgrad_arguments(0, 13, 27, torch.float32, device, "prelu", 0.3)
     dz, db, dslope = kernels.dgrad_act(*args)
     assert dz.shape == (0, 13) and not db.any() and not dslope.any()
-
-
-# --- mlp ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("acts", "p", "dtype"),
-    [
-        # In 16 bits, rounding decides on which side of relu's kink a hidden unit is.
-        (("relu", "relu", "none"), 0.2, "fp32"),
-        (("gelu", "prelu", "softplus"), 0.0, "fp32"),
-        (("silu", "softplus", "none"), 0.2, "fp16"),
-        (("silu", "softplus", "none"), 0.2, "bf16"),
-        (("tanh",), 0.5, "fp16"),
-    ],
-    ids=lambda v: ",".join(v) if isinstance(v, tuple) else str(v),
-)
-def test_mlp_is_its_layers_one_after_the_other(acts, p, dtype, kernels, device):
-    """Outputs and all gradients of a network, against fp64; masks by layer number."""
-    from fusedmlp.verify import Case, leaves_of
-
-    dtype, widths = DTYPES[dtype], (13, 24, 17, 10)[: len(acts) + 1]
-    threshold, scale = rng.threshold_and_scale(p)
-    state = torch.tensor([SEED, STREAM], device=device)
-    inputs = {"x": torch.randn(67, widths[0]), "dy": torch.randn(67, widths[-1])}
-    for i, (k, n) in enumerate(zip(widths, widths[1:], strict=False)):
-        made = Case("linear_act", 1, k, n, acts[i], p, torch.float32).inputs()
-        inputs |= {f"{name}{i}": made[name] for name in ("w", "b", "slope") if name in made}
-    inputs = {name: t.to(device, dtype) for name, t in inputs.items()}
-
-    def layers_of(leaves):
-        return [
-            kernels.Layer(
-                leaves[f"w{i}"],
-                leaves[f"b{i}"],
-                leaves.get(f"slope{i}"),
-                activations.IDS[act],
-                0.01,
-                threshold,
-                scale,
-                i,
-            )
-            for i, act in enumerate(acts)
-        ]
-
-    def by_torch(dtype):
-        leaves = leaves_of(inputs, dtype)
-        y = leaves["x"]
-        for i, act in enumerate(acts):
-            y = FF.linear_act(
-                y,
-                leaves[f"w{i}"],
-                leaves[f"b{i}"],
-                act,
-                p=p,
-                seed=SEED,
-                slope=leaves.get(f"slope{i}"),
-                stream=STREAM + i,
-                backend="reference",
-            )
-        names = list(leaves)
-        grads = torch.autograd.grad(y, list(leaves.values()), inputs["dy"].to(dtype))
-        return {"y": y.detach()} | dict(zip(names, grads, strict=True))
-
-    layers, x = layers_of(inputs), inputs["x"]
-    ys, hs = kernels.mlp_fwd(x, layers, state)
-    dx, dws, dbs, dslopes = kernels.mlp_bwd(inputs["dy"], x, layers, state, ys, hs)
-    got = {"y": ys[-1], "x": dx}
-    for i in range(len(acts)):
-        got |= {f"w{i}": dws[i], f"b{i}": dbs[i], f"slope{i}": dslopes[i]}
-    truth, plain = by_torch(torch.float64), by_torch(dtype)
-    used = {name: excess(got[name], plain[name], truth[name], dtype) for name in truth}
-    assert all(u <= 1 for u in used.values()), f"share of the error budget used: {used}"
 
 
 # --- cross entropy ------------------------------------------------------------------------------

@@ -4,53 +4,58 @@ A sample of what `make kernels` compiles in full, in a process of its own: the i
 the other tests use, leaves nothing to compile.
 """
 
-import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from bench import kernel_cases, record
 from fusedmlp import dispatch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory) -> dict:
-    out = tmp_path_factory.mktemp("kernels") / "kernels.json"
+def _bench_kernels(out: Path, *arguments: str) -> dict:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "bench.kernels", "--sample", "--out", str(out)],
+        [sys.executable, "-m", "bench.kernels", "--sample", "--out", str(out), *arguments],
         env=environment,
         capture_output=True,
         text=True,
     )
     assert out.exists(), done.stderr
-    return json.loads(out.read_text())
+    return record.read(out)
 
 
 # One test, so that the workers of pytest-xdist do not each compile the sample.
-def test_the_sample_compiles_without_local_memory_and_with_tensor_cores(report):
+def test_the_sample_compiles_without_local_memory_and_with_tensor_cores(tmp_path):
     """No spills, shared memory within the device's limit, wgmma on sm_90, mma or tcgen05 else."""
+    report = _bench_kernels(tmp_path / "kernels.json")
+    rows = report["rows"]
     wrong = [
         f"{r['target']} {r['op']} {r['dtype']} {r['tile']}: {r['wrong']}"
-        for r in report["kernels"]
+        for r in rows
         if r["wrong"]
     ]
     assert not wrong
-    assert {r["target"] for r in report["kernels"]} == {
-        "sm_80",
-        "sm_90",
-        "sm_100",
-        "sm_120",
-        "gfx942",
-    }
-    found = {(r["target"], r["kind"]): r["tensor_core"] for r in report["kernels"] if r["kind"]}
+    assert report["left"] == 0
+    assert {r["target"] for r in rows} == set(kernel_cases.TARGETS)
+    found = {(r["target"], r["kind"]): r["tensor_core"] for r in rows if r["kind"]}
     assert found["sm_90", "tf32"] == "HGMMA" and found["sm_90", "ieee"] == ""
+
+
+def test_dropout_adds_few_instructions_to_an_element(tmp_path):
+    report = _bench_kernels(tmp_path / "counts.json", "--dropout-instructions")
+    assert {(r["kernel"], r["dtype"]) for r in report["rows"]} == {
+        ("linear_act_fwd_kernel", "bf16"),
+        ("bias_act_dropout_fwd_kernel", "bf16"),
+        ("bias_act_dropout_fwd_kernel", "fp32"),
+    }
     # Philox is 40 instructions for eight elements; the mask and its selection a few each.
-    for row in report["dropout_instructions"]:
-        assert row["per_element"] <= 16, row
+    for row in report["rows"]:
+        assert 5 <= row["per_element"] <= 16, row
 
 
 def test_an_unknown_activation_does_not_compile():

@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 
+from fusedmlp import cli, dispatch
+
 pytest.importorskip("triton", reason="Triton is not installed")
 
-SIZES = "linear_act", "half", 4000, 1000, 1000
+SIZES = "linear_act", "half", 4000, 1008, 1008
 DEVICE = "NVIDIA Test, triton 3"
 
 
@@ -70,20 +72,124 @@ def test_a_tile_that_this_version_does_not_have_is_not_used(tune, target):
 def test_tuning_keeps_the_fastest_tile_and_shows_progress(tune, target, monkeypatch):
     import triton
 
-    from fusedmlp.kernels.triton import configs, launch
+    from fusedmlp.kernels.triton import configs
 
-    candidates = configs.candidates(*SIZES, 2, target)
+    candidates = list(configs.candidates(*SIZES, 2, target))
     times = {tile: 1.0 + i for i, tile in enumerate(reversed(candidates))}
     monkeypatch.setattr(tune, "INTERPRET", False)
     monkeypatch.setattr(tune, "_call", lambda *args: lambda tile: times[tile])
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: None)
-    monkeypatch.setattr(launch, "capability", lambda t: target)
+    monkeypatch.setattr(tune, "candidates", lambda *args: candidates)
     monkeypatch.setattr(triton.testing, "do_bench", lambda call, **kwargs: call())
     lines = []
     best = tune.tune_one("linear_act", torch.bfloat16, *SIZES[2:], progress=lines.append)
     assert best == candidates[-1] and len(lines) == len(candidates)
     tune.forget()
     assert _stored(tune, target) == best
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(tune, target, monkeypatch):
+    """A GPU whose tiles take a time that is made up; 'none runs' for one size."""
+    import triton
+
+    from fusedmlp.kernels.triton import configs
+
+    triton_backend = dispatch.Backend("triton", lambda d: None, (), "fusedmlp.kernels.triton")
+    monkeypatch.setitem(dispatch._BY_NAME, "triton", triton_backend)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(tune, "INTERPRET", False)
+
+    def candidates(op, dtype, m, n, k, device):
+        return list(configs.candidates(op, "half", m, n, k, 2, target))[:3]
+
+    def call(op, dtype, m, n, k, device):
+        def run(tile):
+            if m == 7:
+                raise triton.runtime.errors.OutOfResources(1, 0, "shared memory")
+            return 1.0 + candidates(op, dtype, m, n, k, device)[::-1].index(tile)
+
+        return run
+
+    monkeypatch.setattr(tune, "candidates", candidates)
+    monkeypatch.setattr(tune, "_call", call)
+    monkeypatch.setattr(triton.testing, "do_bench", lambda call, **kwargs: call())
+    return tune
+
+
+def test_the_command_keeps_the_fastest_tile_of_each_size(gpu, target, capsys):
+    assert cli.main(["tune", "4000x1008x1008", "--net", "64-32-8", "--rows", "16"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in said[:-1]] == [
+        "linear_act bf16 4000 x 1008 -> 1008",
+        "dgrad_act bf16 4000 x 1008 -> 1008",
+        "linear_act bf16 16 x 64 -> 32",
+        "dgrad_act bf16 16 x 32 -> 64",
+        "linear_act bf16 16 x 32 -> 8",
+        "dgrad_act bf16 16 x 8 -> 32",
+    ]
+    assert said[-1] == f"kept in {gpu.path()}"
+    gpu.forget()
+    assert cli.main(["tune", "4000x1008x1008", "16x8x32", "--missing"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    # Sizes are kept by class: 16 x 32 -> 8 above was timed on odd rows, as dgrad_act's are here.
+    assert [line.split(":")[0] for line in said[:-1]] == [
+        "linear_act bf16 16 x 8 -> 32",
+        "dgrad_act bf16 16 x 32 -> 8",
+    ]
+    assert _stored(gpu, target) == gpu.candidates(SIZES[0], torch.bfloat16, *SIZES[2:], 0)[2]
+
+
+def test_a_size_of_which_no_tile_runs_is_named(gpu, capsys):
+    assert cli.main(["tune", "7x8x9"]) == cli.FAILED
+    said = capsys.readouterr()
+    assert "linear_act bf16 7 x 8 -> 9: no tile ran" in said.out
+    assert "2 of 2 sizes have no tile" in said.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give layers"),
+        (["12x8"], "must be sizes from 1 on"),
+        (["12x8x0"], "must be sizes from 1 on"),
+        (["1x2x3x4"], "must be MxKxN"),
+        (["--net", "64"], "must be sizes from 1 on"),
+        (["1x2x3", "--rows", "0"], "--rows must be at least 1"),
+        (["1x2x3", "--dtype", "fp64"], "invalid choice"),
+        (["1x2x3", "--device", "2"], "--device must be below 2"),
+    ],
+)
+def test_wrong_arguments_of_the_command(arguments, message, gpu, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["tune", *arguments])
+    assert stop.value.code == cli.MISUSED
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_gpu_the_command_says_so(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert cli.main(["tune", "256x784x256"]) == cli.FAILED
+    assert "nothing to tune here: no GPU is available to torch" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_the_command_on_a_gpu(tmp_path, monkeypatch, capsys):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU is available to torch")
+    from fusedmlp.kernels.triton import tune
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tune.forget()
+    try:
+        assert cli.main(["tune", "256x64x32"]) == 0
+    finally:
+        tune.forget()
+    assert "linear_act bf16 256 x 64 -> 32: " in capsys.readouterr().out
+    assert tune.path().exists()
 
 
 @pytest.mark.parametrize("arch", [80, 86, 90, 100, 120])
@@ -97,3 +203,31 @@ def test_every_size_has_a_default_that_the_device_can_hold(arch):
                 tile = configs.default_tile(op, kind, m, n, k, itemsize, target)
                 assert configs.shared_bytes(tile, itemsize) < target.shared
                 assert tile.splits == 1 or op == "linear_act"
+
+
+@pytest.mark.parametrize("kind", ["half", "tf32", "ieee"])
+def test_odd_rows_take_tiles_that_were_compiled_for_them(kind, target):
+    """None with descriptors, none that spills by kernels.json, in a size class of its own."""
+    from fusedmlp.kernels.triton import configs, tune
+
+    itemsize = 2 if kind == "half" else 4
+    wide = configs.candidates("linear_act", kind, 4096, 4096, 4096, itemsize, target)
+    odd = configs.candidates("linear_act", kind, 4096, 4096, 4091, itemsize, target, True)
+    assert odd and {t._replace(splits=1) for t in odd} < {t._replace(splits=1) for t in wide}
+    assert all(configs.for_odd_rows(t, kind, target) and not t.descriptors for t in odd)
+    sizes = "linear_act", kind, 64, 64, 64
+    assert tune.size_class(*sizes, True) != tune.size_class(*sizes)
+
+
+def test_what_odd_rows_are():
+    from fusedmlp.kernels.triton import gemm
+
+    x, w = torch.zeros(8, 32), torch.zeros(4, 32)
+    assert not gemm._odd(x, w) and not gemm._odd(x, w.t().contiguous().view(4, 32))
+    assert gemm._odd(x[:, :20].contiguous(), w[:, :20].contiguous())
+    assert gemm._odd(x[:, 1:17], w[:, :16])  # rows are 32 apart but do not start at 16 bytes
+    assert gemm._odd(torch.zeros(8, 64)[:, ::2], w)
+    assert not gemm._odd(torch.zeros(1, 32)[:, :32], w)
+    transposed = torch.zeros(32, 16).t()
+    assert not gemm._odd(x, transposed)
+    assert gemm._odd(x, torch.zeros(32, 4).t())

@@ -40,6 +40,12 @@ int64_t gemm_scratch(int64_t m, int64_t n, int64_t k) {
 }
 
 int launch_gemm(const Gemm& g, ParallelFor parallel) {
+    if (g.m == 0 || g.n == 0)
+        return 0;
+    if (g.k == 0) {
+        std::fill_n(g.c, g.m * g.n, 0.0f);
+        return 0;
+    }
     const GemmKernels& kernels = step_kernels().gemm;
     const int64_t mr = kernels.mr, nr = kernels.nr;
     if (g.m <= kFewRows && g.b_across && !g.a_across && !g.done && g.n * g.k > kDirect) {

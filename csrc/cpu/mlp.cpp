@@ -46,7 +46,7 @@ int launch_mlp_fwd(MlpParams& p, ParallelFor parallel) {
         g.scratch = p.work + 2 * turn;
         failed |= launch_gemm(g, parallel);
         const bool bare = l.e.act == kNone && l.e.drop.threshold == 0 && !l.e.bias;
-        if (!bare || l.h)
+        if ((!bare || l.h) && l.e.cols > 0)
             failed |= launch_bias_act_dropout_fwd({l.y, g.c, l.e}, parallel);
         x = l.y;
     }
@@ -79,7 +79,8 @@ int launch_mlp_bwd(const MlpParams& p, ParallelFor parallel) {
         b.db = l.db;
         b.dslope = l.dslope;
         b.e = l.e;
-        failed |= launch_bias_act_dropout_bwd(b, parallel);
+        if (l.e.cols > 0)
+            failed |= launch_bias_act_dropout_bwd(b, parallel);
         Gemm g{};
         g.scratch = p.work + 2 * turn;
         if (l.dw) {

@@ -3,6 +3,7 @@
 The same functions with the same names as every backend. Implements rng.py and activations.py.
 """
 
+from .cross_entropy import cross_entropy
 from .epilogue import (
     bias_act_dropout_bwd,
     bias_act_dropout_fwd,
@@ -14,6 +15,7 @@ from .mlp import mlp_bwd, mlp_fwd
 __all__ = [
     "bias_act_dropout_bwd",
     "bias_act_dropout_fwd",
+    "cross_entropy",
     "linear_act_fwd",
     "linear_act_infer",
     "mlp_bwd",

@@ -33,6 +33,7 @@ def _saves(layer: nets.Layer, dtype: torch.dtype) -> int:
 def mlp_bwd(dy, x, params, state, ys, hs, ints, numbers, row_offset, needs, need_dx):
     """dx (..., K), then the gradient of each of the params; of no elements where not needed."""
     layers = list(nets.layers(params, ints, numbers))
+    needs = [need & bits for need, bits in zip(needs, nets.bits_of(ints), strict=True)]
     first = 0 if need_dx else next((i for i, need in enumerate(needs) if need), len(layers))
     none, hs = dy.new_empty(0), list(hs)
     grads = []  # of the params, from the last

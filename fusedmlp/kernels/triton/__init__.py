@@ -8,10 +8,9 @@ from .bias_act_dropout import bias_act_dropout_bwd, bias_act_dropout_fwd
 from .cross_entropy import cross_entropy
 from .dgrad_act import dgrad_act
 from .linear_act import linear_act_fwd, linear_act_infer
-from .mlp import Layer, mlp_bwd, mlp_fwd
+from .mlp import mlp_bwd, mlp_fwd
 
 __all__ = [
-    "Layer",
     "bias_act_dropout_bwd",
     "bias_act_dropout_fwd",
     "cross_entropy",

@@ -40,7 +40,8 @@ def elementwise_tile(m: int, n: int) -> tuple[int, int, int]:
 def column_tile(m: int, n: int) -> tuple[int, int, int]:
     """(BLOCK_M, BLOCK_N, warps) where sums over rows are wanted: narrow, many rows."""
     block_n = max(8, min(_power_of_two(n), 128))
-    block_m = max(1, min(_power_of_two(m), _TILE // block_n))
+    # Half of the elementwise tile: a whole one spilled, up to 184 bytes a thread (gelu, N odd).
+    block_m = max(1, min(_power_of_two(m), _TILE // 2 // block_n))
     return block_m, block_n, 4
 
 
@@ -125,9 +126,10 @@ def target(arch: int, processors: int = 132) -> Target:
 
 GROUP_M = 8
 
-# Beyond this many multiplications the library's fp32 GEMM is taken: Triton does ieee fp32 without
-# tensor cores and without the library's register blocking.
-LARGEST_FP32_PRODUCT = 1 << 27
+# Beyond this many multiplications the library's GEMM is taken for ieee fp32, which Triton does
+# without tensor cores and the library's register blocking, and for operands with odd rows, for
+# which only narrow tiles are there.
+LARGEST_SLOW_PRODUCT = 1 << 27
 
 # What can be chosen, by kind: 'half' (fp16, bf16), 'tf32', 'ieee'. From wide to narrow.
 TILES: dict[str, tuple[Tile, ...]] = {
@@ -217,24 +219,79 @@ def cycles(tile: Tile, kind: str, m: int, n: int, k: int, itemsize: int, target:
     return total
 
 
+# Elements of a thread, of both operands and the sums, up to which a kernel that reads its operands
+# element by element keeps them in registers: found by compiling (docs/triton.md).
+_MOST_ELEMENTS = {"half": 95, "tf32": 96, "ieee": 40}
+
+
+# (kind, m, n) that have no more and spill all the same: first compute capability -> tiles.
+_SPILLED = {
+    0: {("half", 64, 32), ("tf32", 128, 128)},
+    90: set(),
+    100: {("half", 128, 16), ("tf32", 128, 16), ("tf32", 64, 16)},
+    120: {("tf32", 128, 128)},
+}
+
+
+def for_odd_rows(tile: Tile, kind: str, target: Target) -> bool:
+    """Whether a tile is for operands whose rows are not multiples of 16 elements apart."""
+    if target.backend == "cuda":
+        known = max(arch for arch in _SPILLED if arch <= target.arch)
+        if (kind, tile.m, tile.n) in _SPILLED[known]:
+            return False
+    elements = (tile.m + tile.n) * tile.k + tile.m * tile.n
+    return not tile.descriptors and elements <= _MOST_ELEMENTS[kind] * 32 * tile.warps
+
+
+def can_split(tile: Tile, target: Target) -> bool:
+    """Whether a tile's product may be split along K. With tcgen05 two of them spill then."""
+    with_tcgen05 = target.backend == "cuda" and 100 <= target.arch < 120
+    return not tile.descriptors and not (
+        with_tcgen05 and (tile.m, tile.n) in ((64, 64), (256, 128))
+    )
+
+
 def candidates(
-    op: str, kind: str, m: int, n: int, k: int, itemsize: int, target: Target
+    op: str,
+    kind: str,
+    m: int,
+    n: int,
+    k: int,
+    itemsize: int,
+    target: Target,
+    odd: bool = False,
 ) -> list[Tile]:
-    """Every tile that can be chosen for a size, split along K where that can pay."""
+    """Every tile that can be chosen for a size, split along K where that can pay.
+
+    odd  rows of an operand are not multiples of 16 elements apart: no vector instruction reads them
+    """
     found = []
     for tile in fitting(kind, itemsize, target):
+        if odd and not for_odd_rows(tile, kind, target):
+            continue
         # Descriptors are made on the host for each call; they pay where the kernel is long.
         if tile.descriptors and m * n * k < 1 << 30:
             continue
         found.append(tile)
-        for splits in (2, 4, 8, 16, 32) if op == "linear_act" else ():
-            if not tile.descriptors and k >= splits * max(256, 2 * tile.k) and m * n <= 1 << 20:
+        if op != "linear_act" or not can_split(tile, target):
+            continue
+        for splits in (2, 4, 8, 16, 32):
+            if k >= splits * max(256, 2 * tile.k) and m * n <= 1 << 20:
                 found.append(tile._replace(splits=splits))
     return found
 
 
 @functools.lru_cache(maxsize=4096)
-def default_tile(op: str, kind: str, m: int, n: int, k: int, itemsize: int, target: Target) -> Tile:
+def default_tile(
+    op: str,
+    kind: str,
+    m: int,
+    n: int,
+    k: int,
+    itemsize: int,
+    target: Target,
+    odd: bool = False,
+) -> Tile:
     """The tile that the model ranks first: what is used where nothing was tuned."""
-    found = candidates(op, kind, m, n, k, itemsize, target)
+    found = candidates(op, kind, m, n, k, itemsize, target, odd)
     return min(found, key=lambda t: cycles(t, kind, m, n, k, itemsize, target))

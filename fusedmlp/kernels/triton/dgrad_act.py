@@ -160,7 +160,7 @@ def dgrad_act(
     dz2 = rows_view(dz)
     (m, inner), n = dz2.shape, w.shape[1]
     epilogue = b, slope, state, act, alpha, threshold, scale, layer, row_offset, saves
-    if tile is None and use_library(dz2, m, n, inner):
+    if tile is None and use_library(dz2, w.t()):
         dy = torch.mm(dz2, w).view(*dz.shape[:-1], n)
         return bias_act_dropout.bias_act_dropout_bwd(dy, saved, *epilogue, need_db, need_dslope)
     out = torch.empty((*dz.shape[:-1], n), dtype=dz.dtype, device=dz.device)

@@ -114,9 +114,21 @@ def kind_of(dtype: torch.dtype) -> str:
     return dtypes.fp32_matmul_mode() if dtype == torch.float32 else "half"
 
 
-def use_library(x: Tensor, m: int, n: int, k: int) -> bool:
-    """True where the library's GEMM and one epilogue kernel are the better route."""
-    return kind_of(x.dtype) == "ieee" and m * n * k > configs.LARGEST_FP32_PRODUCT
+def use_library(x: Tensor, w: Tensor) -> bool:
+    """True where the library's GEMM of x (M, K) and w (N, K) and one epilogue kernel are better."""
+    if x.shape[0] * w.shape[0] * w.shape[1] <= configs.LARGEST_SLOW_PRODUCT:
+        return False
+    return kind_of(x.dtype) == "ieee" or _odd(x, w)
+
+
+def _odd(x: Tensor, w: Tensor) -> bool:
+    """True where Triton reads an operand element by element: what it knows of a stride is whether
+    it is a multiple of 16."""
+    w = w if w.stride(1) == 1 else w.t()
+    return any(
+        t.stride(1) != 1 or (t.stride(0) % 16 and t.shape[0] > 1) or t.data_ptr() % 16
+        for t in (x, w)
+    )
 
 
 def _describable(t: Tensor) -> bool:
@@ -155,7 +167,7 @@ class Product:
         kind = kind_of(x.dtype)
         target = capability(x)
         self.m, self.n, self.k = m, n, k
-        self.tile = tile = tile or tune.choose(op, kind, m, n, k, x, target)
+        self.tile = tile = tile or tune.choose(op, kind, m, n, k, x, target, _odd(x, w))
         by_k = w.stride(1) != 1
         descriptors = 0
         if tile.descriptors and k and _describable(x) and _describable(w.t() if by_k else w):

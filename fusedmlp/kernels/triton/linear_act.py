@@ -270,7 +270,7 @@ def run(x, w, b, slope, state, act, alpha, threshold, scale, layer, row_offset, 
     y = torch.empty(shape, dtype=x.dtype, device=x.device)
     x2 = rows_view(x)
     m, k = x2.shape
-    if tile is None and use_library(x, m, w.shape[0], k):
+    if tile is None and use_library(x2, w):
         h = torch.mm(x2, w.t()).view(shape)
         epilogue = b, slope, state, act, alpha, threshold, scale, layer, row_offset
         return bias_act_dropout.bias_act_dropout_fwd(h, *epilogue), h if keep_h else None

@@ -6,12 +6,9 @@ weight gradients are the library's GEMMs. The bits are those of layer-by-layer c
 input gradient is not rounded before the derivative is applied.
 """
 
-from typing import NamedTuple
-
 import torch
-from torch import Tensor
 
-from ... import activations
+from ... import activations, nets
 from ...activations import SAVE_Y, SAVE_Z
 from .bias_act_dropout import bias_act_dropout_bwd
 from .dgrad_act import dgrad_act
@@ -19,69 +16,59 @@ from .launch import rows_view
 from .linear_act import run
 
 
-class Layer(NamedTuple):
-    """drop(act(x w^T + b)); the fields mean what the arguments of linear_act_fwd mean."""
-
-    w: Tensor  # (N, K)
-    b: Tensor | None = None
-    slope: Tensor | None = None
-    act: int = activations.NONE
-    alpha: float = 0.01
-    threshold: int = 0
-    scale: float = 1.0
-    layer: int = 0
-
-    def saves(self, dtype: torch.dtype) -> int:
-        return activations.saves(self.act, self.alpha, dtype, self.threshold != 0)
-
-    def epilogue(self, state: Tensor | None, row_offset: int) -> tuple:
-        """The arguments that all ops share, in their order."""
-        numbers = self.act, self.alpha, self.threshold, self.scale, self.layer, row_offset
-        return self.b, self.slope, state, *numbers
+def _saves(layer: nets.Layer, dtype: torch.dtype) -> int:
+    return activations.saves(layer.act, layer.alpha, dtype, layer.threshold != 0)
 
 
-def mlp_fwd(
-    x: Tensor, layers: list[Layer], state: Tensor | None, row_offset: int = 0
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Each layer's y (..., N), and its h (..., N) where backward needs it."""
+def mlp_fwd(x, params, state, ints, numbers, row_offset, keep):
+    """y (..., N) of each layer, then h = x w^T of those whose z backward reads.
+
+    Only the last y if not `keep`. The arguments are those of the op (ops.py).
+    """
     ys, hs = [], []
-    for layer in layers:
-        keep_h = layer.saves(x.dtype) == SAVE_Z
-        y, h = run(ys[-1] if ys else x, layer.w, *layer.epilogue(state, row_offset), keep_h=keep_h)
-        ys.append(y)
-        hs.append(h)
-    return ys, hs
+    for layer in nets.layers(params, ints, numbers):
+        keep_h = keep and _saves(layer, x.dtype) == SAVE_Z
+        x, h = run(x, layer.w, *layer.epilogue(state, row_offset), keep_h=keep_h)
+        ys.append(x)
+        if keep_h:
+            hs.append(h)
+    return ys + hs if keep else ys[-1:]
 
 
-def mlp_bwd(
-    dy: Tensor,
-    x: Tensor,
-    layers: list[Layer],
-    state: Tensor | None,
-    ys: list[Tensor],
-    hs: list[Tensor | None],
-    row_offset: int = 0,
-    need_dx: bool = True,
-) -> tuple[Tensor | None, list[Tensor], list[Tensor | None], list[Tensor | None]]:
-    """dx (or None), and for each layer dw (N, K), db (N,) or None, dslope or None."""
+def mlp_bwd(dy, x, params, state, ys, hs, ints, numbers, row_offset, needs, need_dx):
+    """dx (..., K), then the gradient of each of the params; of no elements where not needed."""
+    layers = list(nets.layers(params, ints, numbers))
+    needs = [need & bits for need, bits in zip(needs, nets.bits_of(ints), strict=True)]
+    kinds, rest = [_saves(layer, dy.dtype) for layer in layers], iter(hs)
+    saved = [
+        y if kind == SAVE_Y else next(rest) if kind == SAVE_Z else None
+        for kind, y in zip(kinds, ys, strict=True)
+    ]
+    none, last = dy.new_empty(0), len(layers) - 1
+    first = 0 if need_dx else next((i for i, need in enumerate(needs) if need), len(layers))
 
     def arguments(i: int) -> tuple:
         """saved tensor, epilogue and what is asked for, of layer i."""
-        saves = layers[i].saves(dy.dtype)
-        saved = {SAVE_Y: ys[i], SAVE_Z: hs[i]}.get(saves)
-        asked = saves, layers[i].b is not None, layers[i].slope is not None
-        return saved, *layers[i].epilogue(state, row_offset), *asked
+        asked = bool(needs[i] & nets.B), bool(needs[i] & nets.SLOPE)
+        return saved[i], *layers[i].epilogue(state, row_offset), kinds[i], *asked
 
-    count = len(layers)
-    dws: list[Tensor] = [None] * count
-    dbs: list[Tensor | None] = [None] * count
-    dslopes: list[Tensor | None] = [None] * count
-    dz, db, dslope = bias_act_dropout_bwd(dy, *arguments(count - 1))
-    for i in reversed(range(count)):
-        dbs[i] = db if layers[i].b is not None else None
-        dslopes[i] = dslope if layers[i].slope is not None else None
-        dws[i] = torch.mm(rows_view(dz).t(), rows_view(ys[i - 1] if i else x))
-        if i:
-            dz, db, dslope = dgrad_act(dz, layers[i].w, *arguments(i - 1))
-    dx = torch.matmul(dz, layers[0].w) if need_dx else None
-    return dx, dws, dbs, dslopes
+    grads, dz = [], dy  # of the params, from the last
+    for i in reversed(range(len(layers))):
+        layer, need = layers[i], needs[i]
+        dw = none
+        if i < first:
+            db = dslope = none
+        else:
+            if i == last:
+                bare = layer.act == activations.NONE and layer.threshold == 0 and not need & nets.B
+                dz, db, dslope = (
+                    (dy, none, none) if bare else bias_act_dropout_bwd(dy, *arguments(i))
+                )
+            else:
+                dz, db, dslope = dgrad_act(dz, layers[i + 1].w, *arguments(i))
+            if need & nets.W:
+                dw = torch.mm(rows_view(dz).t(), rows_view(ys[i - 1] if i else x))
+        there = zip((dw, db, dslope), (layer.w, layer.b, layer.slope), strict=True)
+        grads += reversed([grad for grad, t in there if t is not None])
+    dx = torch.matmul(dz, layers[0].w) if need_dx else none
+    return [dx, *reversed(grads)]

@@ -68,10 +68,15 @@ def _table_name(device: int) -> str:
     return f"{torch.cuda.get_device_name(device)}, triton {triton.__version__}"
 
 
-def size_class(op: str, kind: str, m: int, n: int, k: int) -> str:
+def size_class(op: str, kind: str, m: int, n: int, k: int, odd: bool = False) -> str:
     """Sizes that share a tile: equal after rounding up to powers of two."""
     up = (1 << max(0, size - 1).bit_length() for size in (m, n, k))
-    return f"{op} {kind} " + "x".join(map(str, up))
+    return f"{op} {kind} " + "x".join(map(str, up)) + " odd" * odd
+
+
+def _odd(op: str, n: int, k: int) -> bool:
+    """Whether the operands that are timed have odd rows (gemm.py); w of dgrad_act is (k, n)."""
+    return bool(k % 16 or (op == "dgrad_act" and n % 16))
 
 
 def forget() -> None:
@@ -83,29 +88,44 @@ def forget() -> None:
 
 @functools.lru_cache(maxsize=4096)
 def _stored(
-    op: str, kind: str, m: int, n: int, k: int, itemsize: int, target: configs.Target, name: str
+    op: str,
+    kind: str,
+    m: int,
+    n: int,
+    k: int,
+    itemsize: int,
+    target: configs.Target,
+    name: str,
+    odd: bool = False,
 ) -> configs.Tile | None:
-    tile = _load().get(name, {}).get(size_class(op, kind, m, n, k))
+    tile = _load().get(name, {}).get(size_class(op, kind, m, n, k, odd))
     if tile is None:
         return None
     tile = configs.Tile(*tile)
     # A file of another version may name a tile that this one does not have.
     known = tile._replace(splits=1) in configs.fitting(kind, itemsize, target)
-    return tile if known else None
+    return tile if known and (not odd or configs.for_odd_rows(tile, kind, target)) else None
 
 
 def choose(
-    op: str, kind: str, m: int, n: int, k: int, x: torch.Tensor, target: configs.Target
+    op: str,
+    kind: str,
+    m: int,
+    n: int,
+    k: int,
+    x: torch.Tensor,
+    target: configs.Target,
+    odd: bool = False,
 ) -> configs.Tile:
-    """The tile for one call on x's device."""
+    """The tile for one call on x's device; odd: of its operands, as in configs.candidates."""
     itemsize = x.element_size()
     mode = os.environ.get("FUSEDMLP_AUTOTUNE", "")
     if not x.is_cuda or mode == "0" or torch.are_deterministic_algorithms_enabled():
-        return configs.default_tile(op, kind, m, n, k, itemsize, target)
-    stored = _stored(op, kind, m, n, k, itemsize, target, _table_name(x.device.index))
+        return configs.default_tile(op, kind, m, n, k, itemsize, target, odd)
+    stored = _stored(op, kind, m, n, k, itemsize, target, _table_name(x.device.index), odd)
     if stored is None and mode == "1" and not torch.cuda.is_current_stream_capturing():
         stored = tune_one(op, x.dtype, m, n, k, x.device.index)
-    return stored or configs.default_tile(op, kind, m, n, k, itemsize, target)
+    return stored or configs.default_tile(op, kind, m, n, k, itemsize, target, odd)
 
 
 def _call(op: str, dtype: torch.dtype, m: int, n: int, k: int, device: int) -> Callable:
@@ -129,6 +149,48 @@ def _call(op: str, dtype: torch.dtype, m: int, n: int, k: int, device: int) -> C
     return lambda tile: dgrad_act(x, w, saved, *epilogue, *rest, tile=tile)
 
 
+def time_tiles(
+    op: str,
+    dtype: torch.dtype,
+    m: int,
+    n: int,
+    k: int,
+    device: int = 0,
+    progress: Callable[[str], None] = log.info,
+) -> dict[configs.Tile, float]:
+    """Milliseconds of every tile that can be chosen for one size and that the device can run.
+
+    op        'linear_act' or 'dgrad_act'; x (m, k), output (m, n)
+    progress  called with one line a tile
+    raises    RuntimeError in the interpreter
+    """
+    if INTERPRET:
+        raise RuntimeError("tune: the interpreter has nothing to time; unset TRITON_INTERPRET")
+    call = _call(op, dtype, m, n, k, device)
+    times: dict[configs.Tile, float] = {}
+    found = candidates(op, dtype, m, n, k, device)
+    for i, tile in enumerate(found, 1):
+        try:
+            times[tile] = triton.testing.do_bench(lambda t=tile: call(t), return_mode="median")
+        except triton.runtime.errors.OutOfResources as error:
+            progress(f"{op} {m}x{n}x{k} {i}/{len(found)} {tuple(tile)}: {error}")
+            continue
+        progress(f"{op} {m}x{n}x{k} {i}/{len(found)} {tuple(tile)}: {1e3 * times[tile]:.1f} us")
+    return times
+
+
+def candidates(
+    op: str, dtype: torch.dtype, m: int, n: int, k: int, device: int = 0
+) -> list[configs.Tile]:
+    """What time_tiles times, in this order."""
+    from .gemm import kind_of
+    from .launch import capability
+
+    target = capability(torch.empty(0, device=f"cuda:{device}"))
+    kind, odd = kind_of(dtype), _odd(op, n, k)
+    return configs.candidates(op, kind, m, n, k, dtype.itemsize, target, odd)
+
+
 def tune_one(
     op: str,
     dtype: torch.dtype,
@@ -138,38 +200,53 @@ def tune_one(
     device: int = 0,
     progress: Callable[[str], None] = log.info,
 ) -> configs.Tile | None:
-    """Times every tile that can be chosen for one size, and keeps the fastest.
+    """Times every tile that can be chosen for one size, and keeps the fastest on disk.
 
-    op        'linear_act' or 'dgrad_act'; x (m, k), output (m, n)
-    progress  called with one line a tile
-    returns   the fastest tile, None if none ran
+    Arguments as in time_tiles; returns the fastest tile, None if none ran.
     """
-    from .gemm import kind_of
-    from .launch import capability
+    times = time_tiles(op, dtype, m, n, k, device, progress)
+    return keep(op, dtype, m, n, k, times, device) if times else None
 
-    if INTERPRET:
-        raise RuntimeError("tune: the interpreter has nothing to time; unset TRITON_INTERPRET")
-    call = _call(op, dtype, m, n, k, device)
-    kind, target = kind_of(dtype), capability(torch.empty(0, device=f"cuda:{device}"))
-    times: dict[configs.Tile, float] = {}
-    candidates = configs.candidates(op, kind, m, n, k, dtype.itemsize, target)
-    for i, tile in enumerate(candidates, 1):
-        try:
-            times[tile] = triton.testing.do_bench(lambda t=tile: call(t), return_mode="median")
-        except triton.runtime.errors.OutOfResources as error:
-            progress(f"{op} {m}x{n}x{k} {i}/{len(candidates)} {tuple(tile)}: {error}")
-            continue
-        progress(
-            f"{op} {m}x{n}x{k} {i}/{len(candidates)} {tuple(tile)}: {1e3 * times[tile]:.1f} us"
-        )
-    if not times:
-        return None
+
+def keep(
+    op: str,
+    dtype: torch.dtype,
+    m: int,
+    n: int,
+    k: int,
+    times: dict[configs.Tile, float],
+    device: int = 0,
+) -> configs.Tile:
+    """Writes the fastest tile of one size to the file, and returns it."""
+    from .gemm import kind_of
+
     best = min(times, key=times.get)
     table = _load().setdefault(_table_name(device), {})
-    table[size_class(op, kind, m, n, k)] = list(best)
+    table[size_class(op, kind_of(dtype), m, n, k, _odd(op, n, k))] = list(best)
     _save()
     _stored.cache_clear()
     return best
+
+
+def is_kept(op: str, dtype: torch.dtype, m: int, n: int, k: int, device: int = 0) -> bool:
+    """Whether the file has a tile for one size on this GPU."""
+    from .gemm import kind_of
+
+    table = _load().get(_table_name(device), {})
+    return size_class(op, kind_of(dtype), m, n, k, _odd(op, n, k)) in table
+
+
+def jobs(
+    shapes: Iterable[tuple[int, int, int]], dtypes: Iterable[torch.dtype]
+) -> list[tuple[str, torch.dtype, int, int, int]]:
+    """(op, dtype, m, n, k) of both GEMM kernels for shapes (M, K, N) of layers, each once."""
+    found = []
+    for m, k, n in shapes:
+        for dtype in dtypes:
+            found.append(("linear_act", dtype, m, n, k))
+            # The backward of this layer's input: dz (M, N) times W (N, K).
+            found.append(("dgrad_act", dtype, m, k, n))
+    return list(dict.fromkeys(found))
 
 
 def tune(
@@ -178,9 +255,6 @@ def tune(
     device: int = 0,
     progress: Callable[[str], None] = print,
 ) -> None:
-    """Tunes both GEMM kernels ahead, for shapes (M, K, N) of layers. What `fusedmlp tune` calls."""
-    for m, k, n in shapes:
-        for dtype in dtypes:
-            tune_one("linear_act", dtype, m, n, k, device, progress)
-            # The backward of this layer's input: dz (M, N) times W (N, K).
-            tune_one("dgrad_act", dtype, m, k, n, device, progress)
+    """Tunes both GEMM kernels ahead, for shapes (M, K, N) of layers, as `fusedmlp tune` does."""
+    for job in jobs(shapes, tuple(dtypes)):
+        tune_one(*job, device, progress)
