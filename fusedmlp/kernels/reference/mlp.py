@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ... import activations, checks, nets
 from ...activations import SAVE_Y, SAVE_Z
@@ -30,16 +31,20 @@ def _saves(layer: nets.Layer, dtype: torch.dtype) -> int:
     return activations.saves(layer.act, layer.alpha, dtype, layer.threshold != 0)
 
 
+def _or_empty(grad: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if grad is None else grad
+
+
 def mlp_bwd(dy, x, params, state, ys, hs, ints, numbers, row_offset, needs, need_dx):
     """dx (..., K), then the gradient of each of the params; of no elements where not needed."""
     layers = list(nets.layers(params, ints, numbers))
     needs = [need & bits for need, bits in zip(needs, nets.bits_of(ints), strict=True)]
     first = 0 if need_dx else next((i for i, need in enumerate(needs) if need), len(layers))
-    none, hs = dy.new_empty(0), list(hs)
+    hs = list(hs)
     grads = []  # of the params, from the last
     for i in reversed(range(len(layers))):
         layer, need = layers[i], needs[i]
-        dw = db = dslope = none
+        dw = db = dslope = None
         kind = _saves(layer, dy.dtype)
         saved = ys[i] if kind == SAVE_Y else hs.pop() if kind == SAVE_Z else None
         if i >= first:
@@ -53,5 +58,5 @@ def mlp_bwd(dy, x, params, state, ys, hs, ints, numbers, row_offset, needs, need
             if i > first or need_dx:
                 dy = torch.matmul(dz, layer.w)
         there = zip((dw, db, dslope), (layer.w, layer.b, layer.slope), strict=True)
-        grads += reversed([grad for grad, t in there if t is not None])
-    return [dy if need_dx else none, *reversed(grads)]
+        grads += reversed([_or_empty(grad, dy) for grad, t in there if t is not None])
+    return [_or_empty(dy if need_dx else None, dy), *reversed(grads)]

@@ -7,6 +7,7 @@ input gradient is not rounded before the derivative is applied.
 """
 
 import torch
+from torch import Tensor
 
 from ... import activations, nets
 from ...activations import SAVE_Y, SAVE_Z
@@ -35,6 +36,10 @@ def mlp_fwd(x, params, state, ints, numbers, row_offset, keep):
     return ys + hs if keep else ys[-1:]
 
 
+def _or_empty(grad: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if grad is None else grad
+
+
 def mlp_bwd(dy, x, params, state, ys, hs, ints, numbers, row_offset, needs, need_dx):
     """dx (..., K), then the gradient of each of the params; of no elements where not needed."""
     layers = list(nets.layers(params, ints, numbers))
@@ -44,7 +49,7 @@ def mlp_bwd(dy, x, params, state, ys, hs, ints, numbers, row_offset, needs, need
         y if kind == SAVE_Y else next(rest) if kind == SAVE_Z else None
         for kind, y in zip(kinds, ys, strict=True)
     ]
-    none, last = dy.new_empty(0), len(layers) - 1
+    last = len(layers) - 1
     first = 0 if need_dx else next((i for i, need in enumerate(needs) if need), len(layers))
 
     def arguments(i: int) -> tuple:
@@ -55,20 +60,16 @@ def mlp_bwd(dy, x, params, state, ys, hs, ints, numbers, row_offset, needs, need
     grads, dz = [], dy  # of the params, from the last
     for i in reversed(range(len(layers))):
         layer, need = layers[i], needs[i]
-        dw = none
-        if i < first:
-            db = dslope = none
-        else:
-            if i == last:
-                bare = layer.act == activations.NONE and layer.threshold == 0 and not need & nets.B
-                dz, db, dslope = (
-                    (dy, none, none) if bare else bias_act_dropout_bwd(dy, *arguments(i))
-                )
-            else:
+        dw = db = dslope = None
+        if i >= first:
+            bare = layer.act == activations.NONE and layer.threshold == 0 and not need & nets.B
+            if i < last:
                 dz, db, dslope = dgrad_act(dz, layers[i + 1].w, *arguments(i))
+            elif not bare:
+                dz, db, dslope = bias_act_dropout_bwd(dy, *arguments(i))
             if need & nets.W:
                 dw = torch.mm(rows_view(dz).t(), rows_view(ys[i - 1] if i else x))
         there = zip((dw, db, dslope), (layer.w, layer.b, layer.slope), strict=True)
-        grads += reversed([grad for grad, t in there if t is not None])
-    dx = torch.matmul(dz, layers[0].w) if need_dx else none
-    return [dx, *reversed(grads)]
+        grads += reversed([_or_empty(grad, dy) for grad, t in there if t is not None])
+    dx = torch.matmul(dz, layers[0].w) if need_dx else None
+    return [_or_empty(dx, dy), *reversed(grads)]
