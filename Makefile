@@ -1,4 +1,5 @@
 # `make` alone lists the targets. PYTHON= is what the environment is made with, VENV= where it is or goes.
+# EXTRAS=all,test,integrations adds Lightning, skorch, ONNX and dask (about 200 MB) and so runs their tests too.
 PYTHON  ?= python3
 VENV    ?= .venv
 EXTRAS  ?= all,test

@@ -121,7 +121,7 @@ class Builder:
         ninja = self.start("cpu")
         x86 = self.compiler.x86
         self.rules(ninja, ["-DFUSEDMLP_X86"] if x86 else [], ["torch_cpu"])
-        for source in sources("ops_cpu.cpp", "ops_step.cpp", "cpu/*.cpp"):
+        for source in sources("ops_cpu.cpp", "ops_mlp_cpu.cpp", "ops_step.cpp", "cpu/*.cpp"):
             for_x86 = next((f for end, f in X86_FLAGS.items() if source.stem.endswith(end)), None)
             if for_x86 is None or x86:
                 ninja.compile("cxx", source, for_x86 or [])

@@ -1,13 +1,16 @@
 """Times the `native` step engine against eager PyTorch and against its own bare GEMMs.
 
     python -m bench.engine_step --threads 2 --out bench/results/engine_step.json
-    python -m bench.engine_step --scaling batch width depth --threads 1 2
+    python -m bench.engine_step --scaling batch width depth threads ensemble --threads 1 2
 
 One process, rounds in which each function is timed once, in random order (timing.py). Eager is a
 plain nn.Sequential with nn.Dropout over the same rows, in memory as floats, no DataLoader; the
 engine gathers and scales uint8 rows as part of its step. The floor is each product of the step by
 torch.mm into memory that is there, in the faster of its two orientations, both timed first.
 Times are those of one step; ratios are what to read. Needs the extension.
+
+The group `threads` times the main cases with 1 thread and with each of --threads, in the same
+rounds; `ensemble` times a step of 1 to 64 networks at once (native_many.py) against a step of one.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 
 from fusedmlp.nn import FusedMLP
 from fusedmlp.train.data import Scaling
+from fusedmlp.train.native_many import NativeMany
 from fusedmlp.train.native_step import Native
 from fusedmlp.train.step import Task
 
@@ -59,6 +63,11 @@ SCALING = {
     "width": [network(f"784-{w}-10") for w in (16, 64, 256, 512, 1024, 2048)],
     "depth": [network("-".join(["784", *["256"] * d, "10"])) for d in (1, 2, 4, 8)],
 }
+ENSEMBLE = (network("784-256-10"), network("20-64-64-10", batch=32))
+MEMBERS = (1, 2, 4, 8, 16, 32, 64)
+
+
+GROUPS = (*SCALING, "threads", "ensemble")
 
 
 def step_rows(net: Network) -> int:
@@ -101,11 +110,14 @@ def eager(net: Network):
     return run
 
 
-def native(net: Network):
-    task = task_of(net, model_of(net))
+def engine_of(task: Task) -> Native:
     if reasons := Native.refuses(task):
         raise SystemExit(f"bench.engine_step: the native engine cannot run: {'; '.join(reasons)}")
-    engine = Native(task)
+    return Native(task)
+
+
+def native(net: Network):
+    engine = engine_of(task_of(net, model_of(net)))
     order = torch.randperm(len(engine.task.y))
     return lambda: engine.steps(order, net.batch)
 
@@ -163,11 +175,86 @@ def measure(net: Network, threads: int, budget: float, group: str) -> dict:
     return row
 
 
+def measure_threads(net: Network, counts: list[int], budget: float) -> list[dict]:
+    """Rows of one case with each number of threads; the first number is what others are over."""
+
+    def with_threads(count: int):
+        run = native(net)
+
+        def function() -> None:
+            torch.set_num_threads(count)
+            run()
+
+        return function
+
+    taken = timing.measure(
+        {str(n): with_threads(n) for n in counts}, timing.CpuTimer(), budget_s=budget
+    )
+    steps, one = step_rows(net) // net.batch, taken[str(counts[0])]
+    return [
+        {
+            "group": "threads",
+            "case": str(net),
+            "threads": n,
+            "rounds": len(taken[str(n)].ms),
+            "left_out": taken[str(n)].left_out,
+            "native_us": [1e3 * ms / steps for ms in timing.spread(taken[str(n)].ms)],
+            "faster": timing.ratio(one, taken[str(n)]),
+        }
+        for n in counts
+    ]
+
+
+def ensemble_steps(net: Network) -> int:
+    """Of each network in a call: few for a long step, 127 networks are timed a round."""
+    return max(8, 2048 // net.batch)
+
+
+def many(net: Network, members: int):
+    """One call: steps of each of so many networks on the same data."""
+    rows = net.batch * ensemble_steps(net)
+    first = task_of(net, model_of(net))
+    engines = []
+    for _ in range(members):
+        task = task_of(net, model_of(net))
+        task.x, task.y = first.x[:rows], first.y[:rows]
+        engines.append(engine_of(task))
+    together = NativeMany(engines, net.batch)
+    orders = [torch.randperm(rows) for _ in engines]
+    return lambda: together.steps(orders)
+
+
+def measure_ensemble(net: Network, threads: int, budget: float) -> list[dict]:
+    """Rows of one case with each number of networks, over the time of one network."""
+    torch.set_num_threads(threads)
+    functions = {str(n): many(net, n) for n in MEMBERS}
+    taken = timing.measure(functions, timing.CpuTimer(), budget_s=budget)
+    steps = ensemble_steps(net)
+    return [
+        {
+            "group": "ensemble",
+            "case": str(net),
+            "threads": threads,
+            "members": n,
+            "rounds": len(taken[str(n)].ms),
+            "left_out": taken[str(n)].left_out,
+            "native_us": [1e3 * ms / steps for ms in timing.spread(taken[str(n)].ms)],
+            "over_one": timing.ratio(taken[str(n)], taken["1"]),
+        }
+        for n in MEMBERS
+    ]
+
+
 def shown(row: dict) -> str:
+    time = f"{row['case']:44} {row['threads']} threads: {row['native_us'][0]:9.1f} us"
+    if row["group"] == "threads":
+        return f"{time}, {'{:.2f} ({:.2f} to {:.2f})'.format(*row['faster'])} times faster"
+    if row["group"] == "ensemble":
+        cost = "{:.2f} ({:.2f} to {:.2f})".format(*row["over_one"])
+        return f"{time} for {row['members']:2} networks, {cost} times one"
     gemms, faster = row["over_gemms"], row["over_eager"]
     return (
-        f"{row['case']:44} {row['threads']} threads: {row['native_us'][0]:9.1f} us, "
-        f"{gemms[0]:5.2f} ({gemms[1]:.2f} to {gemms[2]:.2f}) times its GEMMs, "
+        f"{time}, {gemms[0]:5.2f} ({gemms[1]:.2f} to {gemms[2]:.2f}) times its GEMMs, "
         f"{faster[0]:5.2f} ({faster[1]:.2f} to {faster[2]:.2f}) times faster than eager"
     )
 
@@ -176,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="bench.engine_step", description=__doc__.splitlines()[0])
     p.add_argument("--dims", nargs="+", help="networks, as 784-256-10, instead of the main four")
     p.add_argument("--batch", type=int, default=256, help="rows a step, with --dims")
-    p.add_argument("--scaling", nargs="+", choices=sorted(SCALING), help="tables instead")
+    p.add_argument("--scaling", nargs="+", choices=GROUPS, help="tables instead")
     p.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
     p.add_argument("--budget", type=float, default=5.0, help="seconds a case")
     p.add_argument("--out", type=Path, help="results file (JSON); none: only print")
@@ -185,12 +272,22 @@ def main(argv: list[str] | None = None) -> int:
     if args.dims:
         cases = [("asked", network(dims, batch=args.batch)) for dims in args.dims]
     elif args.scaling:
-        cases = [(group, net) for group in args.scaling for net in SCALING[group]]
+        cases = [(group, net) for group in args.scaling for net in SCALING.get(group, ())]
     rows = []
+
+    def add(found: list[dict]) -> None:
+        rows.extend(found)
+        print("\n".join(map(shown, found)), flush=True)
+
     for threads in args.threads:
         for group, net in cases:
-            rows.append(measure(net, threads, args.budget, group))
-            print(shown(rows[-1]), flush=True)
+            add([measure(net, threads, args.budget, group)])
+        if "ensemble" in (args.scaling or ()):
+            for net in ENSEMBLE:
+                add(measure_ensemble(net, threads, args.budget))
+    if "threads" in (args.scaling or ()):
+        for net in MAIN:
+            add(measure_threads(net, sorted({1, *args.threads}), args.budget))
     if args.out:
         found = record.header("engine_step", "bench.engine_step", argv)
         record.write(args.out, found | {"rows": rows})

@@ -15,34 +15,18 @@ using Tensors = std::vector<Tensor>;
 
 enum MlpNeeds : int64_t { kNeedsW = 1, kNeedsB = 2, kNeedsSlope = 4 };
 
-// One layer of the flat lists; a tensor without elements is not there.
+// The flat form of fusedmlp/nets.py.
+constexpr size_t kMlpInts = 4;     // of a layer: act, threshold, layer, which params it has
+constexpr size_t kMlpNumbers = 2;  // alpha, scale
+
+// One layer of the flat lists, and where in params its vectors are.
 struct MlpLayer {
     Tensor w;
     OptionalTensor b, slope;
     Numbers n;
     int saves;
+    size_t b_at, slope_at;
 };
-
-// activations.saves of the Python package.
-inline int saves_of(const Numbers& n, int32_t dtype) {
-    switch (n.act) {
-    case kNone:
-        return kSavesNothing;
-    case kRelu:
-    case kElu:
-    case kSoftplus:
-        return kSavesY;
-    case kLeakyRelu:
-        return n.alpha >= 0 ? kSavesY : kSavesZ;
-    case kReluSquared:
-        return dtype == aoti_torch_dtype_float16() ? kSavesZ : kSavesY;
-    case kSigmoid:
-    case kTanh:
-        return n.threshold ? kSavesZ : kSavesY;
-    default:
-        return kSavesZ;
-    }
-}
 
 inline std::vector<MlpLayer> mlp_layers(
     const Tensor& x,
@@ -51,26 +35,40 @@ inline std::vector<MlpLayer> mlp_layers(
     const std::vector<double>& numbers,
     int64_t row_offset
 ) {
-    const size_t count = params.size() / 3;
-    if (count == 0 || params.size() != 3 * count || ints.size() != 3 * count ||
-        numbers.size() != 2 * count)
+    const size_t count = ints.size() / kMlpInts;
+    size_t tensors = 0;
+    bool known = count > 0 && ints.size() == count * kMlpInts;
+    for (size_t i = 0; known && i < count; ++i) {
+        const int64_t bits = ints[kMlpInts * i + 3];
+        known = (bits & kNeedsW) && bits >= 0 && bits < 8;
+        tensors += 1 + ((bits & kNeedsB) != 0) + ((bits & kNeedsSlope) != 0);
+    }
+    if (!known || numbers.size() != count * kMlpNumbers || params.size() != tensors)
         fail(
-            kMlp, ": 3 tensors, 3 ints and 2 numbers must be given for each layer, got ",
-            params.size(), ", ", ints.size(), " and ", numbers.size()
+            kMlp, ": ", kMlpInts, " ints, ", kMlpNumbers,
+            " floats and the tensors that they name must be given for each layer, got ",
+            ints.size(), ", ", numbers.size(), " and ", params.size()
         );
-    const auto there = [](const Tensor& t) {
-        return View(t).numel ? OptionalTensor(t) : OptionalTensor();
-    };
-    const int32_t dtype = View(x).dtype;
+    const bool is_fp16 = View(x).dtype == aoti_torch_dtype_float16();
     std::vector<MlpLayer> layers;
     layers.reserve(count);
+    size_t at = 0;
     for (size_t i = 0; i < count; ++i) {
-        const Numbers n{ints[3 * i],        numbers[2 * i],  ints[3 * i + 1],
-                        numbers[2 * i + 1], ints[3 * i + 2], row_offset};
-        layers.push_back(
-            {params[3 * i], there(params[3 * i + 1]), there(params[3 * i + 2]), n,
-             saves_of(n, dtype)}
-        );
+        const int64_t* n = ints.data() + kMlpInts * i;
+        const double* f = numbers.data() + kMlpNumbers * i;
+        MlpLayer l{params[at++], {}, {}, {n[0], f[0], n[1], f[1], n[2], row_offset}, 0, 0, 0};
+        if (n[3] & kNeedsB) {
+            l.b_at = at;
+            l.b = params[at++];
+        }
+        if (n[3] & kNeedsSlope) {
+            l.slope_at = at;
+            l.slope = params[at++];
+        }
+        if (n[0] < 0 || n[0] >= kActCount)
+            fail(kMlp, ": act must be an id in [0, ", int(kActCount), "), got ", n[0]);
+        l.saves = act_saves(int(n[0]), f[0], n[1] != 0, is_fp16);
+        layers.push_back(l);
     }
     return layers;
 }
@@ -102,7 +100,8 @@ Tensors mlp_fwd(
         auto [y, h] = linear_act<Device>(kMlp, in, l.w, l.b, l.slope, state, l.n, want_h);
         if (keep) {
             ys.push_back(y);
-            hs.push_back(want_h ? *h : without_elements(device, xv.dtype));
+            if (want_h)
+                hs.push_back(*h);
         }
         in = y;
     }
@@ -135,7 +134,7 @@ Tensor product(
     return out;
 }
 
-// dx, then dw, db and dslope of each layer; without elements where not needed or not there.
+// dx, then the gradient of each of the params; without elements where not needed.
 template <class Device>
 Tensors mlp_bwd(
     Tensor dy,
@@ -155,10 +154,13 @@ Tensors mlp_bwd(
     check_tensor(kMlp, "dy", dyv);
     const std::vector<MlpLayer> layers = mlp_layers(x, params, ints, numbers, row_offset);
     const size_t count = layers.size();
-    if (ys.size() != count || hs.size() != count || needs.size() != count)
+    size_t of_z = 0;
+    for (const MlpLayer& l : layers)
+        of_z += l.saves == kSavesZ;
+    if (ys.size() != count || hs.size() != of_z || needs.size() != count)
         fail(
-            kMlp, ": ys, hs and needs must have ", count, " elements, one a layer, got ", ys.size(),
-            ", ", hs.size(), " and ", needs.size()
+            kMlp, ": ys, hs and needs must have ", count, ", ", of_z, " and ", count,
+            " entries, got ", ys.size(), ", ", hs.size(), " and ", needs.size()
         );
     const View last(ys.back());
     if (!dyv.same_shape(last) || dyv.dtype != xv.dtype)
@@ -176,25 +178,27 @@ Tensors mlp_bwd(
     while (!need_dx && first < count && needs[first] == 0)
         ++first;
 
+    size_t w_at = params.size();
     Tensor d = dy;  // of the layer's output, then of its pre-activation
     for (size_t i = count; i-- > first;) {
         const MlpLayer& l = layers[i];
+        w_at -= 1 + bool(l.b) + bool(l.slope);
         const bool need_b = l.b && (needs[i] & kNeedsB);
         const bool need_slope = l.slope && (needs[i] & kNeedsSlope);
         // Without activation, dropout and bias gradient d is what it was.
         if (l.n.act != kNone || l.n.threshold != 0 || need_b) {
             OptionalTensor saved;
             if (l.saves != kSavesNothing)
-                saved = l.saves == kSavesY ? ys[i] : hs[i];
+                saved = l.saves == kSavesY ? ys[i] : hs[--of_z];
             auto [dz, db, dslope] = bias_act_dropout_bwd<Device>(
                 d, saved, l.b, l.slope, state, l.n.act, l.n.alpha, l.n.threshold, l.n.scale,
                 l.n.layer, l.n.row_offset, l.saves, need_b, need_slope
             );
             d = dz;
             if (need_b)
-                grads[2 + 3 * i] = db;
+                grads[1 + l.b_at] = db;
             if (need_slope)
-                grads[3 + 3 * i] = dslope;
+                grads[1 + l.slope_at] = dslope;
         }
         const Tensor& in = i ? ys[i - 1] : x;
         const View inv(in), wv(l.w);
@@ -202,7 +206,7 @@ Tensors mlp_bwd(
         if (inv.rows() != xv.rows() || inv.dim != xv.dim)
             fail(kMlp, ": ys must be the outputs of input ", xv.shape(), ", got ", inv.shape());
         if (needs[i] & kNeedsW)
-            grads[1 + 3 * i] = product(device, d, true, in, wv.sizes, wv.dim);
+            grads[1 + w_at] = product(device, d, true, in, wv.sizes, wv.dim);
         if (i > first || need_dx)
             d = product(device, d, false, l.w, inv.sizes, inv.dim);
     }

@@ -17,7 +17,7 @@ from .ops import BY_BACKEND
 _NO_MORE = (None,) * 8  # the backend's name, the state and the numbers have no gradients
 
 
-def _wants_graph() -> bool:
+def wants_graph() -> bool:
     """True inside backward(create_graph=True). A compiled backward is never differentiated."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
@@ -83,7 +83,7 @@ class LinearAct(torch.autograd.Function):
     def _backward(ctx, dy):
         x, w, b, slope, state, saved = ctx.saved_tensors
         need_x, need_w, need_b, need_slope = ctx.needs_input_grad[:4]
-        if _wants_graph():
+        if wants_graph():
             dz, db, dslope = differentiable.linear_act_bwd(
                 dy, x, w, b, slope, state, saved, ctx.kind, *ctx.numbers
             )
@@ -125,7 +125,7 @@ class BiasActDropout(torch.autograd.Function):
     def _backward(ctx, dy):
         b, slope, state, saved = ctx.saved_tensors
         need_x, need_b, need_slope = ctx.needs_input_grad[:3]
-        if _wants_graph():
+        if wants_graph():
             dz, db, dslope = differentiable.bias_act_dropout_bwd(
                 dy, b, slope, state, saved, ctx.kind, *ctx.numbers
             )

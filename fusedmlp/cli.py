@@ -12,6 +12,7 @@ import traceback
 USAGE = """usage: fusedmlp COMMAND [...]
 
   train      train an MLP: fusedmlp train --dataset fashion_mnist --hidden 256
+  crossval   compare settings by cross-validation: fusedmlp crossval --hidden 64 / 128 64
   evaluate   test the network of a run folder again
   predict    name what is on pictures, or on the test rows, with the network of a run folder
   info       versions, devices, and what each backend can run here
@@ -22,6 +23,7 @@ fusedmlp COMMAND --help lists the command's flags; fusedmlp --version shows the 
 
 NEEDS = {  # packages of the train extra
     "train": ("tyro", "safetensors", "matplotlib"),
+    "crossval": ("tyro", "rich", "safetensors", "matplotlib", "sklearn"),
     "evaluate": ("tyro", "safetensors"),
     "predict": ("tyro", "safetensors"),
 }

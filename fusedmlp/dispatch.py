@@ -260,6 +260,40 @@ def select(
     return _resolve(order, named, op, device_type, dtype, dropout)
 
 
+def select_mlp(
+    device_type: str,
+    dtype: torch.dtype,
+    rows: int,
+    in_features: int,
+    layers: list[tuple[int, bool, int]],
+) -> str | None:
+    """The backend that runs a whole network as one op, or None where its layers do better alone.
+
+    rows     M, the flattened batch
+    layers   (act, whether it drops, out_features) of each
+    returns  depends on torch.is_grad_enabled() too
+    """
+    named = explicit(None)
+    if named is None:
+        named = policy.choose_mlp(device_type, rows, in_features, layers, torch.is_grad_enabled())
+    if named is None or not has_mlp(named, device_type, dtype):
+        return None
+    return named
+
+
+@functools.cache
+def has_mlp(name: str, device_type: str, dtype: torch.dtype) -> bool:
+    """Whether modules use the op mlp of a backend; that of `reference` gains them nothing."""
+    if name == "reference" or not _is_usable(name, device_type, dtype, "mlp"):
+        return False
+    if name == "triton":
+        return device_type != "cpu"
+    key = "CPU" if device_type == "cpu" else "CUDA"
+    return (dtype == torch.float32 or key == "CUDA") and (
+        torch._C._dispatch_has_kernel_for_dispatch_key("fusedmlp::mlp_fwd.native", key)
+    )
+
+
 @dataclass(frozen=True)
 class Explanation:
     """What would run a call, and why not the others. `str()` of it is meant to be read."""

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, dtypes
+from . import checks, dispatch, dtypes, nets
 from .activations import SAVE_NOTHING, SAVE_Y, SAVE_Z, saves
 
 _EPILOGUE = (
@@ -29,11 +29,12 @@ SCHEMAS = {
         f"(Tensor dy, Tensor? saved, {_EPILOGUE}, int saves, bool need_db, bool need_dslope)"
         " -> (Tensor dz, Tensor db, Tensor dslope)"
     ),
-    # params: w, b, slope of each layer; ints: act, threshold, layer; numbers: alpha, scale. A
-    # tensor that is not there has no elements.
+    # A whole network, in the flat form of nets.py. Forward gives the y of each layer, then x w^T of
+    # those whose z backward reads, or the last y alone; backward dx, then the gradient of each of
+    # the params, of no elements where it is not needed.
     "mlp_fwd": (
-        "(Tensor x, Tensor[] params, Tensor? state, int[] ints, float[] numbers, "
-        "int row_offset, bool keep) -> Tensor[]"
+        "(Tensor x, Tensor[] params, Tensor? state, int[] ints, float[] numbers, int row_offset, "
+        "bool keep) -> Tensor[]"
     ),
     "mlp_bwd": (
         "(Tensor dy, Tensor x, Tensor[] params, Tensor? state, Tensor[] ys, Tensor[] hs, "
@@ -112,59 +113,69 @@ def _fake_bwd(dy, saved, b, slope, *rest):
     return dy.new_empty(dy.shape), db, dslope
 
 
-def _check_mlp(x, params, state, ints, numbers, row_offset):
-    op = "mlp"
-    count = len(params) // 3
-    if count == 0 or (len(params), len(ints), len(numbers)) != (3 * count, 3 * count, 2 * count):
+def _check_mlp_fwd(x, params, state, ints, numbers, row_offset, keep=True):
+    op, count = "mlp", len(ints) // nets.INTS
+    known = all(bits & nets.W and bits < 8 for bits in nets.bits_of(ints))
+    if (
+        not known
+        or count == 0
+        or len(params) != nets.count_params(ints)
+        or ((len(ints), len(numbers)) != (nets.INTS * count, nets.NUMBERS * count))
+    ):
         raise ValueError(
-            f"{op}: 3 tensors, 3 ints and 2 numbers must be given for each layer, "
-            f"got {len(params)}, {len(ints)} and {len(numbers)}"
+            f"{op}: {nets.INTS} ints, {nets.NUMBERS} floats and the tensors that they name must be "
+            f"given for each layer, got {len(ints)}, {len(numbers)} and {len(params)}"
         )
-    k = x.shape[-1] if x.dim() else 0
-    for i in range(count):
-        w, b, slope = (t if t.numel() else None for t in params[3 * i : 3 * i + 3])
-        w = params[3 * i]
-        checks.linear(op, x if i == 0 else x.new_empty((*x.shape[:-1], k)), w, b)
-        act, threshold, _ = ints[3 * i : 3 * i + 3]
-        checks.epilogue(op, x, w.shape[0], act, slope, state, threshold, row_offset)
-        k = w.shape[0]
+    like = x
+    for layer in nets.layers(params, ints, numbers):
+        columns = layer.w.shape[0] if layer.w.dim() else 0
+        checks.linear(op, like, layer.w, layer.b)
+        checks.epilogue(op, x, columns, layer.act, layer.slope, state, layer.threshold, row_offset)
+        like = x.new_empty((0, columns))
 
 
-def _check_mlp_fwd(x, params, state, ints, numbers, row_offset, keep):
-    _check_mlp(x, params, state, ints, numbers, row_offset)
+def _keeps_z(x, ints, numbers) -> list[bool]:
+    """Of each layer, whether backward reads its z."""
+    return [
+        saves(act, alpha, x.dtype, threshold != 0) == SAVE_Z
+        for act, threshold, alpha in zip(
+            ints[:: nets.INTS], ints[1 :: nets.INTS], numbers[:: nets.NUMBERS], strict=True
+        )
+    ]
 
 
-def _check_mlp_bwd(dy, x, params, state, ys, hs, ints, numbers, row_offset, needs, need_dx):
-    _check_mlp(x, params, state, ints, numbers, row_offset)
-    count = len(params) // 3
-    if (len(ys), len(hs), len(needs)) != (count,) * 3:
+def _check_mlp_bwd(dy, x, params, state, ys, hs, ints, numbers, row_offset, needs=(), need_dx=True):
+    _check_mlp_fwd(x, params, state, ints, numbers, row_offset)
+    op, count = "mlp", len(ints) // nets.INTS
+    of_z = sum(_keeps_z(x, ints, numbers))
+    if (len(ys), len(hs), len(needs)) != (count, of_z, count):
         raise ValueError(
-            f"mlp: ys, hs and needs must have {count} elements, one a layer, "
+            f"{op}: ys, hs and needs must have {count}, {of_z} and {count} entries, "
             f"got {len(ys)}, {len(hs)} and {len(needs)}"
         )
-    if dy.shape != ys[-1].shape:
-        raise ValueError(
-            f"mlp: dy must be {tuple(ys[-1].shape)} like the output, got {tuple(dy.shape)}"
-        )
+    width = [layer.w.shape[0] for layer in nets.layers(params, ints, numbers)][-1]
+    wanted = (*x.shape[:-1], width)
+    if dy.shape != wanted:
+        raise ValueError(f"{op}: dy must be {tuple(wanted)} like the output, got {tuple(dy.shape)}")
 
 
 def _fake_mlp_fwd(x, params, state, ints, numbers, row_offset, keep):
-    _check_mlp_fwd(x, params, state, ints, numbers, row_offset, keep)
-    ys = [x.new_empty((*x.shape[:-1], w.shape[0])) for w in params[::3]]
-    if not keep:
-        return ys[-1:]
-    kinds = [
-        saves(ints[3 * i], numbers[2 * i], x.dtype, ints[3 * i + 1] != 0) for i in range(len(ys))
+    _check_mlp_fwd(x, params, state, ints, numbers, row_offset)
+    widths = [layer.w.shape[0] for layer in nets.layers(params, ints, numbers)]
+    ys = [x.new_empty((*x.shape[:-1], n)) for n in widths]
+    hs = [
+        x.new_empty((*x.shape[:-1], n))
+        for n, keeps in zip(widths, _keeps_z(x, ints, numbers), strict=True)
+        if keeps
     ]
-    return ys + [x.new_empty(y.shape if k == SAVE_Z else 0) for y, k in zip(ys, kinds, strict=True)]
+    return ys + hs if keep else ys[-1:]
 
 
 def _fake_mlp_bwd(dy, x, params, state, ys, hs, ints, numbers, row_offset, needs, need_dx):
-    _check_mlp_bwd(dy, x, params, state, ys, hs, ints, numbers, row_offset, needs, need_dx)
-    wanted = [needs[at // 3] >> at % 3 & 1 for at in range(len(params))]
-    return [x.new_empty(x.shape if need_dx else 0)] + [
-        t.new_empty(t.shape if want else 0) for t, want in zip(params, wanted, strict=True)
-    ]
+    _check_mlp_bwd(dy, x, params, state, ys, hs, ints, numbers, row_offset, needs)
+    wanted = nets.needed(ints, needs)
+    grads = [t.new_empty(t.shape if wants else 0) for t, wants in zip(params, wanted, strict=True)]
+    return [x.new_empty(x.shape if need_dx else 0), *grads]
 
 
 def _check_cross_entropy(logits, target, label_smoothing, ignore_index, grad_scale):

@@ -31,8 +31,14 @@ _CPU_EAGER_BELOW = {
     activations.ELU: (1 << 16, 1 << 12),
     activations.SOFTPLUS: (1 << 16, 1 << 12),
     activations.GELU_TANH: (1 << 16, 1 << 12),
-    activations.GELU: (1 << 12, 0),
+    activations.GELU: (1 << 12, 1 << 4),
 }
+
+# Of a whole network as one op on a CPU. Of few features packing takes longer than the product; of
+# few rows the gradient of a large weight is all stores.
+_LIBRARY_ABOVE = 1 << 21
+_MANY_ROWS, _NARROW = 512, 4
+_FEW_ROWS, _OUTER_ABOVE = 8, 1 << 16
 
 
 def order(device_type: str, op: str) -> tuple[str, ...]:
@@ -63,6 +69,42 @@ def choose(
     if below is None or rows * out_features < below[0 if gradients else 1]:
         return _EAGER
     return _NATIVE
+
+
+def choose_mlp(
+    device_type: str,
+    rows: int,
+    in_features: int,
+    layers: list[tuple[int, bool, int]],
+    gradients: bool,
+) -> str | None:
+    """The backend for a whole network as one op, or None. Arguments as in dispatch.select_mlp.
+
+    One node in autograd and one call stand for those of all layers, and its matrix products are the
+    extension's own: as fast as the library's up to a few hundred thousand weights.
+    """
+    if device_type != "cpu":
+        return None
+    widths = [in_features, *[n for _, _, n in layers]]
+    weights = max(k * n for k, n in zip(widths, widths[1:], strict=False))
+    if weights > _LIBRARY_ABOVE or (rows >= _MANY_ROWS and min(widths) < _NARROW):
+        return None
+    if any(drops for _, drops, _ in layers):
+        return "native"
+    if gradients and rows < _FEW_ROWS and weights > _OUTER_ABOVE:
+        return None
+    if len(layers) > 2 or (len(layers) == 2 and not gradients):
+        return "native"
+    for act, _, n in layers:
+        below = _CPU_EAGER_BELOW.get(act)
+        if below is None:
+            continue
+        least = below[0 if gradients else 1]
+        if len(layers) == 2:
+            least = 0 if act == activations.GELU else least // 4
+        if rows * n >= least:
+            return "native"
+    return None
 
 
 def why(choice: str, first: str, act: int) -> str:

@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import activations, differentiable, dispatch, dtypes, rng
+from . import activations, differentiable, dispatch, dtypes, nets, rng
 from . import functional as FF
+from .autograd_mlp import Net
 
 SEED, STREAM = 0x1234_5678_9ABC_DEF0, -7
 
@@ -53,7 +54,7 @@ class Case:
             return t.to(self.device, self.dtype)
 
         made = {}
-        if self.op == "linear_act":
+        if self.op != "bias_act_dropout":
             made["x"] = randn(self.m, self.k)
             made["w"] = randn(self.n, self.k, scale=max(self.k, 1) ** -0.5)
         else:
@@ -105,14 +106,28 @@ def call(case: Case, leaves: dict[str, Tensor], backend: str | None) -> Tensor:
     numbers = dict(slope=slope, p=case.p, seed=SEED, stream=STREAM, backend=backend)
     if case.op == "linear_act":
         return FF.linear_act(leaves["x"], leaves["w"], leaves.get("b"), case.act, **numbers)
+    if case.op == "mlp":
+        return _as_network(case, leaves, backend)
     return FF.bias_act_dropout(leaves["x"], leaves.get("b"), case.act, **numbers)
+
+
+def _as_network(case: Case, leaves: dict[str, Tensor], backend: str) -> Tensor:
+    """linear_act as a network of one layer."""
+    params = [leaves.get(name) for name in ("w", "b", "slope")]
+    has = sum(bit for bit, t in zip(nets.BITS, params, strict=True) if t is not None)
+    threshold, scale = rng.threshold_and_scale(case.p) if case.p else (0, 1.0)
+    x, alpha = leaves["x"], 0.01 if case.alpha is None else case.alpha
+    net = Net(backend, [activations.IDS[case.act], threshold, 0, has], [alpha, scale], x)
+    state = torch.tensor([SEED, STREAM], device=case.device)
+    return net.train(x, state, 0, [t for t in params if t is not None])
 
 
 def oracle(case: Case, inputs: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The same in fp64 on the reference backend."""
     inputs = inputs or case.inputs()
     leaves = leaves_of(inputs, torch.float64)
-    y = call(replace(case, dtype=torch.float64), leaves, "reference")
+    op = "bias_act_dropout" if case.op == "bias_act_dropout" else "linear_act"
+    y = call(replace(case, op=op, dtype=torch.float64), leaves, "reference")
     return _finish(y, leaves, inputs["dy"].double())
 
 
@@ -247,9 +262,10 @@ def verify(full: bool = False) -> Iterator[Verdict]:
         for device in devices:
             if backend.unavailable(device) is not None:
                 continue
-            for op in dispatch.OPS:
+            for op in (*dispatch.OPS, "mlp"):
                 for dtype in backend.dtypes:
-                    if dtype in dtypes.KERNEL:
+                    has_op = op != "mlp" or dispatch.has_mlp(backend.name, device, dtype)
+                    if dtype in dtypes.KERNEL and has_op:
                         yield verify_one(backend.name, device, op, dtype, full)
 
 

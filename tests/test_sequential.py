@@ -136,11 +136,12 @@ def test_a_child_hooked_after_a_call_is_called(backend):
 
 def test_small_calls_without_dropout_see_changes_too():
     """Such calls go to the modules at once when the last one did."""
-    net, x = fuse(mlp()).eval(), torch.randn(4, 6)
+    net = fuse(nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Dropout(0.5))).eval()
+    x = torch.randn(4, 6)
     for _ in range(3):
         assert ops_called(lambda: net(x)) == set()
     net[2].train()
-    assert ops_called(lambda: net(x)) == {"fusedmlp::linear_act_infer"} or net(x).requires_grad
+    assert ops_called(lambda: net(x)) & {"fusedmlp::mlp_fwd", "fusedmlp::linear_act_infer"}
     torch.testing.assert_close(in_state(net, x), by_hand(net, x))
     net[2].eval()
     net(x), net(x)

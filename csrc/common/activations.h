@@ -39,6 +39,17 @@ FUSEDMLP_HD constexpr bool act_has_grad_y(int act) {
            act == kSoftplus || act == kReluSquared;
 }
 
+// activations.saves: which tensor backward needs.
+constexpr Saves act_saves(int act, double alpha, bool drops, bool is_fp16) {
+    if (act == kNone)
+        return kSavesNothing;
+    const bool reads_y = act == kLeakyRelu                 ? alpha >= 0.0
+                         : act == kReluSquared             ? !is_fp16
+                         : act == kSigmoid || act == kTanh ? !drops
+                                                           : act_has_grad_y(act);
+    return reads_y ? kSavesY : kSavesZ;
+}
+
 constexpr float kSqrtHalf = 0.70710678118654752f;
 constexpr float kInvSqrt2Pi = 0.39894228040143268f;
 constexpr float kGeluTanhBeta = 0.79788456080286536f;  // sqrt(2 / pi)

@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kWork = int64_t(1) << 20;  // products for which another thread is worth its start
 constexpr int64_t kBlockRows = 128;
 constexpr int64_t kBlockCols = 256;
+constexpr int64_t kFewRows = 8;  // of A, for which B is not worth packing
 // Operands up to this size are read where they lie: they stay in the L1 cache.
 constexpr int64_t kDirect = 6 * 1024;
 
@@ -41,9 +42,16 @@ int64_t gemm_scratch(int64_t m, int64_t n, int64_t k) {
 int launch_gemm(const Gemm& g, ParallelFor parallel) {
     const GemmKernels& kernels = step_kernels().gemm;
     const int64_t mr = kernels.mr, nr = kernels.nr;
+    if (g.m <= kFewRows && g.b_across && !g.a_across && !g.done && g.n * g.k > kDirect) {
+        const int64_t parts = panels_of(g.n, 16);
+        return run(parallel, parts, 16 * g.m * g.k, [&](int64_t begin, int64_t end) {
+            kernels.dots(g.c, g.n, g.a, g.b, g.m, g.k, begin * 16, std::min(g.n, end * 16));
+        });
+    }
     const int64_t a_panels = panels_of(g.m, mr), b_panels = panels_of(g.n, nr);
     const bool a_direct = g.a_across && g.m % mr == 0 && g.m * g.k <= kDirect;
-    const bool b_direct = !g.b_across && g.n * g.k <= kDirect;
+    // With one panel of A each element of B is read once: packing it would be all of the work.
+    const bool b_direct = !g.b_across && (a_panels == 1 || g.n * g.k <= kDirect);
     float* a_pack = g.scratch;
     float* b_pack = a_pack + (a_direct ? 0 : a_panels * mr * g.k + kGemmPad);
 

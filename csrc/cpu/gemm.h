@@ -64,6 +64,17 @@ struct GemmKernels {
     );
     // out[k * width + j] = in[k * ld + j] for j < cols, 0 up to width.
     void (*pack_along)(float* out, int width, const float* in, int64_t ld, int64_t cols, int64_t k);
+    // Columns [j0, j1) of c (m, n) = a (m, k) b (n, k)^T, for few rows.
+    void (*dots)(
+        float* c,
+        int64_t n,
+        const float* a,
+        const float* b,
+        int64_t m,
+        int64_t k,
+        int64_t j0,
+        int64_t j1
+    );
 };
 
 }  // namespace fusedmlp::cpu

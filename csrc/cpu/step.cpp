@@ -92,6 +92,28 @@ Buffers lay_out(const StepParams& p, float* base) {
     return b;
 }
 
+// Of rows that are only judged: two activations are alive at a time.
+Buffers lay_out_forward(const StepParams& p, float* base) {
+    Arena arena{base};
+    Buffers b{};
+    const int64_t m = std::min(p.batch, p.rows);
+    int64_t widest = 0, scratch = 0;
+    for (const StepLayer& l : p.layers) {
+        widest = std::max(widest, l.n);
+        scratch = std::max(scratch, gemm_scratch(m, l.n, l.k));
+    }
+    b.x = arena.take(m * p.layers[0].k);
+    for (float*& dy : b.dy)
+        dy = arena.take(m * widest);
+    for (size_t i = 0; i < p.layers.size(); ++i) {
+        b.y.push_back(b.dy[i % 2]);
+        b.h.push_back(nullptr);
+    }
+    b.scratch = arena.take(scratch);
+    b.floats = arena.used;
+    return b;
+}
+
 class Step {
   public:
     Step(const StepParams& p, const Buffers& buffers, ParallelFor parallel)
@@ -113,6 +135,15 @@ class Step {
             backward(i);
         if (p_.max_norm > 0.0)
             clip_and_update();
+    }
+
+    void judge(const int64_t* order, int64_t rows) {
+        order_ = order;
+        rows_ = rows;
+        gather();
+        for (size_t i = 0; i < p_.layers.size(); ++i)
+            forward(i);
+        loss();
     }
 
     int failed = 0;
@@ -323,6 +354,16 @@ class Step {
 }  // namespace
 
 int64_t step_work(const StepParams& p) { return lay_out(p, nullptr).floats; }
+
+int64_t judge_work(const StepParams& p) { return lay_out_forward(p, nullptr).floats; }
+
+int launch_judge(StepParams& p, ParallelFor parallel) {
+    const Buffers buffers = lay_out_forward(p, p.work);
+    Step step(p, buffers, parallel);
+    for (int64_t done = 0; done < p.rows; done += p.batch)
+        step.judge(p.order + done, std::min(p.batch, p.rows - done));
+    return step.failed;
+}
 
 int launch_steps(StepParams& p, ParallelFor parallel) {
     const Buffers buffers = lay_out(p, p.work);

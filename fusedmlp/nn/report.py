@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from .. import activations, dispatch, dtypes
+from . import network
+from .masks import Masks
 from .stretches import Single, Stretch, find, is_fused_module, why_not
 
 _ROWS = 256
@@ -25,7 +27,7 @@ class Part:
     """One stretch, or one module that runs by itself.
 
     modules  qualified names, in order
-    op       'linear_act', 'bias_act_dropout', or None if it runs as plain modules
+    op       'mlp', 'linear_act', 'bias_act_dropout', or None for a module with nothing to fuse
     layer    number that is added to the stream of the dropout state, or None
     backend  what would run a batch of 256 rows now
     why      the reason for the backend, or for not being fused
@@ -139,9 +141,11 @@ def _parts(name: str, container: nn.Sequential, layer: int | None = None) -> lis
     names = [f"{name}.{key}" if name else key for key in container._modules]
     children = list(container._modules.values())
     parts, layer = [], container.first_layer if layer is None else layer
-    for item in find(children):
+    items = find(children)
+    together = _together(items)
+    for item in items:
         if type(item) is Stretch:
-            parts.append(_stretch(item, names, layer))
+            parts.append(_stretch(item, names, layer, together.get(item.index)))
             layer += 1
         else:
             parts.append(_single(item, names[item.index], layer))
@@ -157,12 +161,36 @@ def _single(item: Single, name: str, layer: int) -> Part:
     return Part((name,), text, None, why=f"not fused, {why_not(item.module, _ALONE)}")
 
 
-def _stretch(stretch: Stretch, names: list[str], layer: int) -> Part:
+def _together(items: list[Stretch | Single]) -> dict[int, tuple[str, int]]:
+    """Index of each stretch that runs in one op with its neighbours -> backend, how many do."""
+    found, at = {}, 0
+    while at < len(items):
+        first = items[at].linear if type(items[at]) is Stretch else None
+        net = None
+        if first is not None and not isinstance(first.weight, nn.UninitializedParameter):
+            like = torch.empty(1, device=first.weight.device, dtype=first.weight.dtype)
+            if like.dtype in dtypes.SUPPORTED:
+                net = network.find(
+                    items, at, like.expand(_ROWS, first.in_features), Masks(0, False)
+                )
+        if net is None:
+            at += 1
+            continue
+        for stretch in net.stretches:
+            found[stretch.index] = net.backend, len(net.stretches)
+        at += len(net.stretches)
+    return found
+
+
+def _stretch(
+    stretch: Stretch, names: list[str], layer: int, together: tuple[str, int] | None
+) -> Part:
     names = tuple(names[stretch.index : stretch.index + len(stretch.modules)])
     labels = [type(m).__name__ for m in stretch.modules]
     text = ", ".join(f"{name} {label}" for name, label in zip(names, labels, strict=True))
     if len(names) == 1 and stretch.dropout is None:
-        return Part(names, text, None, layer, why=f"not fused, {_ALONE}")
+        why = f"not fused, {_ALONE}" if together is None else "in one op with its neighbours"
+        return Part(names, text, None, layer, why=why)
     linear, dropout = stretch.linear, stretch.dropout
     p = dropout.p if dropout is not None else 0.0
     training = dropout is not None and dropout.training
@@ -183,4 +211,8 @@ def _stretch(stretch: Stretch, names: list[str], layer: int) -> Part:
         device=device,
     )
     kind = activations.saves(stretch.act, stretch.alpha, dtype, p > 0)
+    if together is not None:
+        backend, count = together
+        why = "an op of its own" if count == 1 else f"one op and one node of autograd for {count}"
+        return Part(names, text, "mlp", layer, backend, why, _SAVES[kind])
     return Part(names, text, op, layer, found.choice, found.why, _SAVES[kind])

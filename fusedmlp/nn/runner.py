@@ -1,4 +1,4 @@
-"""Runs the stretches of a container, and keeps what one call has found out for the next.
+"""Runs the items of a container one after the other.
 
 Every choice here falls to the modules themselves where an op cannot do what they would do, unless a
 backend was asked for by name. Which child belongs to which stretch is decided in stretches.py.
@@ -12,13 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .. import activations, checks, dispatch, dtypes, functional, rng
+from . import direct, network
 from .masks import Masks
 from .stretches import (
-    ACTIVATIONS,
     Single,
     Stretch,
-    activation_of,
-    find,
     is_candidate,
     is_fused_module,
     is_tampered,
@@ -27,121 +25,81 @@ from .stretches import (
 _NONE, _PRELU, _SOFTPLUS = activations.NONE, activations.PRELU, activations.SOFTPLUS
 # Other subclasses of Tensor (DTensor, quantised weights) bring functions of their own.
 _TENSORS = frozenset({Tensor, nn.Parameter, FakeTensor, FunctionalTensor})
-_WITH_PARAMETERS = frozenset(cls for cls, (_, objection) in ACTIVATIONS.items() if objection)
 
 
-class Plan:
-    """How a container's present children are run.
-
-    quiet  (shape, dtype, device, grad mode) of an input for which no op is faster than the modules
-           themselves, or None
-    calls  the children as functions; what is no more than its forward, by its forward
-    """
-
-    __slots__ = (
-        "calls",
-        "children",
-        "dropouts",
-        "items",
-        "nested",
-        "others",
-        "quiet",
-        "types",
-        "watched",
-    )
-
-    def __init__(self, children: list[nn.Module]):
-        self.children = children
-        self.types = list(map(type, children))
-        self.items = find(children)
-        self.dropouts = [m for m in children if type(m) is nn.Dropout]
-        self.nested = any(type(item) is Single and item.layers for item in self.items)
-        self.quiet = None
-        present = [m for m in dict.fromkeys(children) if m is not None]
-        self.watched = [
-            (m, type(m), is_tampered(m), m.__dict__.get("inplace"), _parameters_of(m))
-            for m in present
-            if is_candidate(m)
-        ]
-        self.calls = [
-            m.forward if is_candidate(m) and not is_tampered(m) and not is_fused_module(m) else m
-            for m in children
-            if m is not None
-        ]
-        self.others = [
-            (m, type(m), m.__dict__.get("inplace")) for m in present if not is_candidate(m)
-        ]
-
-    def is_stale(self) -> bool:
-        """True if a child is no longer what it was when its stretch was found."""
-        for m, cls, tampered, inplace, parameters in self.watched:
-            d = m.__dict__
-            if (
-                type(m) is not cls
-                or d.get("inplace") is not inplace
-                # is_tampered(m), without its searches.
-                or tampered
-                is not bool(
-                    d["_forward_hooks"]
-                    or d["_forward_pre_hooks"]
-                    or d["_backward_hooks"]
-                    or d["_backward_pre_hooks"]
-                    or "forward" in d
-                    or d.get("_compiled_call_impl") is not None
-                )
-                or (parameters is not None and parameters != _parameters_of(m))
-            ):
-                return True
-        for m, cls, inplace in self.others:
-            if type(m) is not cls or m.__dict__.get("inplace") is not inplace:
-                return True
-        return False
-
-    def is_quiet(self, x: object) -> bool:
-        """True if the children may simply be called one after the other."""
-        quiet = self.quiet
-        if (
-            quiet is None
-            or type(x) is not Tensor
-            or (
-                x.shape,
-                x.dtype,
-                x.device,
-                torch.is_grad_enabled(),
-            )
-            != quiet
-        ):
-            return False
-        for m in self.dropouts:
-            if m.training and m.p:
-                return False
-        return dispatch.explicit(None) is None and list(map(type, self.children)) == self.types
-
-    def run(self, x, masks: Masks):
-        y = run(self.items, x, masks)
-        if type(x) is Tensor and not self.nested and not masks.traced:
-            for item in self.items:
-                if type(item) is Stretch and item.memo is not None and item.memo[1] is not None:
-                    return y
-            self.quiet = (x.shape, x.dtype, x.device, torch.is_grad_enabled())
-        return y
-
-
-def _parameters_of(m: nn.Module) -> object:
-    """What besides its class and its hooks decides what m is; None for most classes."""
-    return (activation_of(m),) if type(m) in _WITH_PARAMETERS else None
-
-
-def run(items: list[Stretch | Single], x, masks: Masks):
-    for item in items:
-        if type(item) is Stretch:
-            x = _run_stretch(item, x, masks)
-        elif item.fused:
-            x = item.module.run_fused(x, masks)
+def run(items: list[Stretch | Single], x, masks: Masks, steps: list | None = None):
+    """The items one after the other; what is called for each goes to `steps`, as plan.py has it."""
+    at = 0
+    while at < len(items):
+        item = items[at]
+        at += 1
+        if type(item) is Single:
+            x = _run_single(item, x, masks, steps)
+            continue
+        layer = masks.layer
+        net = None if masks.traced else network.find(items, at - 1, x, masks)
+        if net is not None:
+            at += len(net.stretches) - 1
+            x = net(x, masks)
+            masks.layer = layer + len(net.stretches)
         else:
-            masks.layer += item.layers
-            x = item.module(x)
+            x, fused = run_stretch(item, x, masks)
+        if steps is None:
+            continue
+        if net is not None:
+            steps.append((True, net))
+        elif fused:
+            steps.append((True, _Again(item, layer)))
+        else:
+            steps += [(False, _as_function(m)) for m in item.modules if not _does_nothing(m)]
     return x
+
+
+def _run_single(item: Single, x, masks: Masks, steps: list | None):
+    m, layer = item.module, masks.layer
+    if item.fused:
+        if steps is not None:
+            steps.append((True, _Nested(m, layer)))
+        return m.run_fused(x, masks)
+    masks.layer = layer + item.layers
+    if steps is not None:
+        steps.append((False, _as_function(m)))
+    return m(x)
+
+
+def _does_nothing(m: nn.Module) -> bool:
+    return type(m) is nn.Dropout and not (m.training and m.p)
+
+
+def _as_function(m: nn.Module):
+    known = is_candidate(m) and not is_fused_module(m) and not is_tampered(m)
+    return direct.function(m) if known else m
+
+
+class _Again:
+    """A stretch as a step of a program."""
+
+    __slots__ = ("layer", "stretch")
+
+    def __init__(self, stretch: Stretch, layer: int):
+        self.stretch, self.layer = stretch, layer
+
+    def __call__(self, x, masks: Masks):
+        masks.layer = self.layer
+        return run_stretch(self.stretch, x, masks)[0]
+
+
+class _Nested:
+    """A fused module inside, as a step of a program."""
+
+    __slots__ = ("layer", "module")
+
+    def __init__(self, module: nn.Module, layer: int):
+        self.module, self.layer = module, layer
+
+    def __call__(self, x, masks: Masks):
+        masks.layer = self.layer
+        return self.module.run_fused(x, masks)
 
 
 def _run_plain(stretch: Stretch, x):
@@ -150,7 +108,8 @@ def _run_plain(stretch: Stretch, x):
     return x
 
 
-def _run_stretch(stretch: Stretch, x, masks: Masks):
+def run_stretch(stretch: Stretch, x, masks: Masks) -> tuple[Tensor, bool]:
+    """Its output, and whether an op made it."""
     layer = masks.layer
     masks.layer = layer + 1
     act, linear, dropout = stretch.act, stretch.linear, stretch.dropout
@@ -159,13 +118,13 @@ def _run_stretch(stretch: Stretch, x, masks: Masks):
         p = dropout.p
         if p != 0:
             if not 0 < p <= 1:
-                return _run_plain(stretch, x)  # F.dropout says what is wrong.
+                return _run_plain(stretch, x), False  # F.dropout says what is wrong.
             if stretch.dropping[0] != p:
                 stretch.dropping = p, *rng.threshold_and_scale(float(p))
             _, threshold, scale = stretch.dropping
     if act == _NONE and threshold == 0:
         stretch.memo = None
-        return _run_plain(stretch, x)
+        return _run_plain(stretch, x), False
     w = b = slope = None
     if linear is not None:
         # linear.weight is a search in Python; functional_call and others may put it elsewhere.
@@ -177,11 +136,11 @@ def _run_stretch(stretch: Stretch, x, masks: Masks):
     if masks.traced:
         if not _can_run(x, w, b, act, slope, traced=True):
             _refuse(x, linear)
-            return _run_plain(stretch, x)
+            return _run_plain(stretch, x), False
     else:
         if type(x) not in _TENSORS:
             _refuse(x, linear)
-            return _run_plain(stretch, x)
+            return _run_plain(stretch, x), False
         named = dispatch.explicit(None)
         # The tensors of a module by identity: a changed dtype or shape is found by the op itself.
         what = (x.shape, x.dtype, x.layout, x.device, torch.is_grad_enabled())
@@ -191,16 +150,16 @@ def _run_stretch(stretch: Stretch, x, masks: Masks):
             memo = stretch.memo = key, _choose(x, w, b, act, slope, threshold != 0, named)
         route = memo[1]
         if route is None:
-            return _run_plain(stretch, x)
+            return _run_plain(stretch, x), False
     state = masks.draw(x) if threshold else None
     numbers = (act, stretch.alpha, threshold, scale, layer, masks.row_offset)
     if masks.traced or masks.row_offset:
         if linear is None:
-            return functional.run_bias_act_dropout(x, None, slope, state, *numbers, None)
-        return functional.run_linear_act(x, w, b, slope, state, *numbers, None)
+            return functional.run_bias_act_dropout(x, None, slope, state, *numbers, None), True
+        return functional.run_linear_act(x, w, b, slope, state, *numbers, None), True
     if linear is None:
-        return functional.bias_act_dropout_on(route, (x, None, slope, state, *numbers))
-    return functional.linear_act_on(route, (x, w, b, slope, state, *numbers))
+        return functional.bias_act_dropout_on(route, (x, None, slope, state, *numbers)), True
+    return functional.linear_act_on(route, (x, w, b, slope, state, *numbers)), True
 
 
 def _choose(x, w, b, act: int, slope, drops: bool, named: str | None) -> str | None:

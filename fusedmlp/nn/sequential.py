@@ -17,7 +17,8 @@ from torch.nn.modules import module as torch_module
 from .. import activations, checks
 from . import report, runner
 from .layers import ReLUSquared
-from .masks import Masks, must_trace
+from .masks import Masks
+from .plan import Plan
 from .stretches import find
 
 
@@ -36,41 +37,31 @@ class FusedSequential(nn.Sequential):
     """
 
     first_layer = 0
-    _plan: runner.Plan | None = None
+    _plan: Plan | None = None
 
     def forward(self, input):
         if torch.compiler.is_compiling():
             return self.run_fused(input, Masks(self.first_layer, True))
-        plan = self._present_plan()
-        if plan.is_quiet(input) and not plan.is_stale() and not torch_module._has_any_global_hook():
-            for call in plan.calls:
-                input = call(input)
-            return input
-        return self._run(plan, input, Masks(self.first_layer, must_trace()))
+        if torch_module._has_any_global_hook():
+            return super().forward(input)
+        return self._present_plan().run(input, self.first_layer)
 
     fused_forward = forward
 
     def run_fused(self, x, masks: Masks):
         """forward, with the masks of the container that this one is in."""
-        if torch.compiler.is_compiling():
-            if torch_module._has_any_global_hook():
-                return super().forward(x)
-            return runner.run(find(list(self._modules.values())), x, masks)
-        return self._run(self._present_plan(), x, masks)
-
-    def _present_plan(self) -> runner.Plan:
-        children = list(self._modules.values())
-        plan = self._plan
-        if plan is None or plan.children != children:
-            plan = self.__dict__["_plan"] = runner.Plan(children)
-        return plan
-
-    def _run(self, plan: runner.Plan, x, masks: Masks):
         if torch_module._has_any_global_hook():
             return super().forward(x)
-        if plan.is_stale():
-            plan = self.__dict__["_plan"] = runner.Plan(plan.children)
-        return plan.run(x, masks)
+        if torch.compiler.is_compiling():
+            return runner.run(find(list(self._modules.values())), x, masks)
+        return self._present_plan().run_with(x, masks)
+
+    def _present_plan(self) -> Plan:
+        children = list(self._modules.values())
+        plan = self._plan
+        if plan is None or plan.children != children or plan.is_stale():
+            plan = self.__dict__["_plan"] = Plan(children)
+        return plan
 
     def layer_count(self) -> int:
         """How many layer numbers its stretches take, those of fused modules inside included."""

@@ -5,13 +5,13 @@ import contextlib
 import csv
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from . import checkpoint, distributed, inference, job
+from . import checkpoint, compare, crossval_report, crossvalidation, distributed, inference, job
 from .config import TrainConfig
 from .errors import TrainError, UsageError
 from .progress import Console
@@ -69,6 +69,31 @@ def parse_train(argv: list[str]) -> TrainConfig:
     config.check()
     was = checkpoint.config_of(checkpoint.load(config.resume)).replace(resume=config.resume)
     return _parse(TrainConfig, "train", argv, was).check()
+
+
+@dataclass(frozen=True)
+class CrossvalConfig(TrainConfig):
+    """Compare settings by cross-validation; train the best on all training rows, test it once.
+
+    A slash stands between values to compare, and every combination is a candidate:
+    --hidden 64 / 128 64 --weight-decay 0 / 0.01. Where a value is one word the slash may be left
+    out: --lr 0.1 0.5.
+    """
+
+    folds: int = 5
+    """parts of the training rows, each held out once"""
+
+
+def crossval(argv: list[str]) -> int:
+    def parse(flags: list[str]) -> CrossvalConfig:
+        return _parse(CrossvalConfig, "crossval", flags, CrossvalConfig())
+
+    settings, values = compare.parsed(argv, parse)
+    plain = {field.name: getattr(settings, field.name) for field in fields(TrainConfig)}
+    crossvalidation.crossval_into_folder(
+        TrainConfig(**plain), values, folds=settings.folds, progress=crossval_report.Report()
+    )
+    return 0
 
 
 def train(argv: list[str]) -> int:

@@ -13,6 +13,7 @@ from typing import Literal
 
 from .. import activations
 from .errors import UsageError
+from .schedule import KINDS
 
 Activation = Literal[*activations.NAMES]
 
@@ -39,6 +40,10 @@ class TrainConfig:
     """update rule"""
     lr: float | None = None
     """learning rate; default 0.1 for sgd (0.01 with mse), 0.001 for adamw"""
+    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """how the learning rate goes down to 0 over the steps of the run; constant: it does not"""
+    warmup_epochs: float = 0.0
+    """first the learning rate rises in equal steps, for that many epochs or parts of one"""
     momentum: float = 0.0
     """momentum of sgd"""
     weight_decay: float = 0.0
@@ -63,7 +68,7 @@ class TrainConfig:
     """auto: cuda where there is one"""
     backend: Literal["auto", "native", "triton", "reference"] = "auto"
     """kernels of the fused layers; auto: the fastest known"""
-    engine: Literal["auto", "autograd", "native"] = "auto"
+    engine: Literal["auto", "autograd", "native", "graph"] = "auto"
     """how a training step is run; auto: the fastest that supports it"""
     seed: int = 0
     """of the initial weights, the order of the rows and the dropout masks"""
@@ -162,12 +167,14 @@ def _check_numbers(config: TrainConfig) -> None:
         config.lr is None or (math.isfinite(config.lr) and config.lr > 0),
         "a number above 0",
     )
-    for name in ("momentum", "weight_decay", "init_std", "clip_norm"):
+    for name in ("momentum", "weight_decay", "init_std", "clip_norm", "warmup_epochs"):
         value = getattr(config, name)
         need(name, value, math.isfinite(value) and value >= 0, "a number of at least 0")
     smoothing = config.label_smoothing
     need("label_smoothing", smoothing, 0.0 <= smoothing <= 1.0, "between 0 and 1")
     need("val_split", config.val_split, 0.0 <= config.val_split < 1.0, "at least 0 and below 1")
+    schedule = config.lr_schedule
+    need("lr_schedule", repr(schedule), schedule in KINDS, f"one of {', '.join(KINDS)}")
     need("seed", config.seed, -(2**63) <= config.seed < 2**63, "a 64-bit integer")
 
 
@@ -176,6 +183,11 @@ def _check_contradictions(config: TrainConfig) -> None:
         raise UsageError("--momentum belongs to --optimizer sgd; adamw has none")
     if config.loss == "mse" and config.label_smoothing:
         raise UsageError("--label-smoothing belongs to --loss cross_entropy; mse has no labels")
+    if config.epochs is not None and config.warmup_epochs > config.epochs:
+        raise UsageError(
+            f"--warmup-epochs must be at most --epochs, {config.epochs}, got "
+            f"{config.warmup_epochs:g}"
+        )
     if config.init == "default" and config.init_std != TrainConfig.init_std:
         raise UsageError("--init-std belongs to --init normal; --init default is PyTorch's own")
     if config.target is not None and not str(config.dataset).endswith(".csv"):

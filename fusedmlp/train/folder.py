@@ -32,6 +32,8 @@ FILES = (
     "predictions.png",
     "confusion.png",
     "residuals.png",
+    "results.csv",
+    "crossval.png",
 )
 
 

@@ -12,7 +12,7 @@ from .trainer import Result, fit_into_folder
 def run(config: TrainConfig, progress: Quiet | None = None) -> Result:
     """Load the data set, make the network of the config, train it; under torchrun, in all
     processes together."""
-    config = _with_whole_paths(config.check())
+    config = with_whole_paths(config.check())
     progress = progress or Quiet()
     world = distributed.join(pick_device(config).type)
     try:
@@ -36,7 +36,7 @@ def run(config: TrainConfig, progress: Quiet | None = None) -> Result:
             distributed.leave()
 
 
-def _with_whole_paths(config: TrainConfig) -> TrainConfig:
+def with_whole_paths(config: TrainConfig) -> TrainConfig:
     """So that a run can be resumed and evaluated from another working folder."""
     if config.dataset.endswith((".npz", ".csv")):
         config = config.replace(dataset=str(Path(config.dataset).absolute()))

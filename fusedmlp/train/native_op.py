@@ -1,4 +1,6 @@
-"""train_steps: the op behind the `native` step engine, implemented by csrc/ops_step.cpp.
+"""The ops behind the `native` step engine, implemented by csrc/ops_step.cpp.
+
+train_steps: many steps of one network
 
     x         (n, ...) uint8 or fp32 rows of data
     y         (n,) int64 labels, or (n, N) fp32
@@ -16,6 +18,17 @@
     returns   floats of `work` that these arguments take
 
 Step s has the masks of seed and stream (first_step + s) * mask_layers + number of the layer.
+
+train_many: the same for M networks with equally many layers; their results are those of train_steps
+    orders, lr_scales    one a network; an lr_scale without elements is none
+    params, m1, m2, ints, numbers  of the layers of all networks, one network after the other; an
+                         entry of m1, m2 without elements is none
+    totals               (M, 3)
+    work                 (threads, floats): at most that many networks run at a time
+    member_ints          of each network: rule, updates, seed, first_step, mask_layers
+    member_numbers       of each network: smoothing, momentum, beta1, beta2, eps, max_norm
+
+judge_rows: adds losses and hits of rows to totals, without dropout and without label smoothing
 """
 
 import torch
@@ -23,19 +36,31 @@ import torch
 from .. import dispatch
 from ..kernels.native import extension
 
-_SCHEMA = (
-    "train_steps.native(Tensor x, Tensor y, Tensor order, Tensor? mean, Tensor? std, "
-    "Tensor? lr_scale, Tensor(a!)[] params, Tensor(b!)[] m1, Tensor(c!)[] m2, Tensor(d!) totals, "
-    "Tensor(e!) work, int[] ints, float[] numbers, float divisor, int batch, int loss, "
-    "float smoothing, int rule, float momentum, float beta1, float beta2, float eps, int updates, "
-    "float max_norm, int seed, int first_step, int mask_layers) -> int"
-)
+_DATA = "Tensor x, Tensor y, {order}, Tensor? mean, Tensor? std, "
+_STATE = "Tensor(a!)[] params, Tensor(b!)[] m1, Tensor(c!)[] m2, "
+_OUT = "Tensor(d!) totals, Tensor(e!) work, int[] ints, float[] numbers, "
+_ONE, _MANY = _DATA.format(order="Tensor order"), _DATA.format(order="Tensor[] orders")
+_SCHEMAS = {
+    "train_steps": (
+        f"({_ONE}Tensor? lr_scale, {_STATE}{_OUT}float divisor, int batch, int loss, "
+        "float smoothing, int rule, float momentum, float beta1, float beta2, float eps, "
+        "int updates, float max_norm, int seed, int first_step, int mask_layers) -> int"
+    ),
+    "train_many": (
+        f"({_MANY}Tensor[] lr_scales, {_STATE}{_OUT}int[] member_ints, float[] member_numbers, "
+        "float divisor, int batch, int loss) -> int"
+    ),
+    "judge_rows": f"({_ONE}Tensor[] params, {_OUT}float divisor, int batch, int loss) -> int",
+}
 CROSS_ENTROPY, MSE = 0, 1
 SGD, NESTEROV, ADAMW = 0, 1, 2
 
 _lib = torch.library.Library("fusedmlp", "FRAGMENT")
-_lib.define(_SCHEMA)
+for _name, _schema in _SCHEMAS.items():
+    _lib.define(f"{_name}.native{_schema}")
 train_steps = torch.ops.fusedmlp.train_steps.native
+train_many = torch.ops.fusedmlp.train_many.native
+judge_rows = torch.ops.fusedmlp.judge_rows.native
 
 
 def unavailable() -> str | None:
@@ -43,7 +68,8 @@ def unavailable() -> str | None:
     reason = extension.unavailable("cpu")
     if reason is not None:
         return reason
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("fusedmlp::train_steps.native", "CPU"):
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    if not all(has_kernel(f"fusedmlp::{name}.native", "CPU") for name in _SCHEMAS):
         return "the extension was built from a version without it; build it again"
     if dispatch.explicit(None) not in (None, "native"):
         return f"backend {dispatch.explicit(None)!r} was asked for"

@@ -7,6 +7,7 @@ and their order of operations are those of torch.optim.SGD and torch.optim.AdamW
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,30 +15,34 @@ from torch import Tensor
 
 from . import native_op
 from .data import Scaling
-from .network import Layer, against_parameters, layers_of
+from .network import against_data, against_optimizer, against_parameters, against_rows, layers_of
 
 if TYPE_CHECKING:
     from .step import Task
 
-_LOSSES = {"cross_entropy": native_op.CROSS_ENTROPY, "mse": native_op.MSE}
-# Settings of torch.optim that have another formula, and what they must be.
-_PLAIN = {
-    torch.optim.SGD: {"dampening": 0, "maximize": False, "differentiable": False},
-    torch.optim.AdamW: {
-        "amsgrad": False,
-        "maximize": False,
-        "differentiable": False,
-        "capturable": False,
-    },
-}
-_COMMON = ("momentum", "nesterov", "betas", "eps")  # the same for all groups
+LOSSES = {"cross_entropy": native_op.CROSS_ENTROPY, "mse": native_op.MSE}
 _EMPTY = torch.empty(0)
+JUDGED_ROWS = 256  # in one forward pass: its activations stay in the L2 cache
+
+
+@dataclass
+class Call:
+    """Of one network for one call of native_op: its docstring says what each is."""
+
+    lr_scale: Tensor | None
+    first: list[Tensor]
+    second: list[Tensor]
+    layer_ints: list[int]
+    layer_floats: list[float]
+    ints: tuple[int, ...]
+    floats: tuple[float, ...]
 
 
 class Native:
     """Forward, loss, backward and update of whole epochs in one call, without Python."""
 
     name = "native"
+    automatic = True
 
     @staticmethod
     def refuses(task: Task) -> list[str]:
@@ -49,11 +54,11 @@ class Native:
             reasons.append(f"it computes in fp32, --precision is {task.precision}")
         if task.world.size > 1:
             reasons.append("it runs in one process")
-        reasons += _against_optimizer(task.optimizer)
+        reasons += against_optimizer(task.optimizer)
         layers, against = layers_of(task.model)
         reasons += against
         reasons += against_parameters(task.model, task.optimizer)
-        return reasons + (_against_data(task, layers) if layers and not against else [])
+        return reasons + (against_data(task, layers) if layers and not against else [])
 
     def __init__(self, task: Task):
         self.task = task
@@ -62,6 +67,7 @@ class Native:
         self.number = 0
         self.totals = torch.zeros(3, dtype=torch.float64)
         self.work = _EMPTY
+        self.every = torch.arange(0)
         self.parameters = [
             _EMPTY if t is None else t for layer in self.layers for t in layer.tensors()
         ]
@@ -86,19 +92,11 @@ class Native:
         """x (n, ...), y (n, ...): data; order (steps * batch,): rows of it, the last step fewer."""
         if len(order) == 0:
             return
-        group = self.task.optimizer.param_groups[0]
-        momentum = float(group.get("momentum", 0.0))
-        beta1, beta2 = group.get("betas", (0.0, 0.0))
-        rule = native_op.NESTEROV if group.get("nesterov") else native_op.SGD
-        first, second, updates = [], [], 0
+        steps = -(-len(order) // batch)
         with torch.no_grad():
-            if self.is_adamw:
-                rule = native_op.ADAMW
-                first, second = self._state("exp_avg"), self._state("exp_avg_sq")
-                updates = int(self.task.optimizer.state[self.present[0]]["step"])
-            elif momentum:
-                first = self._state("momentum_buffer")
-            ints, numbers = self._numbers()
+            call = self.call(steps)
+            rule, updates, *place = call.ints
+            smoothing, momentum, beta1, beta2, eps, max_norm = call.floats
             while True:
                 needed = native_op.train_steps(
                     x,
@@ -106,39 +104,97 @@ class Native:
                     order.contiguous(),
                     scaling.mean,
                     scaling.std,
-                    None,
+                    call.lr_scale,
                     self.parameters,
-                    first,
-                    second,
+                    call.first,
+                    call.second,
                     self.totals,
                     self.work,
-                    ints,
-                    numbers,
+                    call.layer_ints,
+                    call.layer_floats,
                     float(scaling.divisor),
                     batch,
-                    _LOSSES[self.task.loss],
-                    float(self.task.label_smoothing),
+                    LOSSES[self.task.loss],
+                    smoothing,
                     rule,
                     momentum,
-                    float(beta1),
-                    float(beta2),
-                    float(group.get("eps", 0.0)),
+                    beta1,
+                    beta2,
+                    eps,
                     updates,
-                    float(self.task.clip_norm),
-                    self.task.seed,
-                    self.number,
-                    self.mask_layers,
+                    max_norm,
+                    *place,
                 )
                 if needed <= self.work.numel():
                     break
                 self.work = torch.empty(needed)
-            steps = -(-len(order) // batch)
-            if self.is_adamw:
-                torch._foreach_add_(
-                    [self.task.optimizer.state[p]["step"] for p in self.present], steps
-                )
+            self.advance(steps)
+
+    def call(self, steps: int) -> Call:
+        """What the ops are told of this network for its next steps."""
+        task = self.task
+        group = task.optimizer.param_groups[0]
+        momentum = float(group.get("momentum", 0.0))
+        beta1, beta2 = group.get("betas", (0.0, 0.0))
+        rule = native_op.NESTEROV if group.get("nesterov") else native_op.SGD
+        first, second, updates = [], [], 0
+        if self.is_adamw:
+            rule = native_op.ADAMW
+            first, second = self._state("exp_avg"), self._state("exp_avg_sq")
+            updates = int(task.optimizer.state[self.present[0]]["step"])
+        elif momentum:
+            first = self._state("momentum_buffer")
+        schedule = task.schedule
+        lr_scale = None if schedule.is_constant else schedule.factors(self.number, steps)
+        ints = (rule, updates, task.seed, self.number, self.mask_layers)
+        floats = (
+            float(task.label_smoothing),
+            momentum,
+            float(beta1),
+            float(beta2),
+            float(group.get("eps", 0.0)),
+            float(task.clip_norm),
+        )
+        return Call(lr_scale, first, second, *self._numbers(), ints, floats)
+
+    def advance(self, steps: int) -> None:
+        """These steps are done."""
+        if self.is_adamw:
+            torch._foreach_add_([self.task.optimizer.state[p]["step"] for p in self.present], steps)
         torch.autograd.graph.increment_version(self.present)
         self.number += steps
+
+    def judge(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """(sum of losses, number right, rows) in fp64 over rows x (n, ...) as stored and their
+        targets, in evaluation mode and without label smoothing; None where it cannot take them."""
+        task = self.task
+        if x.device.type != "cpu" or against_rows(task, x, y, self.layers):
+            return None
+        if len(self.every) != len(x):
+            self.every = torch.arange(len(x))
+        totals = torch.zeros(3, dtype=torch.float64)
+        scaling = task.scaling
+        ints, floats = self._numbers()
+        with torch.no_grad():
+            while True:
+                needed = native_op.judge_rows(
+                    x,
+                    y,
+                    self.every,
+                    scaling.mean,
+                    scaling.std,
+                    self.parameters,
+                    totals,
+                    self.work,
+                    ints,
+                    floats,
+                    float(scaling.divisor),
+                    JUDGED_ROWS,
+                    LOSSES[task.loss],
+                )
+                if needed <= self.work.numel():
+                    return totals
+                self.work = torch.empty(needed)
 
     def _numbers(self) -> tuple[list[int], list[float]]:
         groups = self.task.optimizer.param_groups
@@ -186,44 +242,3 @@ class Native:
 
     def load_scaler_state(self, state: dict | None) -> None:
         pass
-
-
-def _against_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:
-    plain = _PLAIN.get(type(optimizer))
-    if plain is None:
-        return [f"the optimiser must be SGD or AdamW, got {type(optimizer).__name__}"]
-    groups = optimizer.param_groups
-    reasons = [
-        f"{type(optimizer).__name__} with {name}={group[name]}"
-        for group in groups
-        for name, wanted in plain.items()
-        if group.get(name, wanted) != wanted
-    ]
-    if any(group.get(name) != groups[0].get(name) for group in groups for name in _COMMON):
-        reasons.append("parameter groups may differ in lr and weight_decay only")
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
-        reasons.append("the optimiser has hooks")
-    return reasons
-
-
-def _against_data(task: Task, layers: list[Layer]) -> list[str]:
-    x, y = task.x, task.y
-    if x is None:
-        return ["its data must be tensors, these come from a loader"]
-    first, last = layers[0].linear, layers[-1].linear
-    reasons = []
-    plain = task.scaling.divisor == 1.0 and task.scaling.mean is None
-    if x.dtype not in (torch.float32, torch.uint8) or (plain and x.dtype == torch.uint8):
-        reasons.append(f"rows must be fp32, or uint8 with a divisor, got {x.dtype}")
-    if not x.is_contiguous() or not y.is_contiguous():
-        reasons.append("data must be contiguous")
-    flattens = type(next(task.model.children())) is torch.nn.Flatten
-    if len(x) == 0 or x[0].numel() != first.in_features or (x.dim() != 2 and not flattens):
-        reasons.append(f"rows must have {first.in_features} values, got {tuple(x.shape[1:])}")
-    if task.loss not in _LOSSES:
-        reasons.append(f"the loss must be cross_entropy or mse, got {task.loss}")
-    wanted = (len(x),) if task.loss == "cross_entropy" else (len(x), last.out_features)
-    dtype = torch.int64 if task.loss == "cross_entropy" else torch.float32
-    if tuple(y.shape) != wanted or y.dtype != dtype:
-        reasons.append(f"targets must be {wanted} of {dtype}, got {tuple(y.shape)} of {y.dtype}")
-    return reasons

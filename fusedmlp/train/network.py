@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,22 @@ from .. import activations, rng
 from ..nn import FusedSequential
 from ..nn.stretches import Stretch, find, is_tampered, why_not
 
+if TYPE_CHECKING:
+    from .step import Task
+
+_LOSSES = ("cross_entropy", "mse")
+_OR = " or ".join(_LOSSES)
+# Settings of torch.optim that have another formula, and what they must be.
+_PLAIN_SETTINGS = {
+    torch.optim.SGD: {"dampening": 0, "maximize": False, "differentiable": False},
+    torch.optim.AdamW: {
+        "amsgrad": False,
+        "maximize": False,
+        "differentiable": False,
+        "capturable": False,
+    },
+}
+_COMMON = ("momentum", "nesterov", "betas", "eps")  # the same for all groups
 _ALONE = "only an activation or Dropout that follows a Linear can be part of its layer"
 
 
@@ -101,8 +118,11 @@ def _against(layer: Layer) -> list[str]:
     return [] if math.isfinite(layer.alpha) else ["a slope is not finite"]
 
 
-def against_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Reasons why parameters cannot be updated where they lie, all of them, in fp32 on the CPU."""
+def against_parameters(
+    model: nn.Module, optimizer: torch.optim.Optimizer, device: str = "cpu"
+) -> list[str]:
+    """Reasons why parameters cannot be updated where they lie, all of them, in fp32 on devices of
+    this type."""
     named = list(model.named_parameters(remove_duplicate=False))
     reasons = []
     if len({id(p) for _, p in named}) != len(named) or len(
@@ -112,8 +132,8 @@ def against_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> li
     for name, p in named:
         if not p.requires_grad:
             reasons.append(f"{name} is frozen")
-        elif p.dtype != torch.float32 or p.device.type != "cpu" or p.layout != torch.strided:
-            reasons.append(f"{name} must be fp32 on the CPU, got {p.dtype} on {p.device}")
+        elif p.dtype != torch.float32 or p.device.type != device or p.layout != torch.strided:
+            reasons.append(f"{name} must be fp32 on {device}, got {p.dtype} on {p.device}")
         elif not p.is_contiguous() or type(p) is not nn.Parameter:
             reasons.append(f"{name} must be a contiguous plain parameter")
         elif p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
@@ -121,4 +141,47 @@ def against_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> li
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     if sorted(held) != sorted({id(p) for _, p in named}):
         reasons.append("the optimiser must hold the parameters of the model, all and no others")
+    return reasons
+
+
+def against_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:
+    plain = _PLAIN_SETTINGS.get(type(optimizer))
+    if plain is None:
+        return [f"the optimiser must be SGD or AdamW, got {type(optimizer).__name__}"]
+    groups = optimizer.param_groups
+    reasons = [
+        f"{type(optimizer).__name__} with {name}={group[name]}"
+        for group in groups
+        for name, wanted in plain.items()
+        if group.get(name, wanted) != wanted
+    ]
+    if any(group.get(name) != groups[0].get(name) for group in groups for name in _COMMON):
+        reasons.append("parameter groups may differ in lr and weight_decay only")
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        reasons.append("the optimiser has hooks")
+    return reasons
+
+
+def against_data(task: Task, layers: list[Layer]) -> list[str]:
+    if task.x is None:
+        return ["its data must be tensors, these come from a loader"]
+    reasons = [] if task.loss in _LOSSES else [f"the loss must be {_OR}, got {task.loss}"]
+    return reasons + against_rows(task, task.x, task.y, layers)
+
+
+def against_rows(task: Task, x: Tensor, y: Tensor, layers: list[Layer]) -> list[str]:
+    first, last = layers[0].linear, layers[-1].linear
+    reasons = []
+    plain = task.scaling.divisor == 1.0 and task.scaling.mean is None
+    if x.dtype not in (torch.float32, torch.uint8) or (plain and x.dtype == torch.uint8):
+        reasons.append(f"rows must be fp32, or uint8 with a divisor, got {x.dtype}")
+    if not x.is_contiguous() or not y.is_contiguous():
+        reasons.append("data must be contiguous")
+    flattens = type(next(task.model.children())) is torch.nn.Flatten
+    if len(x) == 0 or x[0].numel() != first.in_features or (x.dim() != 2 and not flattens):
+        reasons.append(f"rows must have {first.in_features} values, got {tuple(x.shape[1:])}")
+    wanted = (len(x),) if task.loss == "cross_entropy" else (len(x), last.out_features)
+    dtype = torch.int64 if task.loss == "cross_entropy" else torch.float32
+    if tuple(y.shape) != wanted or y.dtype != dtype:
+        reasons.append(f"targets must be {wanted} of {dtype}, got {tuple(y.shape)} of {y.dtype}")
     return reasons

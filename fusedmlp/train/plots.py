@@ -35,7 +35,7 @@ def all_of(history: list[dict], data, outputs: Tensor | None) -> dict[str, bytes
     }
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1):
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
     """(figure, array of axes) without pyplot, whose state and window system belong to the
     caller."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -46,7 +46,7 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1):
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _png(figure) -> bytes:
+def png(figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
@@ -54,7 +54,7 @@ def _png(figure) -> bytes:
 
 def curves(history: list[dict]) -> bytes:
     has_accuracy = any(row["train_accuracy"] is not None for row in history)
-    figure, axes = _figure(10 if has_accuracy else 5.5, 4, 1, 2 if has_accuracy else 1)
+    figure, axes = new_figure(10 if has_accuracy else 5.5, 4, 1, 2 if has_accuracy else 1)
     epochs = [row["epoch"] for row in history]
     for axis, what in zip(axes[0], ("loss", "accuracy"), strict=False):
         for part, colour in PARTS.items():
@@ -69,7 +69,7 @@ def curves(history: list[dict]) -> bytes:
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend()
-    return _png(figure)
+    return png(figure)
 
 
 def _classified(data: Data, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,7 +86,7 @@ def images(data: Data, outputs: Tensor) -> bytes:
     first = list(range(min(SHOWN, len(true))))
     shown = first + [index for index in wrong if index >= len(first)][:MISTAKES]
     rows = -(-len(shown) // COLUMNS)
-    figure, axes = _figure(1.5 * COLUMNS, 1.85 * rows + 0.6, rows, COLUMNS)
+    figure, axes = new_figure(1.5 * COLUMNS, 1.85 * rows + 0.6, rows, COLUMNS)
     for axis in axes.flat:
         axis.axis("off")
     for axis, index in zip(axes.flat, shown, strict=False):
@@ -111,7 +111,7 @@ def images(data: Data, outputs: Tensor) -> bytes:
         + (f", then the first {mistakes} mistakes after them" if mistakes else "")
         + f"\npredicted names; {share:.2%} of {len(true)} are right, wrong ones are red"
     )
-    return _png(figure)
+    return png(figure)
 
 
 def confidence(data: Data, outputs: Tensor) -> bytes:
@@ -119,7 +119,7 @@ def confidence(data: Data, outputs: Tensor) -> bytes:
     got wrong."""
     true, predicted, probability = _classified(data, outputs)
     right = true == predicted
-    figure, axes = _figure(6.5, 4)
+    figure, axes = new_figure(6.5, 4)
     axis = axes[0, 0]
     parts = [probability[right].numpy(), probability[~right].numpy()]
     labels = [f"right: {int(right.sum())}", f"wrong: {int((~right).sum())}"]
@@ -130,7 +130,7 @@ def confidence(data: Data, outputs: Tensor) -> bytes:
         title=f"{data.name}: predictions",
     )
     axis.legend()
-    return _png(figure)
+    return png(figure)
 
 
 def confusion(data: Data, outputs: Tensor) -> bytes:
@@ -141,7 +141,7 @@ def confusion(data: Data, outputs: Tensor) -> bytes:
     table = torch.bincount(true * count + predicted, minlength=count * count).view(count, count)
     share = table / table.sum(1, keepdim=True).clamp(min=1)
     side = min(14.0, 2.5 + 0.55 * count)
-    figure, axes = _figure(side + 1, side)
+    figure, axes = new_figure(side + 1, side)
     axis = axes[0, 0]
     picture = axis.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
     axis.set(
@@ -165,7 +165,7 @@ def confusion(data: Data, outputs: Tensor) -> bytes:
                 fontsize=8,
             )
     figure.colorbar(picture, ax=axis, label="share of the true class", shrink=0.8)
-    return _png(figure)
+    return png(figure)
 
 
 def _in_units(data: Data, outputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,7 +181,7 @@ def _in_units(data: Data, outputs: Tensor) -> tuple[Tensor, Tensor]:
 def scatter(data: Data, outputs: Tensor) -> bytes:
     """Regression: predicted over true values, with the line of a perfect prediction."""
     true, predicted = _in_units(data, outputs)
-    figure, axes = _figure(5.5, 5.2)
+    figure, axes = new_figure(5.5, 5.2)
     axis = axes[0, 0]
     for column in range(true.shape[1]):
         label = f"output {column}" if true.shape[1] > 1 else None
@@ -199,16 +199,16 @@ def scatter(data: Data, outputs: Tensor) -> bytes:
     if 1 < true.shape[1] <= 10:
         axis.legend()
     axis.grid(alpha=0.3)
-    return _png(figure)
+    return png(figure)
 
 
 def residuals(data: Data, outputs: Tensor) -> bytes:
     """Regression: how the errors are spread."""
     true, predicted = _in_units(data, outputs)
-    figure, axes = _figure(5.5, 4)
+    figure, axes = new_figure(5.5, 4)
     axis = axes[0, 0]
     axis.hist((predicted - true).flatten().numpy(), bins=40, color=PARTS["train"])
     axis.axvline(0, color="black", linewidth=1)
     axis.set(xlabel="predicted - true", ylabel="test rows", title=f"{data.name}: errors")
     axis.grid(alpha=0.3)
-    return _png(figure)
+    return png(figure)

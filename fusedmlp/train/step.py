@@ -2,13 +2,17 @@
 
 An engine is made from a Task and has
     name                 as in --engine
+    automatic            whether `auto` may take it
     refuses(task)        reasons why it cannot run this task, empty where it can (static)
     step(indices)        one step on these rows of the task's data; waits for nothing
     steps(order, batch)  one step for each slice of `batch` rows of order; an engine that runs many
                          steps in one call does it here
-    step_on(x, y)        one step on inputs and targets from elsewhere (a loader)
-    set_step(number)     the global step that comes next: it decides the masks
+    step_on(x, y)        one step on inputs and targets from elsewhere (a loader), where it does not
+                         refuse them
+    set_step(number)     the global step that comes next: it decides masks and learning rates
     read()               (sum of losses, number right, rows) since the last read; waits for them
+    judge(x, y)          (sum of losses, number right, rows) over rows that are not trained on, in
+                         evaluation mode; None where the model itself has to be run
     sync()               parameters and optimiser state, written back into the task's objects
     scaler_state(), load_scaler_state(state)   of fp16's loss scale, None without one
 Every engine gives the trajectory of plain PyTorch with the same masks.
@@ -27,7 +31,9 @@ from ..nn import FusedSequential
 from .data import Scaling
 from .distributed import ALONE, World
 from .errors import TrainError
+from .graph_step import Graph
 from .native_step import Native
+from .schedule import Schedule
 
 HELD = 1 << 20  # output values that wait on the device before their losses are summed up
 
@@ -48,6 +54,7 @@ class Task:
     world: World = ALONE
     label_smoothing: float = 0.0  # of cross_entropy
     clip_norm: float = 0.0  # largest norm of all gradients together; 0: any
+    schedule: Schedule = field(default_factory=Schedule)  # of the learning rates
 
     @property
     def mask_layers(self) -> int:
@@ -129,6 +136,7 @@ class Autograd:
     """Any model and any optimiser: forward, loss, backward and update as PyTorch runs them."""
 
     name = "autograd"
+    automatic = True
 
     @staticmethod
     def refuses(task: Task) -> list[str]:
@@ -149,9 +157,20 @@ class Autograd:
         self.state = torch.tensor([task.seed, 0], dtype=torch.int64, device=task.device)
         self.stream = self.state[1:]
         self.masks: dict[int, dropout_state] = {}
+        self.number = 0
+        # Without the schedule. A rate that is a tensor is changed in place, as graphs need it.
+        self.rates = [float(group["lr"]) for group in task.optimizer.param_groups]
 
     def set_step(self, number: int) -> None:
+        self.number = number
         self.stream.fill_(number * self.layers)
+
+    def _set_rates(self, factor: float) -> None:
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate * factor)
+            else:
+                group["lr"] = rate * factor
 
     def _masks(self, first_row: int):
         if not self.layers:
@@ -177,6 +196,8 @@ class Autograd:
     ) -> None:
         """inputs (b, ...), targets: this process's rows, first_row on, of a batch of `rows`."""
         task = self.task
+        if not task.schedule.is_constant:
+            self._set_rates(task.schedule.factor(self.number))
         with self._masks(first_row):
             with autocast(task.device, task.precision):
                 outputs = self.forward(inputs)
@@ -198,6 +219,7 @@ class Autograd:
                 self._clip()
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
+        self.number += 1
         if self.layers:
             self.stream.add_(self.layers)
         self.meter.add(outputs, targets)
@@ -209,8 +231,13 @@ class Autograd:
     def read(self) -> tuple[float, float, int]:
         return self.meter.read()
 
+    def judge(self, x: Tensor, y: Tensor) -> None:
+        return None
+
     def sync(self) -> None:
-        pass
+        """The optimiser's groups get back the rates that the schedule multiplies."""
+        if not self.task.schedule.is_constant:
+            self._set_rates(1.0)
 
     def scaler_state(self) -> dict | None:
         return None if self.scaler is None else self.scaler.state_dict()
@@ -220,14 +247,15 @@ class Autograd:
             self.scaler.load_state_dict(state)
 
 
-ENGINES = (Native, Autograd)  # fastest first
+ENGINES = (Native, Graph, Autograd)  # fastest first
 
 
 def choose(name: str, task: Task):
     """The engine that was asked for by name, or for auto the first that can run the task."""
     reasons = {engine.name: engine.refuses(task) for engine in ENGINES}
     for engine in ENGINES:
-        if name in ("auto", engine.name) and not reasons[engine.name]:
+        is_meant = engine.automatic if name == "auto" else engine.name == name
+        if is_meant and not reasons[engine.name]:
             return engine(task)
     asked = [r for n, why in reasons.items() if name in ("auto", n) for r in why]
     if not asked:
@@ -235,7 +263,18 @@ def choose(name: str, task: Task):
     raise TrainError(f"engine {name!r} was asked for but cannot be used: {'; '.join(asked)}")
 
 
-def why(task: Task) -> Iterable[str]:
+def why(name: str, task: Task) -> Iterable[str]:
     """One line an engine, in the order of choice: what it says to this task."""
+    taken = None
     for engine in ENGINES:
-        yield f"{engine.name}: {'; '.join(engine.refuses(task)) or 'can run it'}"
+        reasons = engine.refuses(task)
+        is_meant = engine.automatic if name == "auto" else engine.name == name
+        if reasons:
+            yield f"{engine.name}: {'; '.join(reasons)}"
+        elif is_meant and taken is None:
+            taken = engine
+            yield f"{engine.name}: taken" + ("" if name == "auto" else ", asked for by name")
+        elif name == "auto" and not engine.automatic:
+            yield f"{engine.name}: only when asked for by name; nobody has measured it yet"
+        else:
+            yield f"{engine.name}: can run it"

@@ -42,6 +42,14 @@ def pick_device(config: TrainConfig) -> torch.device:
 @contextlib.contextmanager
 def surroundings(config: TrainConfig, device: torch.device):
     """Yields the StopRequest; everything is put back at the end."""
+    with borrowed(config, device), _stop_on_signals() as stop:
+        yield stop
+
+
+@contextlib.contextmanager
+def borrowed(config: TrainConfig, device: torch.device):
+    """Backend and precision as the config has them, and generators that may be seeded; all are
+    put back at the end."""
     with contextlib.ExitStack() as stack:
         cuda = [device.index] if device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=cuda))
@@ -49,7 +57,7 @@ def surroundings(config: TrainConfig, device: torch.device):
             stack.enter_context(dispatch.use_backend(config.backend))
         if device.type == "cuda":
             stack.enter_context(_fp32_matmul("tf32" if config.precision == "tf32" else "ieee"))
-        yield stack.enter_context(_stop_on_signals())
+        yield
 
 
 @contextlib.contextmanager

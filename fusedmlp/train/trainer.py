@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import checkpoint, distributed, finish, source, step
+from . import checkpoint, distributed, finish, schedule, source, step
 from .config import TrainConfig
 from .data import Data, permutation, resolved
 from .distributed import World
@@ -21,7 +21,7 @@ from .folder import RunFolder, create
 from .model import evaluate, evaluate_batches, optimizer_for
 from .progress import Quiet
 from .state import Run, check_loss, restore, rng_seed, save, set_rng
-from .surroundings import pick_device, surroundings
+from .surroundings import borrowed, pick_device, surroundings
 
 READ_SECONDS = 0.1  # between two reads of the losses; each waits for the device
 SAVE_SECONDS = 1.0  # between two checkpoints at the end of short epochs
@@ -99,15 +99,20 @@ def _resolved(config: TrainConfig, data, saved: dict | None) -> TrainConfig:
         epochs=config.epochs or was.epochs, batch_size=config.batch_size or was.batch_size
     )
     checkpoint.check_same_run(config, was)
+    if was.lr_schedule != "constant" and config.epochs != was.epochs:
+        raise UsageError(
+            f"--resume: --epochs must stay {was.epochs} as in the run, got {config.epochs}: its "
+            f"--lr-schedule {was.lr_schedule} ends there"
+        )
     done = saved["position"]["epoch"]
     # A run that was cut off while it wrote its pictures has no summary yet, and gets them now.
     if config.epochs < done or (
         config.epochs == done and (config.resume / "summary.json").exists()
     ):
-        raise UsageError(
-            f"--resume: {config.resume} has done its {done} epochs; --epochs above {done} goes "
-            "on from there"
-        )
+        way_on = f"--epochs above {done} goes on from there"
+        if was.lr_schedule != "constant":
+            way_on = f"its --lr-schedule {was.lr_schedule} has ended"
+        raise UsageError(f"--resume: {config.resume} has done its {done} epochs; {way_on}")
     return config
 
 
@@ -123,7 +128,22 @@ def _check_world(config: TrainConfig, world: World, data) -> None:
         raise UsageError("fit: a loader works in one process; for several pass tensors")
 
 
-def _prepare(model, given, config, device, world, stop, progress) -> Run:
+def explain(model: nn.Module, data, config: TrainConfig | None = None) -> str:
+    """What each engine says to training this, a line each, the one that is taken among them.
+
+    Arguments, errors and what happens to the model's device as in `fit`; nothing is trained.
+    """
+    config = (config or TrainConfig()).check()
+    given = source.of(data, config)
+    config = _resolved(config, given, None)
+    device = pick_device(config)
+    with borrowed(config, device):
+        task, _ = _task(model, given, config, device, distributed.current())
+        return "\n".join(step.why(config.engine, task))
+
+
+def _task(model, given, config, device, world) -> tuple[step.Task, Data | source.Loaders]:
+    """The task, and the data on its device."""
     model.to(device)
     data = given
     if isinstance(given, Data):
@@ -136,6 +156,15 @@ def _prepare(model, given, config, device, world, stop, progress) -> Run:
     task.label_smoothing, task.clip_norm = config.label_smoothing, config.clip_norm
     if isinstance(given, Data):
         task.x, task.y = data.x_train, data.y_train
+        steps = math.ceil(len(task.x) / config.batch_size)
+    else:
+        steps = given.length
+    task.schedule = schedule.of(config, steps)
+    return task, data
+
+
+def _prepare(model, given, config, device, world, stop, progress) -> Run:
+    task, data = _task(model, given, config, device, world)
     torch.manual_seed(rng_seed(config, world, 0))
     about = finish.describe(model, data)
     return Run(config, world, task, step.choose(config.engine, task), data, progress, stop, about)
@@ -153,6 +182,9 @@ def _open(run: Run, saved: dict | None, parent: Path | None) -> None:
         run.folder = world.lead(lambda: create(config.out, parent, config.overwrite, text))
     run.engine.set_step(run.position.global_step)
     run.progress.start(run)
+    if config.engine == "auto" and run.task.device.type == "cpu" and run.engine.name == "autograd":
+        reasons = "; ".join(step.Native.refuses(run.task))
+        run.progress.note(f"the faster engine native is passed over: {reasons}")
 
 
 def _loop(run: Run, saved: dict | None) -> None:
@@ -272,6 +304,10 @@ def _evaluate(run: Run, part: str) -> tuple[float | None, float | None]:
     x, y = getattr(data, f"x_{part}"), getattr(data, f"y_{part}")
     if x is None:
         return None, None
+    sums = run.engine.judge(x, y)
+    if sums is not None:
+        loss, right, rows = sums.tolist()
+        return loss / rows, right / rows if task.loss == "cross_entropy" else None
     return evaluate(
         task.model, x, y, task.scaling, task.loss, precision=task.precision, world=task.world
     )

@@ -6,117 +6,79 @@ weight gradients are the library's GEMMs. The bits are those of layer-by-layer c
 input gradient is not rounded before the derivative is applied.
 """
 
-from typing import NamedTuple
-
 import torch
-from torch import Tensor
 
-from ... import activations
+from ... import activations, nets
 from ...activations import SAVE_Y, SAVE_Z
 from .bias_act_dropout import bias_act_dropout_bwd
 from .dgrad_act import dgrad_act
 from .launch import rows_view
 from .linear_act import run
 
-NEED_W, NEED_B, NEED_SLOPE = 1, 2, 4  # bits of `needs`
 
-
-class _Layer(NamedTuple):
-    """drop(act(x w^T + b)); the fields mean what the arguments of linear_act_fwd mean."""
-
-    w: Tensor  # (N, K)
-    b: Tensor | None
-    slope: Tensor | None
-    act: int
-    alpha: float
-    threshold: int
-    scale: float
-    layer: int
-
-    def saves(self, dtype: torch.dtype) -> int:
-        return activations.saves(self.act, self.alpha, dtype, self.threshold != 0)
-
-    def epilogue(self, state: Tensor | None, row_offset: int) -> tuple:
-        """The arguments that all ops share, in their order."""
-        numbers = self.act, self.alpha, self.threshold, self.scale, self.layer, row_offset
-        return self.b, self.slope, state, *numbers
-
-    @property
-    def is_linear(self) -> bool:
-        return self.act == activations.NONE and self.threshold == 0
-
-
-def _layers(params: list[Tensor], ints: list[int], numbers: list[float]) -> list[_Layer]:
-    made = []
-    for i in range(len(params) // 3):
-        w, b, slope = params[3 * i : 3 * i + 3]
-        act, threshold, layer = ints[3 * i : 3 * i + 3]
-        alpha, scale = numbers[2 * i : 2 * i + 2]
-        b, slope = (t if t.numel() else None for t in (b, slope))
-        made.append(_Layer(w, b, slope, act, alpha, threshold, scale, layer))
-    return made
+def _saves(layer: nets.Layer, dtype: torch.dtype) -> int:
+    return activations.saves(layer.act, layer.alpha, dtype, layer.threshold != 0)
 
 
 def mlp_fwd(x, params, state, ints, numbers, row_offset, keep):
-    """[y (..., N)] of the last layer; with keep those of all layers, then each layer's h.
+    """y of each layer (..., N), then h = x w^T of those whose z backward reads.
 
-    params   w (N, K), b (N,), slope (1 or N) of each layer, without elements where there is none
-    ints     act, threshold, layer of each layer
-    numbers  alpha, scale of each layer
-    h        x w^T (..., N) where backward reads it (activations.saves), else without elements
+    Only the last y if not `keep`. The arguments are those of the op (ops.py).
     """
     ys, hs = [], []
     y = x
-    for layer in _layers(params, ints, numbers):
-        keep_h = keep and layer.saves(x.dtype) == SAVE_Z
+    for layer in nets.layers(params, ints, numbers):
+        keep_h = keep and _saves(layer, x.dtype) == SAVE_Z
         y, h = run(y, layer.w, *layer.epilogue(state, row_offset), keep_h=keep_h)
         if keep:
             ys.append(y)
-            hs.append(h if keep_h else x.new_empty(0))
+        if keep_h:
+            hs.append(h)
     return ys + hs if keep else [y]
 
 
 def mlp_bwd(dy, x, params, state, ys, hs, ints, numbers, row_offset, needs, need_dx):
-    """[dx (..., K)], then dw (N, K), db (N,), dslope of each layer; without elements if not needed.
-
-    ys, hs  of mlp_fwd with keep
-    needs   of each layer, bits NEED_W, NEED_B, NEED_SLOPE
-    """
-    layers = _layers(params, ints, numbers)
-    grads = [x.new_empty(0) for _ in range(1 + len(params))]
-    first = 0 if need_dx else next((i for i, n in enumerate(needs) if n), len(layers))
-    if first == len(layers):
-        return grads
+    """dx (..., K), then the gradient of each of the params; of no elements where not needed."""
+    layers = list(nets.layers(params, ints, numbers))
+    kinds = [_saves(layer, x.dtype) for layer in layers]
+    of_z = iter(hs)
+    saved = [
+        next(of_z) if k == SAVE_Z else y if k == SAVE_Y else None
+        for k, y in zip(kinds, ys, strict=True)
+    ]
+    first = 0 if need_dx else next((i for i, need in enumerate(needs) if need), len(layers))
+    grads = [[None] * 3 for _ in layers]
 
     def wants(i: int) -> tuple[bool, bool]:
-        """Whether the gradients of bias and slope of layer i are needed and there."""
-        layer = layers[i]
+        """Whether the gradients of bias and slope of layer i are needed."""
+        b, slope = layers[i].b, layers[i].slope
         return (
-            layer.b is not None and bool(needs[i] & NEED_B),
-            layer.slope is not None and bool(needs[i] & NEED_SLOPE),
+            b is not None and bool(needs[i] & nets.B),
+            slope is not None and bool(needs[i] & nets.SLOPE),
         )
 
     def arguments(i: int) -> tuple:
         """saved tensor, epilogue and what is asked for, of layer i."""
-        saves = layers[i].saves(dy.dtype)
-        saved = {SAVE_Y: ys[i], SAVE_Z: hs[i]}.get(saves)
-        return saved, *layers[i].epilogue(state, row_offset), saves, *wants(i)
+        return saved[i], *layers[i].epilogue(state, row_offset), kinds[i], *wants(i)
 
-    last = len(layers) - 1
-    if layers[last].is_linear and not any(wants(last)):
-        dz, db, dslope = dy, None, None
-    else:
-        dz, db, dslope = bias_act_dropout_bwd(dy, *arguments(last))
+    dz, last = dy, len(layers) - 1
     for i in range(last, first - 1, -1):
+        layer, db, dslope = layers[i], None, None
+        # A last layer without anything to undo passes on what comes in.
+        if i < last:
+            dz, db, dslope = dgrad_act(dz, layers[i + 1].w, *arguments(i))
+        elif layer.act != activations.NONE or layer.threshold or any(wants(i)):
+            dz, db, dslope = bias_act_dropout_bwd(dz, *arguments(i))
         need_db, need_dslope = wants(i)
-        if needs[i] & NEED_W:
-            grads[1 + 3 * i] = torch.mm(rows_view(dz).t(), rows_view(ys[i - 1] if i else x))
-        if need_db:
-            grads[2 + 3 * i] = db
-        if need_dslope:
-            grads[3 + 3 * i] = dslope
-        if i > first:
-            dz, db, dslope = dgrad_act(dz, layers[i].w, *arguments(i - 1))
-    if need_dx:
-        grads[0] = torch.matmul(dz, layers[0].w)
-    return grads
+        if needs[i] & nets.W:
+            grads[i][0] = torch.mm(rows_view(dz).t(), rows_view(ys[i - 1] if i else x))
+        grads[i][1] = db if need_db else None
+        grads[i][2] = dslope if need_dslope else None
+    dx = torch.matmul(dz, layers[0].w) if need_dx else x.new_empty(0)
+    there = [
+        grad
+        for of_layer, bits in zip(grads, nets.bits_of(ints), strict=True)
+        for grad, bit in zip(of_layer, nets.BITS, strict=True)
+        if bits & bit
+    ]
+    return [dx, *(x.new_empty(0) if grad is None else grad for grad in there)]

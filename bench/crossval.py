@@ -1,0 +1,162 @@
+"""Model selection: folds and candidates trained together against one after the other, and a
+GridSearchCV of our estimator against scikit-learn's MLPClassifier.
+
+    python -m bench.crossval --data-dir DIR --threads 2 --out bench/results/crossval.json
+
+In one process and in rounds: each round runs every way once, in random order; ratios are taken
+within a round. Before anything is timed, folds trained together must score as those trained alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import random
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.model_selection import GridSearchCV
+from sklearn.neural_network import MLPClassifier
+
+from fusedmlp.sklearn import FusedMLPClassifier
+from fusedmlp.train import TrainConfig, compare, crossval, data, fit, model
+from fusedmlp.train.crossvalidation import splits_of
+
+from . import record
+from .timing import spread
+
+FOLDS = 5
+COMPARED = {"hidden": [64, 128], "dropout": [0.0, 0.2], "weight_decay": [0.0, 1e-4, 1e-3]}
+GRID = {"hidden_layer_sizes": [(50,), (100,), (200,)], "alpha": [1e-4, 1e-2, 1.0]}
+IMAGES, IMAGE_EPOCHS = 10_000, 20  # rows of Fashion-MNIST, and passes over them
+
+
+def together(config: TrainConfig) -> list[float]:
+    """Mean validation error of each candidate, by crossval; its refit is in the time."""
+    return [c.mean("val") for c in crossval(config, COMPARED, folds=FOLDS).candidates]
+
+
+def one_by_one(config: TrainConfig) -> list[float]:
+    """The same by a loop of fit, the last network on all rows included."""
+    loaded = data.load(config)
+    errors = []
+    candidates = compare.candidates(config, COMPARED)
+    for candidate in candidates:
+        wrong = []
+        for kept, held in splits_of(loaded, FOLDS)[0]:
+            part = replace(
+                loaded,
+                x_train=loaded.x_train[kept],
+                y_train=loaded.y_train[kept],
+                x_test=None,
+                y_test=None,
+            )
+            wrong.append(_error(candidate, part, loaded.x_train[held], loaded.y_train[held]))
+        errors.append(sum(wrong) / len(wrong))
+    best = candidates[min(range(len(errors)), key=errors.__getitem__)]
+    whole = replace(loaded, x_test=None, y_test=None)
+    _error(best, whole, loaded.x_test, loaded.y_test)
+    return errors
+
+
+def _error(config: TrainConfig, part: data.Data, x, y) -> float:
+    net = model.build(config, part)
+    fit(net, part, config)
+    model.evaluate(net, part.x_train, part.y_train, part.scaling, "cross_entropy")
+    return 1 - model.evaluate(net, x, y, part.scaling, "cross_entropy")[1]
+
+
+def searches(x, y, x_test, y_test, epochs: int) -> dict:
+    """{way: function of a seed that returns the test score of the best of the grid}."""
+
+    def search(kind):
+        def run(seed: int) -> float:
+            estimator = kind(max_iter=epochs, random_state=seed)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)
+                found = GridSearchCV(estimator, GRID, cv=FOLDS).fit(x, y)
+            return found.score(x_test, y_test)
+
+        return run
+
+    return {
+        "FusedMLPClassifier": search(FusedMLPClassifier),
+        "MLPClassifier": search(MLPClassifier),
+    }
+
+
+def rows_of(what: str, ways: dict, rounds: int, score: str) -> list[dict]:
+    """Time each way once a round, the first being ours."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    scores: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds):
+        order = list(ways)
+        random.Random(number).shuffle(order)
+        for name in order:
+            start = time.perf_counter()
+            value = ways[name](number)
+            seconds[name].append(time.perf_counter() - start)
+            scores[name].append(value)
+            print(f"{what}  {name:<24} {seconds[name][-1]:8.2f} s  {value:.4f}", flush=True)
+    ours = next(iter(ways))
+    return [
+        {
+            "what": what,
+            "way": name,
+            "seconds": list(spread(seconds[name])),
+            "time over fusedmlp's": list(
+                spread([a / b for a, b in zip(seconds[name], seconds[ours], strict=True)])
+            ),
+            "score": sum(scores[name]) / rounds,
+            "score is": score,
+            "rounds": rounds,
+        }
+        for name in ways
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, help="folder of Fashion-MNIST; else digits only")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/crossval.json"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=30, help="of the cross-validated networks")
+    parser.add_argument("--grid-epochs", type=int, default=200, help="at most, on digits")
+    parser.add_argument("--threads", type=int, help="default: as torch has it")
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    config = TrainConfig(dataset="digits", device="cpu", epochs=args.epochs)
+    first, second = together(config), one_by_one(config)  # warms both as well
+    if any(abs(a - b) > 1e-9 for a, b in zip(first, second, strict=True)):
+        raise SystemExit(f"together and one by one must agree, got {first} and {second}")
+    count = len(list(itertools.product(*COMPARED.values())))
+    what = f"{count} candidates x {FOLDS} folds, digits"
+    ways = {
+        "crossval": lambda seed: min(together(config.replace(seed=seed))),
+        "fit, one after the other": lambda seed: min(one_by_one(config.replace(seed=seed))),
+    }
+    rows = rows_of(what, ways, args.rounds, "validation error")
+    for name, epochs in (("digits", args.grid_epochs), ("fashion_mnist", IMAGE_EPOCHS)):
+        if name != "digits" and args.data_dir is None:
+            continue
+        loaded = data.load(config.replace(dataset=name, data_dir=args.data_dir))
+        top = float(loaded.scaling.divisor)
+        parts = [
+            loaded.x_train[:IMAGES].flatten(1).numpy() / top,
+            loaded.y_train[:IMAGES].numpy(),
+            loaded.x_test.flatten(1).numpy() / top,
+            loaded.y_test.numpy(),
+        ]
+        what = f"GridSearchCV 3 x 3 x {FOLDS}, {name}, {len(parts[0])} rows"
+        rows += rows_of(what, searches(*parts, epochs), args.rounds, "test accuracy")
+    record.write(args.out, record.header("crossval", "bench.crossval", argv) | {"rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,241 @@
+// What the ops over whole training steps have in common: checks of their arguments, and pointers
+// for cpu/step.h. What each argument is, is said in fusedmlp/train/native_op.py.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/step.h"
+
+namespace fusedmlp {
+
+constexpr size_t kInts = 4;    // of a layer: act, saves, threshold, number
+constexpr size_t kFloats = 8;  // alpha, scale, then learning rate and weight decay of w, b, slope
+constexpr size_t kParams = 3;  // w, b, slope; one that is not there has no elements
+
+using Tensors = std::vector<Tensor>;
+
+inline int step_parallel_for(
+    int64_t begin,
+    int64_t end,
+    int64_t grain,
+    void (*body)(int64_t, int64_t, void*),
+    void* context
+) {
+    return torch_parallel_for(begin, end, grain, body, context);
+}
+
+inline View checked(const char* op, const char* name, const Tensor& t, int32_t dtype) {
+    const View v(t);
+    if (v.layout != aoti_torch_layout_strided() || v.dtype != dtype || !v.contiguous() ||
+        v.device_type != aoti_torch_device_type_cpu())
+        fail(
+            op, ": ", name, " must be contiguous ", dtype_name(dtype), " on the CPU, got ",
+            dtype_name(v.dtype), " ", v.shape(), " on ", device_name(v)
+        );
+    return v;
+}
+
+inline float* floats(const char* op, const char* name, const Tensor& t, int64_t size) {
+    const View v = checked(op, name, t, aoti_torch_dtype_float32());
+    if (v.numel != size)
+        fail(op, ": ", name, " must have ", size, " elements, got ", v.shape());
+    return size ? static_cast<float*>(v.data()) : nullptr;
+}
+
+// The layers of one network: its part of the lists, from entry `first` of each on.
+struct LayerArgs {
+    const char* op;
+    const Tensors& params;
+    const Tensors& m1;
+    const Tensors& m2;
+    const std::vector<int64_t>& ints;
+    const std::vector<double>& numbers;
+
+    size_t count() const { return ints.size() / kInts; }
+
+    void check() const {
+        const size_t n = count();
+        if (n == 0 || ints.size() != n * kInts || numbers.size() != n * kFloats ||
+            params.size() != n * kParams || (!m1.empty() && m1.size() != params.size()) ||
+            (!m2.empty() && m2.size() != params.size()))
+            fail(
+                op, ": ", kInts, " ints, ", kFloats, " floats and ", kParams,
+                " tensors must be given for each layer"
+            );
+    }
+
+    float* moment(const Tensors& list, size_t at, int64_t size) const {
+        return list.empty() || View(list[at]).numel == 0 ? nullptr
+                                                         : floats(op, "state", list[at], size);
+    }
+
+    cpu::StepParam parameter(const char* name, size_t at, int64_t size, const double* rates) const {
+        cpu::StepParam p{};
+        if (View(params[at]).numel == 0 && size != 0)
+            return p;
+        p.value = floats(op, name, params[at], size);
+        p.m1 = moment(m1, at, size);
+        p.m2 = moment(m2, at, size);
+        p.size = size;
+        p.lr = rates[0];
+        p.weight_decay = rates[1];
+        return p;
+    }
+
+    cpu::StepLayer layer(size_t i, int64_t width) const {
+        cpu::StepLayer l{};
+        const int64_t* n = ints.data() + i * kInts;
+        const double* f = numbers.data() + i * kFloats;
+        const View w = checked(op, "weight", params[i * kParams], aoti_torch_dtype_float32());
+        if (w.dim != 2 || w.sizes[1] != width || w.numel == 0)
+            fail(op, ": weight ", i, " must be (N, ", width, "), got ", w.shape());
+        l.n = w.sizes[0];
+        l.k = width;
+        if (n[0] < 0 || n[0] >= kActCount)
+            fail(op, ": act must be an id in [0, ", int(kActCount), "), got ", n[0]);
+        l.act = int(n[0]);
+        l.saves = int(n[1]);
+        const bool possible = l.act == kNone       ? l.saves == kSavesNothing
+                              : l.saves == kSavesY ? act_has_grad_y(l.act)
+                                                   : l.saves == kSavesZ;
+        if (!possible)
+            fail(
+                op, ": saves must be one that ", kActNames[l.act],
+                " can be differentiated from, got ", n[1]
+            );
+        if (n[2] < 0 || n[2] > int64_t(1) << 32)
+            fail(op, ": threshold must be in [0, 2^32], got ", n[2]);
+        l.threshold = uint64_t(n[2]);
+        l.layer = n[3];
+        l.alpha = float(f[0]);
+        l.scale = float(f[1]);
+        const size_t at = i * kParams;
+        l.w = parameter("weight", at, w.numel, f + 2);
+        l.b = parameter("bias", at + 1, l.n, f + 4);
+        if (l.act != kPrelu)
+            return l;
+        const int64_t slopes = View(params[at + 2]).numel;
+        if (slopes != 1 && slopes != l.n)
+            fail(op, ": slope must have 1 or N = ", l.n, " elements for prelu, got ", slopes);
+        l.slope = parameter("slope", at + 2, slopes, f + 6);
+        return l;
+    }
+
+    std::vector<cpu::StepLayer> layers(size_t first, size_t n, int64_t width) const {
+        std::vector<cpu::StepLayer> found;
+        for (size_t i = first; i < first + n; ++i) {
+            found.push_back(layer(i, width));
+            width = found.back().n;
+        }
+        return found;
+    }
+};
+
+// The data of all networks of a call.
+struct DataArgs {
+    const char* op;
+    int64_t rows = 0;
+    int64_t width = 0;
+    cpu::ScalingParams scaling{};
+    int loss = 0;
+    View y;
+
+    DataArgs(
+        const char* op_,
+        const Tensor& x,
+        const Tensor& y_,
+        const OptionalTensor& mean,
+        const OptionalTensor& std,
+        double divisor,
+        int64_t loss_
+    )
+        : op(op_), loss(int(loss_)),
+          y(checked(
+              op_,
+              "y",
+              y_,
+              loss_ == cpu::kCrossEntropy ? aoti_torch_dtype_int64() : aoti_torch_dtype_float32()
+          )) {
+        if (loss_ != cpu::kCrossEntropy && loss_ != cpu::kSquaredError)
+            fail(op, ": loss must be 0 or 1, got ", loss_);
+        const View xv(x);
+        scaling.is_bytes = xv.dtype == aoti_torch_dtype_uint8();
+        checked(op, "x", x, scaling.is_bytes ? xv.dtype : aoti_torch_dtype_float32());
+        if (xv.dim == 0 || xv.numel == 0)
+            fail(op, ": x must be (n, ...) rows, got ", xv.shape());
+        rows = xv.sizes[0];
+        width = xv.numel / rows;
+        scaling.rows = xv.data();
+        scaling.width = width;
+        scaling.divisor = float(divisor);
+        if (!mean || !std)
+            return;
+        scaling.mean_size = View(*mean).numel;
+        if (scaling.mean_size != 1 && scaling.mean_size != width)
+            fail(op, ": mean must have 1 or ", width, " elements, got ", scaling.mean_size);
+        scaling.mean = floats(op, "mean", *mean, scaling.mean_size);
+        scaling.std = floats(op, "std", *std, scaling.mean_size);
+    }
+
+    // Data and rows of p, whose layers are there already.
+    void fill(cpu::StepParams& p, const Tensor& order, int64_t batch) const {
+        const bool is_classes = loss == cpu::kCrossEntropy;
+        const int64_t outputs = p.layers.back().n;
+        if (y.dim == 0 || y.sizes[0] != rows || y.numel != (is_classes ? rows : rows * outputs))
+            fail(
+                op, ": y must be (", rows,
+                is_classes ? ",)" : ", N) with N = ", is_classes ? 0 : outputs, ", got ", y.shape()
+            );
+        if (batch < 1)
+            fail(op, ": batch must be at least 1, got ", batch);
+        const View ov = checked(op, "order", order, aoti_torch_dtype_int64());
+        p.scaling = scaling;
+        p.targets = y.data();
+        p.loss = loss;
+        p.order = ov.numel ? static_cast<const int64_t*>(ov.data()) : nullptr;
+        p.rows = ov.numel;
+        p.batch = batch;
+    }
+
+    void check_order(const cpu::StepParams& p) const {
+        for (int64_t i = 0; i < p.rows; ++i)
+            if (p.order[i] < 0 || p.order[i] >= rows)
+                fail(
+                    op, ": order must hold rows of the data, in [0, ", rows, "), got ", p.order[i]
+                );
+    }
+};
+
+inline void check_rule(const char* op, const cpu::StepParams& p) {
+    if (p.rule < cpu::kSgd || p.rule > cpu::kAdamW)
+        fail(op, ": rule must be 0, 1 or 2, got ", p.rule);
+    if (p.rule != cpu::kAdamW)
+        return;
+    for (const cpu::StepLayer& l : p.layers)
+        for (const cpu::StepParam* w : {&l.w, &l.b, &l.slope})
+            if (w->value && !(w->m1 && w->m2))
+                fail(op, ": AdamW needs both moments");
+}
+
+inline const double* scale_of(const char* op, const Tensor& lr_scale, const cpu::StepParams& p) {
+    const View v = checked(op, "lr_scale", lr_scale, aoti_torch_dtype_float64());
+    const int64_t steps = (p.rows + p.batch - 1) / p.batch;
+    if (v.numel != steps)
+        fail(op, ": lr_scale must have one number a step, ", steps, ", got ", v.shape());
+    return steps ? static_cast<const double*>(v.data()) : nullptr;
+}
+
+inline double* totals_of(const char* op, const Tensor& totals, int64_t size) {
+    const View v = checked(op, "totals", totals, aoti_torch_dtype_float64());
+    if (v.numel != size)
+        fail(op, ": totals must have ", size, " elements, got ", v.shape());
+    return static_cast<double*>(v.data());
+}
+
+}  // namespace fusedmlp

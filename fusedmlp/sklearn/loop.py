@@ -1,0 +1,312 @@
+"""The loop of the estimators: epochs of steps with scikit-learn's objective, schedule and updates.
+
+A batch of B rows costs mean(loss) + alpha / (2 B) * sum of squared weights (no intercepts, no
+slopes), so its gradient has alpha / B * w: scikit-learn's _compute_loss_grad divides the sum of
+the rows' gradients and alpha * w alike by B, and by the sum of the weights where rows have some.
+That is the weight_decay of torch.optim.Adam and SGD, set anew for a batch of another size.
+
+Three ways, the fastest that can: `native`, an epoch in one call of C++; `native gradients`, where
+C++ does forward, loss and backward and torch.optim the update; `autograd`, step by step. The
+second is SGD with rate 0 in the C++ engine, whose momentum buffers then hold the gradients.
+"""
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import functional
+from ..nn import FusedMLP
+from ..train.native_step import Native
+from ..train.step import Task
+from .weights import Weights, network, read, rows_of, tensor, trained
+
+_NATIVE_LOSS = {"softmax": "cross_entropy", "logistic": "cross_entropy", "identity": "mse"}
+_READ = 0.5  # any momentum above 0: with it the engine keeps a buffer of the last gradient
+
+
+@dataclass
+class Problem:
+    """Rows to train on: x (n, features), an array or a csr matrix; y (n,) int64 for softmax, else
+    (n, outputs); weights (n,) or None."""
+
+    x: Any
+    y: np.ndarray
+    weights: np.ndarray | None
+    out_activation: str  # softmax, logistic, identity, exp
+    alpha: float
+
+    @property
+    def is_single(self) -> bool:
+        """Whether there is one logistic output."""
+        return self.out_activation == "logistic" and self.y.shape[1] == 1
+
+    def unit(self) -> float:
+        """The loss that is differentiated here, over scikit-learn's. Half the squared error summed
+        over k outputs is theirs (their loss_ is a mean over them), the mean over k is ours."""
+        return 2.0 / self.y.shape[1] if self.out_activation == "identity" else 1.0
+
+
+def make_optimizer(settings, problem: Problem, weights: list, rest: list) -> torch.optim.Optimizer:
+    """Adam or SGD with scikit-learn's settings. The unit of the loss changes nothing in Adam but
+    epsilon."""
+    groups = [{"params": weights}, {"params": rest}]
+    unit = problem.unit()
+    if settings.solver == "adam":
+        return torch.optim.Adam(
+            groups,
+            lr=settings.learning_rate_init,
+            betas=(settings.beta_1, settings.beta_2),
+            eps=settings.epsilon * unit,
+            fused=True,
+        )
+    return torch.optim.SGD(
+        groups,
+        lr=settings.learning_rate_init / unit,
+        momentum=float(settings.momentum),
+        nesterov=bool(settings.nesterovs_momentum and settings.momentum > 0),
+        fused=True,
+    )
+
+
+def make(
+    weights: Weights,
+    activation: str,
+    dropout: list[float],
+    problem: Problem,
+    settings,
+    device: torch.device,
+    batch: int,
+    seed: int,
+    state: dict | None,
+) -> "Loop":
+    """The Loop for copies of these weights.
+
+    settings  the estimator
+    batch     rows of a step
+    seed      of the dropout masks
+    state     of an earlier Loop that this one goes on from, or None
+    raises    ValueError where engine 'native' was asked for and cannot run this
+    """
+    # As in scikit-learn fp64 rows are computed in fp64, where backends can and it costs little.
+    wide = device.type == "cpu" and settings.backend in ("auto", "reference")
+    dtype = torch.float64 if wide and problem.x.dtype == np.float64 else torch.float32
+    # One step an epoch takes no time worth saving at the price of fp64's digits.
+    small = dtype == torch.float64 and len(problem.y) <= batch
+    if settings.engine == "native" or (settings.engine == "auto" and not small):
+        # A constant first output lets the C++ engine, which has a softmax, run a logistic output.
+        pad = problem.is_single
+        net = network(weights, activation, dropout, device, torch.float32, pad)
+        loop = Loop(net, pad, problem, settings, device, seed, state)
+        if loop.engine is not None:
+            return loop
+    net = network(weights, activation, dropout, device, dtype, False)
+    return Loop(net, False, problem, settings, device, seed, state, only_autograd=True)
+
+
+class Loop:
+    """One network in training; `make` makes it."""
+
+    def __init__(
+        self,
+        net: FusedMLP,
+        pad: bool,
+        problem: Problem,
+        settings,
+        device: torch.device,
+        seed: int,
+        state: dict | None,
+        only_autograd: bool = False,
+    ):
+        self.net, self.pad = net.train(), pad
+        self.problem, self.settings, self.device = problem, settings, device
+        dtype = self.dtype = next(net.parameters()).dtype
+        is_sparse = hasattr(problem.x, "toarray")
+        self.x = None if is_sparse else rows_of(problem.x, slice(None), device, dtype)
+        labels = problem.out_activation == "softmax"
+        self.y = tensor(problem.y, device, torch.int64 if labels else dtype)
+        given = problem.weights
+        self.row_weights = None if given is None else tensor(given, device, dtype)
+        self.unit = problem.unit()
+        self.learning_rate = settings.learning_rate_init
+        self.number = 0
+        self.weights, rest = trained(net, pad)
+        self.optimizer = make_optimizer(settings, problem, self.weights, rest)
+        if state is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.number, self.learning_rate = state["number"], state["learning_rate"]
+        self.layers = net.layer_count()
+        self.masks = torch.tensor([seed, 0], dtype=torch.int64, device=self.device)
+        self.engine, self.way = (None, "autograd") if only_autograd else self._choose(pad, seed)
+
+    def _choose(self, pad: bool, seed: int):
+        """(engine, way); engine None for autograd."""
+        settings, problem = self.settings, self.problem
+        refusals = []
+        if problem.weights is not None:
+            refusals.append("rows have weights")
+        if problem.out_activation not in _NATIVE_LOSS or (
+            problem.out_activation == "logistic" and not problem.is_single
+        ):
+            refusals.append(f"it has no loss for {problem.out_activation} outputs")
+        if self.x is None:
+            refusals.append("rows are sparse")
+        if not refusals:
+            reader = torch.optim.SGD(self.net.parameters(), lr=0.0, momentum=_READ)
+            y = self.y.flatten().long() if pad else self.y
+            loss = _NATIVE_LOSS[problem.out_activation]
+            for optimizer in (reader,) if pad else (self.optimizer, reader):
+                task = Task(self.net, optimizer, loss, self.device, x=self.x, y=y, seed=seed)
+                refusals = Native.refuses(task)
+                if not refusals:
+                    engine = Native(task)
+                    engine.set_step(self.number)
+                    if optimizer is self.optimizer:
+                        return engine, "native"
+                    self._take_gradients(reader)
+                    return engine, "native gradients"
+        if settings.engine == "native":
+            raise ValueError(
+                f"{type(settings).__name__}: engine 'native' was asked for but cannot be used: "
+                + "; ".join(refusals)
+            )
+        return None, "autograd"
+
+    def _take_gradients(self, reader: torch.optim.Optimizer) -> None:
+        """Let the optimiser's gradients be the engine's momentum buffers."""
+        buffers = {}
+        for p in self.net.parameters():
+            buffer = torch.zeros_like(p).detach()
+            reader.state[p]["momentum_buffer"] = buffer
+            buffers[p.untyped_storage().data_ptr()] = buffer
+        self.buffers = list(buffers.values())
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                buffer = buffers[p.untyped_storage().data_ptr()]
+                # A view without the padding's row shares the memory of the whole.
+                p.grad = buffer if buffer.shape == p.shape else buffer[1:]
+
+    def read(self) -> Weights:
+        """Copies of the weights as they are now."""
+        return read(self.net, self.pad)
+
+    def state(self) -> dict:
+        """What a later Loop needs to go on, on the CPU."""
+        found = self.optimizer.state_dict()
+        found["state"] = {
+            number: {k: v.cpu() if isinstance(v, Tensor) else v for k, v in of.items()}
+            for number, of in found["state"].items()
+        }
+        return {
+            "optimizer": found,
+            "number": self.number,
+            "learning_rate": self.learning_rate,
+        }
+
+    def set_learning_rate(self, rate: float) -> None:
+        """scikit-learn's velocity has the rate inside, PyTorch's momentum buffer has not."""
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                buffer = self.optimizer.state[p].get("momentum_buffer")
+                if buffer is not None:
+                    buffer.mul_(self.learning_rate / rate)
+            group["lr"] = rate / self.unit
+        self.learning_rate = rate
+
+    def epoch(self, order: Tensor, batch: int) -> float:
+        """One step for each `batch` of the rows in this order (n,) int64; returns the mean loss,
+        with the penalty of the weights taken halfway between start and end."""
+        before = self._squared_norm()
+        batches = list(order.split(batch))
+        sums = [len(b) if self.row_weights is None else self._sum(b) for b in batches]
+        # The mean over the rows of 1 / (sum of the weights of their batch).
+        per_row = sum(len(b) / s for b, s in zip(batches, sums, strict=True) if s) / len(order)
+        if self.way == "native":
+            loss = self._whole(order, batch)
+        else:
+            step = self._step_native if self.engine is not None else self._step_autograd
+            loss = torch.zeros((), dtype=torch.float64, device=self.device)
+            for rows, total in zip(batches, sums, strict=True):
+                if total > 0:  # rows without weight say nothing, and their mean is 0 / 0
+                    self._decay(total)
+                    self._correct_epsilon()
+                    step(rows, loss)
+                    self.number += 1
+            loss = float(self.engine.read()[0] if self.engine is not None else loss) / len(order)
+        if self.problem.out_activation == "identity":
+            loss *= 0.5  # scikit-learn's is half the squared error
+        norm = (before + self._squared_norm()) / 2
+        return loss + 0.5 * self.problem.alpha * norm * per_row
+
+    def _sum(self, rows: Tensor) -> float:
+        return float(self.row_weights[rows].sum())
+
+    def _squared_norm(self) -> float:
+        return float(sum(w.detach().square().sum() for w in self.weights))
+
+    def _decay(self, total: float) -> None:
+        self.optimizer.param_groups[0]["weight_decay"] = self.unit * self.problem.alpha / total
+
+    def _correct_epsilon(self) -> None:
+        """scikit-learn adds epsilon to the root of the second moment before its bias is corrected,
+        PyTorch after that; it decides where gradients are hardly larger than epsilon."""
+        if self.settings.solver != "adam":
+            return
+        correction = math.sqrt(1.0 - self.settings.beta_2 ** (self.number + 1))
+        for group in self.optimizer.param_groups:
+            group["eps"] = self.settings.epsilon * self.unit / correction
+
+    def _whole(self, order: Tensor, batch: int) -> float:
+        full = len(order) // batch * batch
+        for part in (order[:full], order[full:]):
+            if len(part):
+                self._decay(min(batch, len(part)))
+                self.engine.steps(part, min(batch, len(part)))
+        self.number = self.engine.number
+        return self.engine.read()[0] / len(order)
+
+    def _step_native(self, rows: Tensor, loss: Tensor) -> None:
+        torch._foreach_zero_(self.buffers)
+        self.engine.set_step(self.number)
+        self.engine.steps(rows, len(rows))
+        self.optimizer.step()
+
+    def _step_autograd(self, rows: Tensor, loss: Tensor) -> None:
+        if self.x is None:
+            x = rows_of(self.problem.x, rows.numpy(), self.device, self.dtype)
+        else:
+            x = self.x.index_select(0, rows.to(self.device))
+        rows = rows.to(self.device)
+        y = self.y.index_select(0, rows)
+        weights = None if self.row_weights is None else self.row_weights.index_select(0, rows)
+        with functional.dropout_state(self.masks) if self._drops() else nullcontext():
+            self.masks[1:].fill_(self.number * self.layers)
+            value = loss_of(self.problem.out_activation, self.net(x), y, weights)
+            self.optimizer.zero_grad(set_to_none=True)
+            value.backward()
+        self.optimizer.step()
+        loss += value.detach().double() * len(rows)
+
+    def _drops(self) -> bool:
+        return any(isinstance(m, nn.Dropout) for m in self.net)
+
+
+def loss_of(out_activation: str, z: Tensor, y: Tensor, weights: Tensor | None) -> Tensor:
+    """The mean over rows, weighted where they have weights, of scikit-learn's loss (squared error:
+    twice theirs), from outputs z (B, k) before the output activation."""
+    if weights is None and out_activation in ("softmax", "identity"):
+        return F.cross_entropy(z, y) if out_activation == "softmax" else F.mse_loss(z, y)
+    if out_activation == "softmax":
+        losses = F.cross_entropy(z, y, reduction="none")
+    elif out_activation == "logistic":
+        losses = F.binary_cross_entropy_with_logits(z, y, reduction="none").sum(1)
+    elif out_activation == "identity":
+        losses = F.mse_loss(z, y, reduction="none").mean(1)
+    else:  # Poisson deviance, half of it: y log(y / mean) - y + mean, with mean = exp(z)
+        losses = (torch.xlogy(y, y) - y * z - y + z.exp()).sum(1)
+    return losses.mean() if weights is None else (losses * weights).sum() / weights.sum()

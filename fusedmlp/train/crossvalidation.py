@@ -1,0 +1,326 @@
+"""crossval: candidates compared by K-fold cross-validation, the best of them trained on all rows
+for training and tested once.
+
+Folds and candidates are trained together by fit_many, where one engine can run them together.
+"""
+
+import functools
+import math
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import compare as comparing
+from . import data as data_sets
+from . import distributed, finish, folder, source
+from . import model as models
+from .config import TrainConfig
+from .data import SPLIT_SEED, Data
+from .ensemble import Member, fit_many
+from .errors import TrainError, UsageError
+from .job import with_whole_paths
+from .step import judge
+from .surroundings import borrowed, pick_device
+from .trainer import fit
+
+MOST = 64  # networks that fit_many trains in one call
+# Candidates that differ in one of these need calls of their own.
+_SAME = ("activation", "optimizer", "epochs", "batch_size", "precision")
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one network: the share of rows it gets wrong, or for regression the mean squared error
+    in the target's own units; and the loss it was trained on. nan where training diverged."""
+
+    error: float
+    loss: float
+
+
+@dataclass
+class Candidate:
+    """One combination of the compared settings, and its scores in each fold."""
+
+    number: int
+    config: TrainConfig
+    settings: dict  # what is compared: {name: value}
+    parameters: int
+    train: list[Score] = field(default_factory=list)
+    val: list[Score] = field(default_factory=list)
+
+    def mean(self, part: str) -> float:
+        errors = [score.error for score in getattr(self, part)]
+        return sum(errors) / len(errors)
+
+    def deviation(self, part: str) -> float:
+        """Standard deviation over the folds, of the sample."""
+        errors, mean = [score.error for score in getattr(self, part)], self.mean(part)
+        return math.sqrt(sum((e - mean) ** 2 for e in errors) / (len(errors) - 1))
+
+    @property
+    def label(self) -> str:
+        words = (f"{name} {comparing.shown(value)}" for name, value in self.settings.items())
+        return ", ".join(words) or "as set"
+
+
+@dataclass
+class CrossvalResult:
+    """candidates in the order given; best is one of them, and model it, trained on all training
+    rows. test is None where the data bring no test rows."""
+
+    candidates: list[Candidate]
+    best: Candidate
+    model: torch.nn.Module
+    test: Score | None
+    refit: list[dict]  # one dict an epoch of the refit
+    folds: int
+    data: Data
+    seconds: dict[str, float]  # search, refit
+    folder: Path | None = None
+    paths: dict[str, Path] = field(default_factory=dict)
+
+
+def crossval(
+    config: TrainConfig | None = None,
+    compare: Mapping[str, Sequence] | None = None,
+    *,
+    folds: int = 5,
+    data=None,
+    progress=None,
+) -> CrossvalResult:
+    """Compare settings by cross-validation; train the best on all training rows and test it.
+
+    config    what all candidates have in common; where `out` is set a run folder is written
+    compare   {name of a TrainConfig setting: values to compare}, every combination of which is a
+              candidate: {"hidden": [64, (128, 64)], "weight_decay": [0, 0.01]}
+    folds     parts of the training rows, each held out once; with classes each has the same share
+              of every class. The same rows whatever the seed, so that runs can be compared
+    data      (x, y) or (x, y, x_test, y_test) or a Data, as for `fit`; None: the config's data set
+    progress  a crossval_report.Report, or None for silence
+    raises    UsageError (a ValueError), TrainError (a RuntimeError)
+
+    Best is the lowest mean validation error, of equal ones the lower loss. Inputs and targets that
+    are standardized are so by the training rows of each fold alone. The test rows are seen once,
+    by the network that is returned.
+    """
+    return _crossval(config or TrainConfig(), compare or {}, folds, data, progress, None)
+
+
+def crossval_into_folder(config, compare, *, folds: int, progress) -> CrossvalResult:
+    """crossval, with a new numbered folder under runs/ where the config names none."""
+    return _crossval(config, compare, folds, None, progress, Path("runs"))
+
+
+def _crossval(config, compare, folds, data, progress, parent) -> CrossvalResult:
+    config = with_whole_paths(config.check())
+    _check(config, folds)
+    given = _loaded(config, data)
+    if data is None:
+        config = config.replace(dataset=given.name if config.dataset == "auto" else config.dataset)
+    configs = comparing.candidates(config, compare)
+    configs = [data_sets.resolved(c, given) for c in configs]
+    device = pick_device(config)
+    splits, notes = splits_of(given, folds)
+    found = [
+        Candidate(
+            number + 1,
+            c,
+            {name: getattr(c, name) for name in compare},
+            sum(p.numel() for p in models.build(c, given).parameters()),
+        )
+        for number, c in enumerate(configs)
+    ]
+    place = None
+    if config.out is not None or parent is not None:
+        finish.need_packages()
+        place = folder.create(config.out, parent, config.overwrite, finish.config_json(config))
+    try:
+        if progress is not None:
+            progress.start(given, found, folds, device, place, notes)
+        started = time.perf_counter()
+        _search(found, given, splits, device, progress)
+        best = _best(found)
+        searched = time.perf_counter()
+        model, history, test, about = _refit(best, given, device)
+        seconds = {"search": searched - started, "refit": time.perf_counter() - searched}
+        result = CrossvalResult(found, best, model, test, history, folds, given, seconds)
+        if place is not None:
+            from . import crossval_report
+
+            result.folder = place.path
+            crossval_report.write(result, place, about)
+            result.paths = place.paths()
+    except BaseException:
+        if place is not None:
+            place.discard()
+        raise
+    finally:
+        if progress is not None:
+            progress.close()
+    if progress is not None:
+        progress.finish(result)
+    return result
+
+
+def _check(config: TrainConfig, folds: int) -> None:
+    if not isinstance(folds, int) or folds < 2:
+        raise UsageError(f"--folds must be at least 2, got {folds}")
+    if config.val_split:
+        raise UsageError("--val-split belongs to train; a cross-validation holds out each fold")
+    if config.resume is not None:
+        raise UsageError("--resume belongs to train; a cross-validation starts anew")
+    if distributed.started_by_torchrun():
+        raise UsageError("crossval runs in one process; start it without torchrun")
+
+
+def _loaded(config: TrainConfig, data) -> Data:
+    """The data before standardizing, which each fold does for itself."""
+    plain = config.replace(standardize=False)
+    if data is None:
+        return data_sets.load(plain)
+    given = source.of(data, plain)
+    if not isinstance(given, Data):
+        raise TypeError("crossval: data must be in memory, tensors or a Data, got a loader")
+    return given
+
+
+def splits_of(data: Data, folds: int) -> tuple[list[tuple[Tensor, Tensor]], list[str]]:
+    """((kept, held) rows of each fold, notes)."""
+    try:
+        from sklearn.model_selection import KFold, StratifiedKFold
+    except ImportError as error:
+        raise TrainError(
+            f"folds need scikit-learn ({error}): pip install 'fusedmlp[train]'"
+        ) from error
+    rows, notes = len(data.x_train), []
+    if folds > rows:
+        raise UsageError(f"--folds must be at most the {rows} training rows, got {folds}")
+    if data.is_classes:
+        labels = data.y_train.cpu()
+        counts = torch.bincount(labels)
+        fewest = int(counts[counts > 0].min())
+        if folds > int(counts.max()):
+            raise UsageError(
+                f"--folds must be at most {int(counts.max())}, the rows of the largest class, got "
+                f"{folds}"
+            )
+        if fewest < folds:
+            name = data.classes[int(torch.where(counts > 0, counts, rows + 1).argmin())]
+            notes.append(f"class {name} has only {fewest} rows, so not every fold has one")
+        kind, y = StratifiedKFold, labels.numpy()
+    else:
+        kind, y = KFold, None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The least populated class")
+        parts = kind(folds, shuffle=True, random_state=SPLIT_SEED).split(torch.empty(rows, 0), y)
+        found = [(torch.from_numpy(kept), torch.from_numpy(held)) for kept, held in parts]
+    return found, notes
+
+
+def _search(found: list[Candidate], data: Data, splits, device, progress) -> None:
+    """Fill in the scores of all candidates in all folds."""
+    data = data.to(device)
+    for candidate in found:
+        candidate.train = [None] * len(splits)
+        candidate.val = [None] * len(splits)
+    total = sum(c.config.epochs for c in found) * len(splits)
+    done = 0
+    for group in _groups(found, len(splits)):
+        fold = group[0][1] if found[0].config.standardize else None
+        seen = _standardized(data, splits[fold][0]) if fold is not None else data
+        members = [
+            Member(models.build(candidate.config, data), candidate.config, splits[number][0])
+            for candidate, number in group
+        ]
+
+        tell = None
+        if progress is not None:
+            tell = functools.partial(_tell, progress, done, len(group), total)
+        loss = "cross_entropy" if data.is_classes else "mse"
+        histories = fit_many(
+            members, seen.x_train, seen.y_train, loss=loss, scaling=seen.scaling, progress=tell
+        )
+        done += group[0][0].config.epochs * len(group)
+        for (candidate, number), member, history in zip(group, members, histories, strict=True):
+            is_lost = not math.isfinite(history[-1]["train_loss"])
+            for part, rows in zip(("train", "val"), splits[number], strict=True):
+                score = Score(math.nan, math.nan)
+                if not is_lost:
+                    rows = rows.to(device)
+                    x, y = seen.x_train[rows], seen.y_train[rows]
+                    score = _score(member.model, x, y, seen, candidate.config, device)
+                getattr(candidate, part)[number] = score
+
+
+def _tell(progress, before: int, count: int, total: int, epoch: int, epochs: int) -> None:
+    progress.trained(before + epoch * count, total)
+
+
+def _groups(found: list[Candidate], folds: int) -> Iterator[list[tuple[Candidate, int]]]:
+    """(candidate, fold) pairs that may be trained in one call: of one shape, and of one fold where
+    the fold decides how rows are scaled."""
+    groups: dict[tuple, list] = {}
+    for candidate in found:
+        config = candidate.config
+        for fold in range(folds):
+            key = (config.hidden, *(getattr(config, name) for name in _SAME))
+            key += (fold,) if config.standardize else ()
+            groups.setdefault(key, []).append((candidate, fold))
+    for group in groups.values():
+        for start in range(0, len(group), MOST):
+            yield group[start : start + MOST]
+
+
+def _standardized(data: Data, kept: Tensor) -> Data:
+    """The data, scaled by the kept rows alone."""
+    kept = kept.to(data.x_train.device)
+    part = replace(data, x_train=data.x_train[kept], y_train=data.y_train[kept], notes=())
+    part = data_sets.standardized(part)
+    y = data.y_train if part.target_scaling is None else part.target_scaling(data.y_train)
+    return replace(
+        data,
+        scaling=part.scaling.to(data.x_train.device),
+        target_scaling=part.target_scaling,
+        y_train=y,
+    )
+
+
+def _score(model, x: Tensor, y: Tensor, data: Data, config: TrainConfig, device) -> Score:
+    """x, y: rows and targets, scaled as `data` says."""
+    loss = "cross_entropy" if data.is_classes else "mse"
+    with borrowed(config, device):
+        outputs = models.predict(model, x, data.scaling, config.precision)
+    y = y if data.is_classes else y.reshape(outputs.shape)
+    loss_sum, right, rows = judge(loss, outputs, y).tolist()
+    if data.is_classes:
+        return Score(1.0 - right / rows, loss_sum / rows)
+    difference = (outputs - y).double()
+    if data.target_scaling is not None:
+        difference = difference * data.target_scaling.std.to(device)
+    return Score(float(difference.square().mean()), loss_sum / rows)
+
+
+def _best(found: list[Candidate]) -> Candidate:
+    finite = [c for c in found if math.isfinite(c.mean("val"))]
+    if not finite:
+        raise TrainError("every candidate diverged: its loss is no longer finite; try a lower --lr")
+    return min(finite, key=lambda c: (c.mean("val"), sum(s.loss for s in c.val)))
+
+
+def _refit(best: Candidate, data: Data, device: torch.device):
+    """(model, history, test score or None, what model.safetensors says of it)."""
+    whole = data_sets.standardized(data) if best.config.standardize else data
+    model = models.build(best.config, whole)
+    config = best.config.replace(out=None, overwrite=False, standardize=False)
+    history = fit(model, replace(whole, x_test=None, y_test=None), config).history
+    about = finish.describe(model, whole)
+    if whole.x_test is None:
+        return model, history, None, about
+    seen = whole.to(device)
+    score = _score(model, seen.x_test, seen.y_test, seen, best.config, device)
+    return model, history, score, about

@@ -1,0 +1,153 @@
+"""The `graph` engine: several training steps in one CUDA graph of fused kernels.
+
+Parameters are updated where they lie and the optimiser's state lies in the torch.optim object, so
+checkpoints are those of the `autograd` engine. It has never run on a GPU: `auto` does not take it.
+On other devices the same calls are made one by one, which is how they are tested.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .graph_calls import Calls
+from .network import against_data, against_optimizer, against_parameters, layers_of
+
+if TYPE_CHECKING:
+    from .step import Task
+
+STEPS = 16  # of one graph, where as many of the same size follow each other
+
+
+class Graph:
+    """Steps of plain layers, SGD or AdamW on one GPU, replayed without Python between them."""
+
+    name = "graph"
+    automatic = False  # until a results file of a GPU says that it is right and fast
+
+    @staticmethod
+    def refuses(task: Task) -> list[str]:
+        if task.device.type != "cuda":
+            return [f"it runs on a CUDA GPU, the device is {task.device.type}"]
+        return Graph.objections(task)
+
+    @staticmethod
+    def objections(task: Task) -> list[str]:
+        """The reasons that do not depend on the device."""
+        reasons = []
+        if task.precision == "fp16":
+            reasons.append("fp16 waits for the host, which decides on the scale of the loss")
+        if task.world.size > 1:
+            reasons.append("it runs in one process")
+        reasons += against_optimizer(task.optimizer)
+        layers, against = layers_of(task.model)
+        reasons += against
+        reasons += against_parameters(task.model, task.optimizer, task.device.type)
+        return reasons + (against_data(task, layers) if layers and not against else [])
+
+    def __init__(self, task: Task):
+        self.task = task
+        self.calls = Calls(task, len(task.x))
+        self.number = 0
+        self.held: list[Tensor] = []
+        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self.tried: set[int] = set()  # rows of steps that have run outside of a graph
+        self.captures = task.device.type == "cuda"
+        self.pool = torch.cuda.graph_pool_handle() if self.captures else None
+
+    def set_step(self, number: int) -> None:
+        self.number = number
+        self.calls.stream.fill_(number * self.task.mask_layers)
+
+    def step(self, indices: Tensor) -> None:
+        self.steps(indices, max(1, len(indices)))
+
+    def steps(self, order: Tensor, batch: int) -> None:
+        """order (n,): rows of the data; steps of `batch` rows, the last one fewer."""
+        if batch > self.calls.capacity and len(order) > self.calls.capacity:
+            self._grow(batch)
+        for part in order.split(max(1, self.calls.capacity // batch) * batch):
+            self._part(part, batch)
+
+    def _grow(self, capacity: int) -> None:
+        """For steps on more rows than there are data, some of them more than once."""
+        totals = self.calls.totals
+        self.calls = Calls(self.task, capacity)
+        self.calls.totals.copy_(totals)
+        self.set_step(self.number)
+        self.graphs.clear()
+        self.held = []
+
+    def _part(self, order: Tensor, batch: int) -> None:
+        held = self.calls.prepare()
+        if [id(t) for t in held] != [id(t) for t in self.held]:
+            # The optimiser was given another state: graphs write to the memory of the old one.
+            self.graphs.clear()
+            self.held = held
+            self.calls.count_updates()
+        whole, rest = divmod(len(order), batch)
+        steps = whole + (rest > 0)
+        schedule = self.task.schedule
+        factors = None if schedule.is_constant else schedule.factors(self.number, steps)
+        self.calls.load(order, factors)
+        self._run(batch, whole)
+        if rest:
+            self._run(rest, 1)
+        self.number += steps
+        if self.calls.is_adamw:
+            state = self.task.optimizer.state
+            torch._foreach_add_([state[p]["step"] for p in self.task.model.parameters()], steps)
+
+    def _run(self, rows: int, count: int) -> None:
+        """The next `count` steps, of `rows` rows each."""
+        if not self.captures:
+            for _ in range(count):
+                self.calls.step(rows)
+            return
+        if count and rows not in self.tried:
+            self._outside(rows)
+            count -= 1
+        while count:
+            several = STEPS if count >= STEPS else 1
+            key = rows, several
+            if key not in self.graphs:
+                self.graphs[key] = self._captured(rows, several)
+            self.graphs[key].replay()
+            count -= several
+        torch.autograd.graph.increment_version(list(self.task.model.parameters()))
+
+    def _outside(self, rows: int) -> None:
+        """A step of the run, on a stream of its own: libraries and kernels load themselves and
+        choose their tiles, which a capture does not allow."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.calls.step(rows)
+        torch.cuda.current_stream().wait_stream(side)
+        self.tried.add(rows)
+
+    def _captured(self, rows: int, count: int) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            for _ in range(count):
+                self.calls.step(rows)
+        return graph
+
+    def read(self) -> tuple[float, float, int]:
+        loss, right, rows = self.calls.totals.tolist()  # the one wait for the device
+        self.calls.totals.zero_()
+        return loss, right, int(rows)
+
+    def judge(self, x: Tensor, y: Tensor) -> None:
+        return None
+
+    def sync(self) -> None:
+        """Nothing is held back: parameters and state are the task's own tensors."""
+
+    def scaler_state(self) -> dict | None:
+        return None
+
+    def load_scaler_state(self, state: dict | None) -> None:
+        pass

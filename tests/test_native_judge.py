@@ -1,0 +1,110 @@
+"""The native step engine's own test of held-out rows: what the model itself says of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fusedmlp import activations
+from fusedmlp.train import TrainError, checkpoint, fit, model, trainer
+from fusedmlp.train.data import standardized
+from fusedmlp.train.progress import Quiet
+
+from . import made_data
+from .engines import OPTIMIZERS, config, engine_of, need_native, network
+
+made_data.need("safetensors", "matplotlib")
+need_native()
+
+CASES = {
+    "bytes": (lambda: made_data.pictures(rows=2000), (64, 24, 16, 4)),
+    "standardised bytes": (lambda: standardized(made_data.pictures()), (64, 7, 4)),
+    "table": (lambda: standardized(made_data.blobs(rows=1300)), (12, 33, 3)),
+    "no hidden layer": (made_data.blobs, (12, 3)),
+    "deep": (made_data.blobs, (12, 5, 70, 1, 9, 40, 3)),
+    "regression": (made_data.line, (3, 16, 1)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_accuracy_are_those_of_the_model(case):
+    make, sizes = CASES[case]
+    data = make()
+    loss = "cross_entropy" if data.is_classes else "mse"
+    net = network(sizes=sizes, dropout=0.5)
+    # Training mode, and smoothing of the training loss: neither has a part in a test.
+    engine = engine_of("native", net, data, OPTIMIZERS["sgd"], loss, label_smoothing=0.3)
+    sums = engine.judge(data.x_test, data.y_test)
+    wanted = model.judge(loss, model.predict(net, data.x_test, data.scaling), data.y_test)
+    torch.testing.assert_close(sums, wanted, rtol=1e-5, atol=0)
+    assert sums[1:].tolist() == wanted[1:].tolist()
+    again = engine.judge(data.x_test, data.y_test)
+    assert torch.equal(sums, again) and net.training
+
+
+@pytest.mark.parametrize("activation", activations.NAMES)
+def test_every_activation_is_that_of_the_model(activation):
+    data = made_data.blobs(rows=800)
+    net = network(sizes=(12, 20, 9, 3), activation=activation)
+    engine = engine_of("native", net, data, OPTIMIZERS["sgd"])
+    sums = engine.judge(data.x_test, data.y_test)
+    wanted = model.judge(
+        "cross_entropy", model.predict(net, data.x_test, data.scaling), data.y_test
+    )
+    torch.testing.assert_close(sums, wanted, rtol=1e-5, atol=0)
+
+
+def test_it_changes_nothing_but_what_it_returns():
+    data = made_data.blobs()
+    net = network(sizes=(12, 16, 3), dropout=0.5)
+    engine = engine_of("native", net, data, OPTIMIZERS["adamw"])
+    engine.steps(torch.arange(100), 32)
+    before = [p.detach().clone() for p in net.parameters()]
+    engine.judge(data.x_test, data.y_test)
+    assert all(map(torch.equal, before, net.parameters()))
+    assert engine.read()[2] == 100 and engine.number == 4
+
+
+def test_rows_that_it_does_not_take_are_left_to_the_model():
+    data = made_data.blobs()
+    net = network(sizes=(12, 16, 3))
+    engine = engine_of("native", net, data, OPTIMIZERS["sgd"])
+    assert engine.judge(data.x_test.double(), data.y_test) is None
+    assert engine.judge(data.x_test.t().contiguous().t(), data.y_test) is None
+    result = fit(
+        net,
+        (data.x_train, data.y_train, data.x_test.double(), data.y_test),
+        config(engine="native"),
+    )
+    assert result.history[-1]["test_accuracy"] > 0.9
+
+
+def test_a_run_does_not_call_the_model_for_its_tests(monkeypatch):
+    calls = []
+    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: calls.append(1) or (0.0, 0.0))
+    result = fit(network(sizes=(12, 16, 3)), made_data.blobs(), config(engine="native"))
+    assert not calls and result.history[-1]["test_accuracy"] > 0.5
+    fit(network(sizes=(12, 16, 3)), made_data.blobs(), config(engine="autograd"))
+    assert len(calls) == 3
+
+
+class Spoil(Quiet):
+    """Makes a weight NaN after the third epoch, before its checkpoint is due."""
+
+    def start(self, run):
+        self.run = run
+
+    def epoch(self, row):
+        if row["epoch"] == 3:
+            nn.init.constant_(self.run.task.model[0].weight, float("nan"))
+
+
+def test_the_last_good_checkpoint_is_kept_when_the_loss_runs_away(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "SAVE_SECONDS", 0.0)
+    settings = config(engine="native", epochs=5, out=tmp_path / "run")
+    with pytest.raises(TrainError, match="no longer finite.*last good checkpoint"):
+        fit(network(sizes=(12, 16, 3)), made_data.blobs(), settings, progress=Spoil())
+    held = checkpoint.load(tmp_path / "run")
+    assert held["position"]["epoch"] == 2
+    assert all(torch.isfinite(t).all() for t in held["model"].values())
