@@ -85,6 +85,11 @@ def draw_state(like: Tensor) -> tuple[Tensor, int]:
     return scope.state, scope.row_offset
 
 
+def draw_state_untraced(like: Tensor) -> tuple[Tensor, int]:
+    """draw_state where the caller knows that nothing traces or transforms the call."""
+    return draw_state(like) if _scope is not None else (ops.draw_seed_eager(like), 0)
+
+
 def _in_functorch() -> bool:
     return torch._C._functorch.maybe_current_level() is not None
 

@@ -129,7 +129,11 @@ def test_a_run_folder_holds_what_it_should(tmp_path):
     data = made_data.pictures()
     net = network(sizes=(64, 16, 4), dropout=0.1)
     result = fit(net, data, config(epochs=3, out=tmp_path / "run"))
-    assert result.paths.keys() == set(folder.FILES) - {"residuals.png", "results.csv", "crossval.png"}
+    assert result.paths.keys() == set(folder.FILES) - {
+        "residuals.png",
+        "results.csv",
+        "crossval.png",
+    }
     rows = list(csv.DictReader(open(tmp_path / "run" / "metrics.csv")))
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     assert tuple(rows[0]) == folder.METRICS and rows[0]["val_loss"] == ""

@@ -42,5 +42,6 @@ class Masks:
     def draw(self, like: Tensor) -> Tensor:
         """(seed, stream) on the device of `like`."""
         if self.state is None or self.state.device != like.device:
-            self.state, self.row_offset = functional.draw_state(like)
+            draw = functional.draw_state if self.traced else functional.draw_state_untraced
+            self.state, self.row_offset = draw(like)
         return self.state

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import activations, checks, dispatch, nets, rng
-from ..autograd_mlp import Net
+from ..autograd_mlp import Mlp, Net
 from . import runner
 from .masks import Masks
 from .stretches import Single, Stretch
@@ -106,14 +106,30 @@ def _parameters(stretch: Stretch) -> tuple[Tensor, Tensor | None, Tensor | None]
 class NetStep:
     """Some stretches as a step of a program: one op on inputs like the first one's."""
 
-    __slots__ = ("backend", "drops", "ids", "layer", "like", "net", "records", "stretches")
+    __slots__ = (
+        "backend",
+        "device",
+        "drops",
+        "dtype",
+        "ids",
+        "layer",
+        "net",
+        "records",
+        "shape",
+        "sources",
+        "stretches",
+    )
 
     def __init__(self, backend: str, layers: list[_Layer], x: Tensor, layer: int):
         self.stretches = [each.stretch for each in layers]
         self.layer, self.backend = layer, backend
         self.drops = any(each.threshold for each in layers)
         self.records = torch.is_grad_enabled()
-        self.like = x.shape, x.dtype, x.device
+        self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
+        self.sources = [
+            (s.linear._parameters, s.activation._parameters if s.act == activations.PRELU else None)
+            for s in self.stretches
+        ]
         ints, numbers = [], []
         for i, each in enumerate(layers):
             has = sum(b for b, t in zip(nets.BITS, each.params, strict=True) if t is not None)
@@ -124,21 +140,29 @@ class NetStep:
 
     def __call__(self, x, masks: Masks):
         params = []
-        for stretch in self.stretches:
-            found = _parameters(stretch)
-            if found is None:
-                return self._one_by_one(x, masks)
-            params += [t for t in found if t is not None]
+        try:
+            for own, slope in self.sources:
+                params.append(own["weight"])
+                b = own["bias"]
+                if b is not None:
+                    params.append(b)
+                if slope is not None:
+                    params.append(slope["weight"])
+        except KeyError:
+            # Something has put a plain attribute in the place of a parameter.
+            return self._one_by_one(x, masks)
         state = masks.draw(x) if self.drops else None
         if (
             [*map(id, params)] != self.ids
             or masks.row_offset
             or type(x) is not Tensor
-            or (x.shape, x.dtype, x.device) != self.like
+            or x.shape != self.shape
+            or x.dtype is not self.dtype
+            or x.device != self.device
         ):
             return self._one_by_one(x, masks)
         if self.records and _any_requires_grad(x, params):
-            return self.net.train(x, state, 0, params)
+            return Mlp.apply(x, state, 0, self.net, *params)
         return self.net.infer(x, state, 0, params)
 
     def _one_by_one(self, x, masks: Masks):
