@@ -39,6 +39,9 @@ _CPU_EAGER_BELOW = {
 _LIBRARY_ABOVE = 1 << 21
 _MANY_ROWS, _NARROW = 512, 4
 _FEW_ROWS, _OUTER_ABOVE = 8, 1 << 16
+# Multiplications above which a layer alone is better off with the library's product and an op for
+# the rest: there is little host cost to save, beside that of a large product.
+_ONE_PLAIN, _ONE_DROPS = 1 << 23, 1 << 26
 
 
 def order(device_type: str, op: str) -> tuple[str, ...]:
@@ -89,7 +92,10 @@ def choose_mlp(
     weights = max(k * n for k, n in zip(widths, widths[1:], strict=False))
     if weights > _LIBRARY_ABOVE or (rows >= _MANY_ROWS and min(widths) < _NARROW):
         return None
-    if any(drops for _, drops, _ in layers):
+    drops = any(drops for _, drops, _ in layers)
+    if len(layers) == 1 and rows * weights > (_ONE_DROPS if drops else _ONE_PLAIN):
+        return None
+    if drops:
         return "native"
     if gradients and rows < _FEW_ROWS and weights > _OUTER_ABOVE:
         return None
