@@ -41,7 +41,7 @@ _MANY_ROWS, _NARROW = 512, 4
 _FEW_ROWS, _OUTER_ABOVE = 8, 1 << 16
 # Multiplications above which a layer alone is better off with the library's product and an op for
 # the rest: there is little host cost to save, beside that of a large product.
-_ONE_PLAIN, _ONE_DROPS = 1 << 23, 1 << 26
+_ONE_PLAIN, _ONE_DROPS, _SMALL_WEIGHT = 1 << 23, 1 << 26, 1 << 14
 
 
 def order(device_type: str, op: str) -> tuple[str, ...]:
@@ -93,7 +93,8 @@ def choose_mlp(
     if weights > _LIBRARY_ABOVE or (rows >= _MANY_ROWS and min(widths) < _NARROW):
         return None
     drops = any(drops for _, drops, _ in layers)
-    if len(layers) == 1 and rows * weights > (_ONE_DROPS if drops else _ONE_PLAIN):
+    alone = len(layers) == 1 and weights > _SMALL_WEIGHT
+    if alone and rows * weights > (_ONE_DROPS if drops else _ONE_PLAIN):
         return None
     if drops:
         return "native"
