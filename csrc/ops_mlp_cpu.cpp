@@ -118,7 +118,7 @@ struct Net {
             l.w = floats(weights.back().tensor);
             l.k = width;
             l.e = epilogues.back().params;
-            l.saves = act_saves(l.e.act, l.e.alpha, l.e.drop.threshold != 0, false);
+            l.saves = act_saves(l.e.act, f[0], l.e.drop.threshold != 0, false);
             width = wv.sizes[0];
         }
     }

@@ -144,6 +144,16 @@ def test_layers_without_bias_odd_strides_and_leading_dimensions(backend):
         torch.testing.assert_close(a, b.reshape(a.shape))
 
 
+def test_a_slope_that_is_negative_in_double_alone_reads_z(backend):
+    """1e-60 below 0 is -0 in fp32: what is kept must not depend on which of them is asked."""
+    net = nn.Sequential(nn.Linear(6, 9), nn.LeakyReLU(-1e-60), nn.Dropout(0.5))
+    x, params, ints, numbers = network(5, (6, 9, 4), activations.LEAKY_RELU, 0.5)
+    numbers[0] = net[1].negative_slope
+    out = BY_BACKEND[backend].mlp_fwd(x, params, STATE, ints, numbers, 0, True)
+    assert len(out) == 3
+    fusedmlp.fuse(net)(x).sum().backward()
+
+
 def test_an_empty_batch_has_gradients_of_zero(backend):
     _, params, ints, numbers = network(4, (6, 9, 5), activations.GELU, 0.5)
     y, dx, *grads = run(backend, (torch.randn(0, 6), params, ints, numbers))
