@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/parallel.h"
 #include "cpu/plan.h"
 
 namespace fusedmlp::cpu {
@@ -11,18 +12,6 @@ namespace {
 constexpr int64_t kGrain = 16384;
 // Outputs at least this large go past the caches: nothing of them would be left there.
 constexpr int64_t kStreamBytes = int64_t(1) << 40;
-
-template <class Body>
-int run(ParallelFor parallel, int64_t n, int64_t grain, const Body& body) {
-    if (n <= grain) {
-        body(0, n);
-        return 0;
-    }
-    const auto call = [](int64_t begin, int64_t end, void* context) {
-        (*static_cast<const Body*>(context))(begin, end);
-    };
-    return parallel(0, n, grain, call, const_cast<void*>(static_cast<const void*>(&body)));
-}
 
 // Calls body(tile) for every tile; body may fill in more of it before running the kernel.
 template <class Body>
@@ -51,15 +40,15 @@ int for_each_tile(
     );
 }
 
-Tile common_tile(const EpilogueParams& e, const Plan& plan, void* out, const void* in) {
+Tile common_tile(const EpilogueParams& e, const Plan& plan, int64_t ld, void* out, const void* in) {
     Tile t{};
     t.out = out;
     t.in = in;
     t.scale = e.drop.threshold ? e.drop.scale : 1.0f;
     t.stream = e.dtype == Dtype::kFloat32 && plan.size * 4 >= kStreamBytes && plan.cols % 16 == 0 &&
                reinterpret_cast<uintptr_t>(out) % 64 == 0;
-    t.size = plan.size;
-    t.cols = plan.cols;
+    t.size = plan.folded ? plan.size : e.rows * ld;
+    t.cols = plan.folded ? plan.cols : ld;
     return t;
 }
 
@@ -86,57 +75,48 @@ void store_sums(void* out, const double* sums, Dtype dtype, int64_t n) {
     from_float(out, rounded, dtype, n);
 }
 
-}  // namespace
-
-int launch_bias_act_dropout_fwd(const BiasActDropoutFwdParams& p, ParallelFor parallel) {
-    const EpilogueParams& e = p.e;
-    if (e.rows == 0 || e.cols == 0)
-        return 0;
-    if (all_dropped(e)) {
-        std::memset(p.y, 0, size_t(e.rows * e.cols) * size_of(e.dtype));
-        return 0;
-    }
-    const Plan plan = make_plan(e, false);
-    const Inputs inputs(e, plan);
-    const Kernel kernel = kernels().fwd(e.act, e.dtype, e.drop.threshold != 0);
-    return for_each_tile(
-        common_tile(e, plan, p.y, p.x), plan, inputs, parallel,
-        [kernel](Tile& t, int64_t) { kernel(t); }
-    );
+void clear_rows(void* out, const EpilogueParams& e, int64_t ld) {
+    const size_t size = size_of(e.dtype);
+    for (int64_t row = 0; row < e.rows; ++row)
+        std::memset(static_cast<char*>(out) + size_t(row * ld) * size, 0, size_t(e.cols) * size);
 }
 
-int launch_bias_act_dropout_bwd(const BiasActDropoutBwdParams& p, ParallelFor parallel) {
+// The sums in memory of this thread, or null where they are not wanted.
+struct Sums {
+    double* db;
+    double* dslope;
+};
+
+// There is at least one row and column, and not all is dropped.
+Sums backward(
+    const BiasActDropoutBwdParams& p,
+    int64_t ld,
+    bool wants_db,
+    bool wants_dslope,
+    ParallelFor parallel,
+    int& failed
+) {
     const EpilogueParams& e = p.e;
-    const size_t bias_bytes = size_t(e.cols) * size_of(e.bias_dtype);
-    const size_t slope_bytes = size_t(e.slope_size) * size_of(e.slope_dtype);
-    if (e.rows == 0 || e.cols == 0 || all_dropped(e)) {
-        std::memset(p.dz, 0, size_t(e.rows * e.cols) * size_of(e.dtype));
-        if (p.db)
-            std::memset(p.db, 0, bias_bytes);
-        if (p.dslope)
-            std::memset(p.dslope, 0, slope_bytes);
-        return 0;
-    }
-    const Plan plan = make_plan(e, p.db || p.dslope);
+    const Plan plan = make_plan(e, wants_db || wants_dslope);
     const Inputs inputs(e, plan);
     const Kernel kernel = kernels().bwd(e.act, p.saves, e.dtype, e.drop.threshold != 0);
-    Tile common = common_tile(e, plan, p.dz, p.dy);
+    Tile common = common_tile(e, plan, ld, p.dz, p.dy);
     common.saved = p.saved;
 
     // One row of sums for each row of tiles, for db and for dslope.
     const int64_t stride = round_up(plan.cols, kPad) + kPad, plane = stride * plan.row_tiles;
     double* db = nullptr;
     double* dslope = nullptr;
-    if (p.db || p.dslope) {
-        const int64_t planes = (p.db != nullptr) + (p.dslope != nullptr);
+    if (wants_db || wants_dslope) {
+        const int64_t planes = wants_db + wants_dslope;
         auto* sums =
             static_cast<double*>(scratch(kSumSlot, size_t(planes * plane) * sizeof(double)));
-        if (p.db)
+        if (wants_db)
             db = sums;
-        if (p.dslope)
+        if (wants_dslope)
             dslope = sums + (planes - 1) * plane;
     }
-    int failed = for_each_tile(common, plan, inputs, parallel, [=](Tile& t, int64_t row_tile) {
+    failed |= for_each_tile(common, plan, inputs, parallel, [=](Tile& t, int64_t row_tile) {
         alignas(64) float rows[2 * (kMaxWidth + kPad)];
         t.scratch = rows;
         if (db) {
@@ -149,17 +129,83 @@ int launch_bias_act_dropout_bwd(const BiasActDropoutBwdParams& p, ParallelFor pa
         }
         kernel(t);
     });
-    if (db) {
+    if (db)
         failed |= add_up(db, stride, plan, e.cols, parallel);
-        store_sums(p.db, db, e.bias_dtype, e.cols);
-    }
     if (dslope) {
         failed |= add_up(dslope, stride, plan, e.cols, parallel);
         if (e.slope_size == 1)
             for (int64_t c = 1; c < e.cols; ++c)
                 dslope[0] += dslope[c];
-        store_sums(p.dslope, dslope, e.slope_dtype, e.slope_size);
     }
+    return {db, dslope};
+}
+
+}  // namespace
+
+int forward_rows(const BiasActDropoutFwdParams& p, int64_t ld, ParallelFor parallel) {
+    const EpilogueParams& e = p.e;
+    if (e.rows == 0 || e.cols == 0)
+        return 0;
+    if (all_dropped(e)) {
+        clear_rows(p.y, e, ld);
+        return 0;
+    }
+    const Plan plan = make_plan(e, false);
+    const Inputs inputs(e, plan);
+    const Kernel kernel = kernels().fwd(e.act, e.dtype, e.drop.threshold != 0);
+    return for_each_tile(
+        common_tile(e, plan, ld, p.y, p.x), plan, inputs, parallel,
+        [kernel](Tile& t, int64_t) { kernel(t); }
+    );
+}
+
+int backward_rows(
+    const BiasActDropoutBwdParams& p,
+    int64_t ld,
+    double* db,
+    double* dslope,
+    ParallelFor parallel
+) {
+    const EpilogueParams& e = p.e;
+    if (db)
+        std::fill_n(db, e.cols, 0.0);
+    if (dslope)
+        std::fill_n(dslope, e.slope_size, 0.0);
+    if (e.rows == 0 || e.cols == 0)
+        return 0;
+    if (all_dropped(e)) {
+        clear_rows(p.dz, e, ld);
+        return 0;
+    }
+    int failed = 0;
+    const Sums sums = backward(p, ld, db, dslope, parallel, failed);
+    if (db)
+        std::copy_n(sums.db, e.cols, db);
+    if (dslope)
+        std::copy_n(sums.dslope, e.slope_size, dslope);
+    return failed;
+}
+
+int launch_bias_act_dropout_fwd(const BiasActDropoutFwdParams& p, ParallelFor parallel) {
+    return forward_rows(p, p.e.cols, parallel);
+}
+
+int launch_bias_act_dropout_bwd(const BiasActDropoutBwdParams& p, ParallelFor parallel) {
+    const EpilogueParams& e = p.e;
+    if (e.rows == 0 || e.cols == 0 || all_dropped(e)) {
+        std::memset(p.dz, 0, size_t(e.rows * e.cols) * size_of(e.dtype));
+        if (p.db)
+            std::memset(p.db, 0, size_t(e.cols) * size_of(e.bias_dtype));
+        if (p.dslope)
+            std::memset(p.dslope, 0, size_t(e.slope_size) * size_of(e.slope_dtype));
+        return 0;
+    }
+    int failed = 0;
+    const Sums sums = backward(p, e.cols, p.db, p.dslope, parallel, failed);
+    if (p.db)
+        store_sums(p.db, sums.db, e.bias_dtype, e.cols);
+    if (p.dslope)
+        store_sums(p.dslope, sums.dslope, e.slope_dtype, e.slope_size);
     return failed;
 }
 

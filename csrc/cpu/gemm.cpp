@@ -1,9 +1,10 @@
 // The blocking of gemm.h: packs what the micro-kernel cannot read where it lies, cuts C into
-// blocks.
+// blocks. A is always read where it lies.
 #include "cpu/gemm.h"
 
 #include <algorithm>
 
+#include "cpu/parallel.h"
 #include "cpu/step_kernels.h"
 
 namespace fusedmlp::cpu {
@@ -12,116 +13,142 @@ namespace {
 constexpr int64_t kWork = int64_t(1) << 20;  // products for which another thread is worth its start
 constexpr int64_t kBlockRows = 128;
 constexpr int64_t kBlockCols = 256;
+constexpr int64_t kBlocks = 16;  // at least, so that all threads have some
 constexpr int64_t kFewRows = 8;  // of A, for which B is not worth packing
 // Operands up to this size are read where they lie: they stay in the L1 cache.
 constexpr int64_t kDirect = 6 * 1024;
+// Rows so far apart share one set of the L1 cache, which holds 8 lines.
+constexpr int64_t kAlias = 1024;
 
 int64_t panels_of(int64_t n, int64_t width) { return (n + width - 1) / width; }
 
-template <class Body>
-int run(ParallelFor parallel, int64_t n, int64_t work, const Body& body) {
-    // work: products of one of the n parts
-    const int64_t grain = std::max<int64_t>(1, kWork / std::max<int64_t>(1, work));
-    if (n <= grain) {
-        body(0, n);
+// Rows of B that are few, small or far enough from aliasing are read where they lie.
+bool is_direct(const Gemm& g) {
+    return g.b_is == Layout::kRows &&
+           (g.b_padded || g.m <= kFewRows || g.n * g.k <= kDirect || g.ldb % kAlias != 0);
+}
+
+// Parts of B that must be packed: panels [first, panels).
+int64_t first_packed(const Gemm& g, int64_t nr) {
+    const int64_t panels = panels_of(g.n, nr);
+    if (g.b_is == Layout::kPanels)
+        return panels;
+    if (!is_direct(g))
         return 0;
-    }
-    const auto call = [](int64_t begin, int64_t end, void* context) {
-        (*static_cast<const Body*>(context))(begin, end);
-    };
-    return parallel(0, n, grain, call, const_cast<void*>(static_cast<const void*>(&body)));
+    return g.n % nr && !g.b_padded ? panels - 1 : panels;
 }
 
 }  // namespace
 
-int64_t gemm_scratch(int64_t m, int64_t n, int64_t k) {
-    // Enough for every instruction set: none has panels above 8 rows or 32 columns.
-    return (panels_of(m, 8) * 8 + panels_of(n, 32) * 32) * k + 2 * kGemmPad;
+int64_t gemm_scratch(int64_t n, int64_t k) {
+    // Enough for every instruction set: none has panels above 32 columns.
+    return panels_of(n, 32) * 32 * k + kGemmPad;
+}
+
+void pack_panels(
+    float* panels,
+    const float* b,
+    Layout b_is,
+    int64_t ldb,
+    int64_t k,
+    int64_t k0,
+    int64_t k1,
+    int64_t j0,
+    int64_t j1
+) {
+    const GemmKernels& kernels = step_kernels().gemm;
+    for (int64_t j = j0; j < j1; j += kernels.nr) {
+        const int64_t cols = std::min<int64_t>(kernels.nr, j1 - j);
+        float* out = panels + j * k + k0 * kernels.nr;
+        if (b_is == Layout::kAcross)
+            kernels.pack_across(out, b + j * ldb + k0, ldb, cols, k1 - k0);
+        else
+            kernels.pack_along(out, b + k0 * ldb + j, ldb, cols, k1 - k0);
+    }
+}
+
+GemmPlan plan_gemm(const Gemm& g, int64_t least) {
+    const GemmKernels& kernels = step_kernels().gemm;
+    const int64_t nr = kernels.nr, panels = panels_of(g.n, nr), packed = first_packed(g, nr);
+    GemmPlan plan{};
+    GemmBlock& block = plan.block;
+    block.c = g.c;
+    block.ldc = g.ldc;
+    block.n = g.n, block.k = g.k;
+    block.a = g.a;
+    block.a_row = g.a_row;
+    block.a_col = g.a_col;
+    block.mr = g.a_row % kAlias == 0 ? std::min(kernels.mr, 8) : kernels.mr;
+    const bool in_panels = g.b_is == Layout::kPanels || packed == 0;
+    block.b = packed == 0 ? g.scratch : g.b;
+    block.b_panel = in_panels ? nr * g.k : nr;
+    block.b_step = in_panels ? nr : g.ldb;
+    block.b_ahead = !in_panels;
+    if (!in_panels && packed < panels) {
+        block.b_last = g.scratch;
+        block.b_last_step = nr;
+    }
+    plan.m = g.m;
+    int64_t rows = kBlockRows, cols = kBlockCols / nr;
+    const auto count = [&] { return panels_of(g.m, rows) * panels_of(panels, cols); };
+    while (rows > 32 && count() < least)
+        rows /= 2;
+    while (cols > 1 && count() < least)
+        cols /= 2;
+    plan.rows = rows;
+    plan.across = panels_of(panels, cols);
+    plan.panels = panels_of(panels, plan.across);
+    plan.across = panels_of(panels, plan.panels);
+    plan.blocks = panels_of(g.m, rows) * plan.across;
+    return plan;
+}
+
+GemmBlock block_of(const GemmPlan& plan, int64_t at) {
+    GemmBlock block = plan.block;
+    block.i0 = at / plan.across * plan.rows;
+    block.i1 = std::min(plan.m, block.i0 + plan.rows);
+    block.jp0 = at % plan.across * plan.panels;
+    block.jp1 = std::min(panels_of(block.n, step_kernels().gemm.nr), block.jp0 + plan.panels);
+    return block;
 }
 
 int launch_gemm(const Gemm& g, ParallelFor parallel) {
     if (g.m == 0 || g.n == 0)
         return 0;
     if (g.k == 0) {
-        std::fill_n(g.c, g.m * g.n, 0.0f);
+        for (int64_t i = 0; i < g.m; ++i)
+            std::fill_n(g.c + i * g.ldc, g.n, 0.0f);
         return 0;
     }
     const GemmKernels& kernels = step_kernels().gemm;
-    const int64_t mr = kernels.mr, nr = kernels.nr;
-    if (g.m <= kFewRows && g.b_across && !g.a_across && !g.done && g.n * g.k > kDirect) {
-        const int64_t parts = panels_of(g.n, 16);
-        return run(parallel, parts, 16 * g.m * g.k, [&](int64_t begin, int64_t end) {
-            kernels.dots(g.c, g.n, g.a, g.b, g.m, g.k, begin * 16, std::min(g.n, end * 16));
-        });
-    }
-    const int64_t a_panels = panels_of(g.m, mr), b_panels = panels_of(g.n, nr);
-    const bool a_direct = g.a_across && g.m % mr == 0 && g.m * g.k <= kDirect;
-    // With one panel of A each element of B is read once: packing it would be all of the work.
-    const bool b_direct = !g.b_across && (a_panels == 1 || g.n * g.k <= kDirect);
-    float* a_pack = g.scratch;
-    float* b_pack = a_pack + (a_direct ? 0 : a_panels * mr * g.k + kGemmPad);
-
-    GemmBlock block{};
-    block.c = g.c;
-    block.ldc = g.n;
-    block.m = g.m, block.n = g.n, block.k = g.k;
-    block.a = a_direct ? g.a : a_pack;
-    block.a_panel = a_direct ? mr : mr * g.k;
-    block.a_step = a_direct ? g.m : mr;
-    block.b = b_direct ? g.b : b_pack;
-    block.b_panel = b_direct ? nr : nr * g.k;
-    block.b_step = b_direct ? g.n : nr;
-    if (b_direct && g.n % nr) {
-        block.b_last = b_pack;
-        block.b_last_step = nr;
-    }
-
-    const int64_t a_parts = a_direct ? 0 : a_panels;
-    const int64_t b_first = b_direct ? (g.n % nr ? b_panels - 1 : b_panels) : 0;
-    const int64_t parts = a_parts + b_panels - b_first;
-    int failed = run(parallel, parts, 16 * nr * g.k, [&](int64_t begin, int64_t end) {
-        for (int64_t part = begin; part < end; ++part) {
-            if (part < a_parts) {
-                const int64_t i = part * mr, rows = std::min(mr, g.m - i);
-                float* out = a_pack + i * g.k;
-                if (g.a_across)
-                    kernels.pack_along(out, int(mr), g.a + i, g.m, rows, g.k);
-                else
-                    kernels.pack_across(out, int(mr), g.a + i * g.k, g.k, rows, g.k);
-            } else {
-                const int64_t panel = part - a_parts + b_first;
-                const int64_t j = panel * nr, cols = std::min(nr, g.n - j);
-                float* out = b_pack + (b_direct ? 0 : j * g.k);
-                if (g.b_across)
-                    kernels.pack_across(out, int(nr), g.b + j * g.k, g.k, cols, g.k);
-                else
-                    kernels.pack_along(out, int(nr), g.b + j, g.n, cols, g.k);
+    const auto grain = [](int64_t work) {
+        return std::max<int64_t>(1, kWork / std::max<int64_t>(1, work));
+    };
+    const bool plain = g.a_col == 1 && g.a_row == g.k && g.ldc == g.n && g.ldb == g.k;
+    if (g.m <= kFewRows && g.b_is == Layout::kAcross && plain && g.n * g.k > kDirect) {
+        return run(
+            parallel, panels_of(g.n, 16), grain(16 * g.m * g.k), [&](int64_t begin, int64_t end) {
+                kernels.dots(g.c, g.n, g.a, g.b, g.m, g.k, begin * 16, std::min(g.n, end * 16));
             }
-        }
-    });
-
-    // Where C is small, smaller blocks, so that all threads have some.
-    int64_t rows = kBlockRows / mr, cols = kBlockCols / nr;
-    while (rows > 2 && panels_of(a_panels, rows) * panels_of(b_panels, cols) < 16)
-        rows /= 2;
-    while (cols > 1 && panels_of(a_panels, rows) * panels_of(b_panels, cols) < 16)
-        cols /= 2;
-    const int64_t across = panels_of(b_panels, cols), blocks = panels_of(a_panels, rows) * across;
-    failed |= run(parallel, blocks, g.m * g.n * g.k / blocks, [&](int64_t begin, int64_t end) {
-        for (int64_t at = begin; at < end; ++at) {
-            GemmBlock part = block;
-            part.ip0 = at / across * rows;
-            part.ip1 = std::min(a_panels, part.ip0 + rows);
-            part.jp0 = at % across * cols;
-            part.jp1 = std::min(b_panels, part.jp0 + cols);
-            kernels.block(part);
-            if (g.done)
-                g.done(
-                    g.context, part.ip0 * mr, std::min(g.m, part.ip1 * mr), part.jp0 * nr,
-                    std::min(g.n, part.jp1 * nr)
-                );
-        }
-    });
+        );
+    }
+    const int64_t nr = kernels.nr, panels = panels_of(g.n, nr), first = first_packed(g, nr);
+    // A panel takes about as long to pack as 16 rows to multiply with it.
+    int failed =
+        run(parallel, panels - first, grain(16 * nr * g.k), [&](int64_t begin, int64_t end) {
+            // Where only the last panel is packed, it lies at the start.
+            pack_panels(
+                g.scratch - first * nr * g.k, g.b, g.b_is, g.ldb, g.k, 0, g.k, (first + begin) * nr,
+                std::min(g.n, (first + end) * nr)
+            );
+        });
+    const GemmPlan plan = plan_gemm(g, parallel == alone ? 1 : kBlocks);
+    failed |=
+        run(parallel, plan.blocks, grain(g.m * g.n * g.k / plan.blocks),
+            [&](int64_t begin, int64_t end) {
+                for (int64_t at = begin; at < end; ++at)
+                    kernels.block(block_of(plan, at));
+            });
     return failed;
 }
 

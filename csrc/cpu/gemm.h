@@ -1,69 +1,99 @@
 // Matrix products in fp32 for the training step, whose operands come in any orientation. The order
-// of every sum depends on sizes only, never on the number of threads.
+// of every sum depends on sizes only, never on the number of threads or on how C is cut.
 #pragma once
 
 #include "common/params.h"
 
 namespace fusedmlp::cpu {
 
-constexpr int64_t kGemmPad = 64;  // floats that may be touched past the end of a packed operand
+constexpr int64_t kGemmPad = 64;  // floats that may be touched past the end of panels
 
-// C = A B with C (M, N), row-major; B and C may be any memory that does not overlap.
+enum class Layout {
+    kRows,    // (K, N)
+    kAcross,  // (N, K)
+    kPanels,  // as pack_panels leaves it
+};
+
+// C = A B with C (M, N) row-major; memory of C overlaps no other.
 struct Gemm {
-    float* c;        // (M, N), N apart
-    const float* a;  // (M, K) or, where a_across, (K, M)
-    const float* b;  // (K, N) or, where b_across, (N, K)
-    bool a_across;   //
-    bool b_across;   //
+    float* c;        //
+    int64_t ldc;     // from row to row
+    const float* a;  // element (i, k): a[i a_row + k a_col]
+    int64_t a_row;   //
+    int64_t a_col;   //
+    const float* b;  //
+    int64_t ldb;     // from row to row; panels have none
+    Layout b_is;     //
+    bool b_padded;   // kGemmPad floats may be read past the end of B
     int64_t m;       //
     int64_t n;       //
     int64_t k;       //
-    float* scratch;  // gemm_scratch(m, n, k) floats
-    // Called once for each finished block of C, rows [i0, i1) and columns [j0, j1), or null.
-    void (*done)(void* context, int64_t i0, int64_t i1, int64_t j0, int64_t j1);
-    void* context;  //
+    float* scratch;  // gemm_scratch(n, k) floats, or null where B needs no packing
 };
 
-int64_t gemm_scratch(int64_t m, int64_t n, int64_t k);
+int64_t gemm_scratch(int64_t n, int64_t k);
 int launch_gemm(const Gemm& g, ParallelFor parallel);
 
-// One block of C: rows of the panels [ip0, ip1) and columns of the panels [jp0, jp1).
+// Columns [j0, j1) of B (K, N), rows [k0, k1) of them, to panels of B; j0 is where a panel begins
+// and j1 where one ends, or N. panels: gemm_scratch(n, k) floats.
+void pack_panels(
+    float* panels,
+    const float* b,
+    Layout b_is,
+    int64_t ldb,
+    int64_t k,
+    int64_t k0,
+    int64_t k1,
+    int64_t j0,
+    int64_t j1
+);
+
+// One block of C: rows [i0, i1) and columns of the panels [jp0, jp1).
 struct GemmBlock {
     float* c;
     int64_t ldc;
-    const float* a;       // element (i, k) of panel p: a[p a_panel + k a_step + i]
-    int64_t a_panel;      //
-    int64_t a_step;       //
+    const float* a;       // as in Gemm
+    int64_t a_row;        //
+    int64_t a_col;        //
+    int64_t mr;           // rows of a tile, at most those of the kernels
     const float* b;       // element (k, j) of panel p: b[p b_panel + k b_step + j]
     int64_t b_panel;      //
     int64_t b_step;       //
+    bool b_ahead;         // fetch the next panel of B early: its rows lie far apart
     const float* b_last;  // the last panel of B, where it is not at its place
     int64_t b_last_step;  //
-    int64_t m;
     int64_t n;
     int64_t k;
-    int64_t ip0;
-    int64_t ip1;
+    int64_t i0;
+    int64_t i1;
     int64_t jp0;
     int64_t jp1;
 };
 
-// What an instruction set offers. Panels of A have mr rows, panels of B nr columns.
+// The blocks of a product whose B needs no packing, to be run in any order by any thread. Rows and
+// columns of a block begin at multiples of the width of a panel.
+struct GemmPlan {
+    GemmBlock block;
+    int64_t m;
+    int64_t rows;    // of a block
+    int64_t panels;  // across a block
+    int64_t across;  // blocks side by side
+    int64_t blocks;
+};
+
+// least: blocks at least, where C has so many.
+GemmPlan plan_gemm(const Gemm& g, int64_t least);
+GemmBlock block_of(const GemmPlan& plan, int64_t at);
+
+// What an instruction set offers. Panels of B have nr columns.
 struct GemmKernels {
     int mr;
     int nr;
     void (*block)(const GemmBlock& b);
-    // out[k * width + i] = in[i * ld + k] for i < rows, 0 up to width; width is mr or nr.
-    void (*pack_across)(
-        float* out,
-        int width,
-        const float* in,
-        int64_t ld,
-        int64_t rows,
-        int64_t k
-    );
-    // out[k * width + j] = in[k * ld + j] for j < cols, 0 up to width.
-    void (*pack_along)(float* out, int width, const float* in, int64_t ld, int64_t cols, int64_t k);
+    // out[k * nr + j] = in[j * ld + k] for j < cols, 0 up to nr.
+    void (*pack_across)(float* out, const float* in, int64_t ld, int64_t cols, int64_t k);
+    // out[k * nr + j] = in[k * ld + j] for j < cols, 0 up to nr.
+    void (*pack_along)(float* out, const float* in, int64_t ld, int64_t cols, int64_t k);
     // Columns [j0, j1) of c (m, n) = a (m, k) b (n, k)^T, for few rows.
     void (*dots)(
         float* c,

@@ -10,17 +10,26 @@ constexpr int kNR = 2 * VL;
 // as accurate as the library's.
 constexpr int64_t kDepth = 128;
 
+// Rows of B that are wanted next, fetched while others are multiplied.
+struct Ahead {
+    const float* b;
+    int64_t step;
+    int64_t rows;
+};
+
 template <int M, int NV>
 static void micro(
     const float* a,
-    int64_t a_step,
+    int64_t a_row,
+    int64_t a_col,
     const float* b,
     int64_t b_step,
     int64_t k,
     float* c,
     int64_t ldc,
     int cols,
-    bool add
+    bool add,
+    Ahead ahead
 ) {
     VF acc[M][NV];
 #pragma GCC unroll 16
@@ -28,14 +37,18 @@ static void micro(
 #pragma GCC unroll 2
         for (int v = 0; v < NV; ++v)
             acc[i][v] = set1(0.0f);
-    for (int64_t at = 0; at < k; ++at, a += a_step, b += b_step) {
+    for (int64_t at = 0; at < k; ++at, a += a_col, b += b_step) {
+        if (at < ahead.rows) {
+            __builtin_prefetch(ahead.b + at * ahead.step);
+            __builtin_prefetch(ahead.b + at * ahead.step + VL);
+        }
         VF bv[NV];
 #pragma GCC unroll 2
         for (int v = 0; v < NV; ++v)
             bv[v] = load(b + v * VL);
 #pragma GCC unroll 16
         for (int i = 0; i < M; ++i) {
-            const VF av = set1(a[i]);
+            const VF av = set1(a[i * a_row]);
 #pragma GCC unroll 2
             for (int v = 0; v < NV; ++v)
                 acc[i][v] = fma(av, bv[v], acc[i][v]);
@@ -63,8 +76,7 @@ static void micro(
     }
 }
 
-using Micro =
-    void (*)(const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t, int, bool);
+using Micro = decltype(&micro<1, 1>);
 
 template <int M>
 static constexpr void fill_micros(Micro (*table)[2]) {
@@ -82,13 +94,13 @@ struct Micros {
 
 static void gemm_block(const cpu::GemmBlock& g) {
     static constexpr Micros micros;
-    const int64_t panels = (g.n + kNR - 1) / kNR;
+    const int64_t panels = (g.n + kNR - 1) / kNR, tiles = (g.i1 - g.i0 + g.mr - 1) / g.mr;
     // Two at least: one sum of 20 products has 1.2 times the error of the library's.
     const int64_t least = g.k > 8 ? 2 : 1, by_depth = (g.k + kDepth - 1) / kDepth;
     const int64_t passes = by_depth < least ? least : by_depth;
     const int64_t depth = (g.k + passes - 1) / passes;
     for (int64_t k0 = 0; k0 < g.k; k0 += depth) {
-        const int64_t k = g.k - k0 < depth ? g.k - k0 : depth;
+        const int64_t k = g.k - k0 < depth ? g.k - k0 : depth, share = (k + tiles - 1) / tiles;
         for (int64_t jp = g.jp0; jp < g.jp1; ++jp) {
             const bool last = g.b_last && jp == panels - 1;
             const int64_t step = last ? g.b_last_step : g.b_step;
@@ -96,13 +108,17 @@ static void gemm_block(const cpu::GemmBlock& g) {
             const int64_t j = jp * kNR;
             const int cols = int(g.n - j < kNR ? g.n - j : kNR);
             const int wide = cols > VL;
-            for (int64_t ip = g.ip0; ip < g.ip1; ++ip) {
-                const int64_t i = ip * kMR;
-                const int64_t rows = g.m - i < kMR ? g.m - i : kMR;
+            Ahead ahead{b + g.b_panel, step, 0};
+            int64_t left = g.b_ahead && jp + 1 < g.jp1 ? k : 0;
+            for (int64_t i = g.i0; i < g.i1; i += g.mr) {
+                const int64_t rows = g.i1 - i < g.mr ? g.i1 - i : g.mr;
+                ahead.rows = left < share ? left : share;
                 micros.of[rows][wide](
-                    g.a + ip * g.a_panel + k0 * g.a_step, g.a_step, b, step, k, g.c + i * g.ldc + j,
-                    g.ldc, cols, k0 > 0
+                    g.a + i * g.a_row + k0 * g.a_col, g.a_row, g.a_col, b, step, k,
+                    g.c + i * g.ldc + j, g.ldc, cols, k0 > 0, ahead
                 );
+                ahead.b += ahead.rows * step;
+                left -= ahead.rows;
             }
         }
     }
@@ -175,79 +191,38 @@ FN void load_square(VF* r, const float* in, int64_t ld, int rows, int columns) {
                                : load_part(in + i * ld, columns);
 }
 
-// Panels whose width is no multiple of a vector, or half of one.
-static void
-pack_across_odd(float* out, int width, const float* in, int64_t ld, int64_t rows, int64_t k) {
+static void pack_across(float* out, const float* in, int64_t ld, int64_t cols, int64_t k) {
     for (int64_t at = 0; at < k; at += VL) {
-        const int columns = int(k - at < VL ? k - at : VL);
-        VF r[VL];
-        load_square(r, in + at, ld, int(rows), columns);
-        transpose(r);
-        float square[VL][VL];
-        for (int j = 0; j < VL; ++j)
-            store(square[j], r[j]);
-        for (int j = 0; j < columns; ++j)
-            __builtin_memcpy(out + (at + j) * width, square[j], size_t(width) * sizeof(float));
-    }
-}
-
-// Two depths side by side fill a vector.
-static void pack_across_half(float* out, const float* in, int64_t ld, int64_t rows, int64_t k) {
-    constexpr int half = VL / 2;
-    int64_t at = 0;
-    for (; at + 2 * VL <= k; at += 2 * VL) {
-        VF r[VL];
-#pragma GCC unroll 8
-        for (int i = 0; i < half; ++i) {
-            r[i] = i < rows ? load(in + i * ld + at) : set1(0.0f);
-            r[half + i] = i < rows ? load(in + i * ld + at + VL) : set1(0.0f);
-        }
-        transpose(r);
-        float* low = out + at * half;
-#pragma GCC unroll 16
-        for (int j = 0; j < VL; ++j)
-            store_halves(low + j * half, low + (VL + j) * half, r[j]);
-    }
-    pack_across_odd(out + at * half, half, in + at, ld, rows, k - at);
-}
-
-static void
-pack_across(float* out, int width, const float* in, int64_t ld, int64_t rows, int64_t k) {
-    if (2 * width == VL)
-        return pack_across_half(out, in, ld, rows, k);
-    if (width % VL != 0)
-        return pack_across_odd(out, width, in, ld, rows, k);
-    for (int64_t at = 0; at < k; at += VL) {
-        const int columns = int(k - at < VL ? k - at : VL);
-        for (int first = 0; first < width; first += VL) {
-            const int64_t left = rows - first;
+        const int depth = int(k - at < VL ? k - at : VL);
+        for (int first = 0; first < kNR; first += VL) {
+            const int64_t left = cols - first;
             VF r[VL];
-            load_square(r, in + first * ld + at, ld, int(left < 0 ? 0 : left), columns);
+            load_square(r, in + first * ld + at, ld, int(left < 0 ? 0 : left), depth);
             transpose(r);
-            float* to = out + at * width + first;
+            float* to = out + at * kNR + first;
 #pragma GCC unroll 16
             for (int j = 0; j < VL; ++j)
-                if (j < columns)
-                    store(to + j * width, r[j]);
+                if (j < depth)
+                    store(to + j * kNR, r[j]);
         }
     }
 }
 
-static void
-pack_along(float* out, int width, const float* in, int64_t ld, int64_t cols, int64_t k) {
-    for (int64_t at = 0; at < k; ++at, out += width, in += ld) {
-        if (cols == width && width % VL == 0) {
-            for (int v = 0; v < width; v += VL)
-                store(out + v, load(in + v));
-        } else {
-            for (int j = 0; j < width; ++j)
-                out[j] = j < cols ? in[j] : 0.0f;
-        }
+static void pack_along(float* out, const float* in, int64_t ld, int64_t cols, int64_t k) {
+    const int first = int(cols < VL ? cols : VL), second = int(cols) - first;
+    for (int64_t at = 0; at < k; ++at, out += kNR, in += ld) {
+        store(out, first == VL ? load(in) : load_part(in, first));
+        store(
+            out + VL, second == VL  ? load(in + VL)
+                      : second == 0 ? set1(0.0f)
+                                    : load_part(in + VL, second)
+        );
     }
 }
 
-static constexpr cpu::GemmKernels kGemmKernels = {kMR,         kNR,        gemm_block,
-                                                  pack_across, pack_along, dots};
+static constexpr cpu::GemmKernels kGemmKernels = {
+    kMR, kNR, gemm_block, pack_across, pack_along, dots,
+};
 
 #undef FN
 

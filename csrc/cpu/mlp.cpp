@@ -27,7 +27,7 @@ bool keeps_none(const MlpParams& p) { return p.layers.size() > 1 && !p.layers[0]
 int64_t mlp_fwd_work(const MlpParams& p) {
     int64_t product = 0;
     for (const MlpLayer& l : p.layers)
-        product = std::max(product, gemm_scratch(l.e.rows, l.e.cols, l.k));
+        product = std::max(product, gemm_scratch(l.e.cols, l.k));
     return product + (keeps_none(p) ? 2 * turn_size(p) : 0);
 }
 
@@ -40,8 +40,9 @@ int launch_mlp_fwd(MlpParams& p, ParallelFor parallel) {
         if (!l.y)
             l.y = p.work + int64_t(i % 2) * turn;
         Gemm g{};
-        g.c = l.h ? l.h : l.y, g.a = x, g.b = l.w;
-        g.b_across = true;
+        g.c = l.h ? l.h : l.y, g.ldc = l.e.cols;
+        g.a = x, g.a_row = l.k, g.a_col = 1;
+        g.b = l.w, g.ldb = l.k, g.b_is = Layout::kAcross;
         g.m = l.e.rows, g.n = l.e.cols, g.k = l.k;
         g.scratch = p.work + 2 * turn;
         failed |= launch_gemm(g, parallel);
@@ -57,9 +58,7 @@ int64_t mlp_bwd_work(const MlpParams& p) {
     int64_t product = 0;
     for (size_t i = p.first; i < p.layers.size(); ++i) {
         const MlpLayer& l = p.layers[i];
-        product = std::max(
-            {product, gemm_scratch(l.e.rows, l.k, l.e.cols), gemm_scratch(l.e.cols, l.k, l.e.rows)}
-        );
+        product = std::max({product, gemm_scratch(l.k, l.e.cols), gemm_scratch(l.k, l.e.rows)});
     }
     return product + 2 * turn_size(p);
 }
@@ -84,15 +83,17 @@ int launch_mlp_bwd(const MlpParams& p, ParallelFor parallel) {
         Gemm g{};
         g.scratch = p.work + 2 * turn;
         if (l.dw) {
-            g.c = l.dw, g.a = dz, g.b = i ? p.layers[i - 1].y : p.x;
-            g.a_across = true;
+            g.c = l.dw, g.ldc = l.k;
+            g.a = dz, g.a_row = 1, g.a_col = l.e.cols;
+            g.b = i ? p.layers[i - 1].y : p.x, g.ldb = l.k, g.b_is = Layout::kRows;
             g.m = l.e.cols, g.n = l.k, g.k = l.e.rows;
             failed |= launch_gemm(g, parallel);
         }
         float* dx = i > p.first ? p.work + int64_t((i - 1) % 2) * turn : p.dx;
         if (dx) {
-            g.c = dx, g.a = dz, g.b = l.w;
-            g.a_across = false;
+            g.c = dx, g.ldc = l.k;
+            g.a = dz, g.a_row = l.e.cols, g.a_col = 1;
+            g.b = l.w, g.ldb = l.k, g.b_is = Layout::kRows;
             g.m = l.e.rows, g.n = l.k, g.k = l.e.cols;
             failed |= launch_gemm(g, parallel);
         }

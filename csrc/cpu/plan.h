@@ -10,7 +10,7 @@
 namespace fusedmlp::cpu {
 
 // Memory of this thread that is kept between calls; one array a slot.
-enum Slot { kBiasSlot, kSlopeSlot, kFoldSlot, kSumSlot, kSlots };
+enum Slot { kBiasSlot, kSlopeSlot, kFoldSlot, kSumSlot, kBlockSlot, kSlots };
 void* scratch(Slot slot, size_t bytes);
 
 struct Plan {
@@ -43,6 +43,18 @@ struct Inputs {
     bool slope_moves;  //
     bool folded;
 };
+
+// launch_bias_act_dropout_* for fp32 rows that lie ld apart; ld is N where N is under 256. Backward
+// leaves its column sums in double: db (N,) and dslope (slope_size,), each where it is not null;
+// what the parameters say of them is not read.
+int forward_rows(const BiasActDropoutFwdParams& p, int64_t ld, ParallelFor parallel);
+int backward_rows(
+    const BiasActDropoutBwdParams& p,
+    int64_t ld,
+    double* db,
+    double* dslope,
+    ParallelFor parallel
+);
 
 // n values of `dtype` to fp32, and back.
 void to_float(float* out, const void* in, Dtype dtype, int64_t n);

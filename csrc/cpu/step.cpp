@@ -1,12 +1,16 @@
-// The sequence of one training step: gather, forward, loss, backward, update. Gradients of weights
-// are applied block by block as the matrix product finishes them, unless their norm comes first.
+// One training step: blocks of rows go through the network and back on a thread each, then blocks
+// of the weights' gradients are applied as the matrix product finishes them, unless their norm
+// comes first. Weights are kept a second time in the form that the products read.
 #include "cpu/step.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 
+#include "cpu/parallel.h"
 #include "cpu/plan.h"
+#include "cpu/step_buffers.h"
 
 namespace fusedmlp::cpu {
 
@@ -24,95 +28,9 @@ const StepKernels& step_kernels() {
 
 namespace {
 
-constexpr int64_t kGrain = 16384;  // elements for which another thread is worth its start
-constexpr int64_t kParts = 64;  // most partial sums of a loss; their number depends on sizes only
-
-template <class Body>
-int run(ParallelFor parallel, int64_t n, int64_t grain, const Body& body) {
-    if (n <= grain) {
-        body(0, n);
-        return 0;
-    }
-    const auto call = [](int64_t begin, int64_t end, void* context) {
-        (*static_cast<const Body*>(context))(begin, end);
-    };
-    return parallel(0, n, grain, call, const_cast<void*>(static_cast<const void*>(&body)));
-}
-
-// Hands out the work memory; with a null base it only counts.
-struct Arena {
-    float* base;
-    int64_t used = 0;
-    float* take(int64_t floats) {
-        float* at = base ? base + used : nullptr;
-        used += round_up(floats, 16) + kGemmPad;
-        return at;
-    }
-};
-
-struct Buffers {
-    float* x;                   // (batch, K) inputs
-    std::vector<float*> y;      // (batch, N) of each layer
-    std::vector<float*> h;      // (batch, N) where z is saved, else null
-    std::vector<float*> dw;     // (N, K)
-    std::vector<float*> db;     // (N,)
-    std::vector<float*> slope;  // (N,)
-    float* dy[2];               // (batch, widest)
-    float* scratch;             // of the matrix products
-    int64_t floats;
-};
-
-Buffers lay_out(const StepParams& p, float* base) {
-    Arena arena{base};
-    Buffers b{};
-    const int64_t m = std::min(p.batch, p.rows);
-    int64_t widest = 0, scratch = 0, largest = 0;
-    for (const StepLayer& l : p.layers) {
-        widest = std::max(widest, l.n);
-        largest = std::max(largest, l.n * l.k);
-        scratch = std::max(
-            {scratch, gemm_scratch(m, l.n, l.k), gemm_scratch(l.n, l.k, m),
-             gemm_scratch(m, l.k, l.n)}
-        );
-    }
-    b.x = arena.take(m * p.layers[0].k);
-    // Without a norm to wait for, all layers share one gradient.
-    float* shared = p.max_norm > 0.0 ? nullptr : arena.take(largest);
-    for (const StepLayer& l : p.layers) {
-        b.y.push_back(arena.take(m * l.n));
-        b.h.push_back(l.saves == kSavesZ ? arena.take(m * l.n) : nullptr);
-        b.dw.push_back(p.max_norm > 0.0 ? arena.take(l.n * l.k) : shared);
-        b.db.push_back(arena.take(l.n));
-        b.slope.push_back(arena.take(l.n));
-    }
-    for (float*& dy : b.dy)
-        dy = arena.take(m * widest);
-    b.scratch = arena.take(scratch);
-    b.floats = arena.used;
-    return b;
-}
-
-// Of rows that are only judged: two activations are alive at a time.
-Buffers lay_out_forward(const StepParams& p, float* base) {
-    Arena arena{base};
-    Buffers b{};
-    const int64_t m = std::min(p.batch, p.rows);
-    int64_t widest = 0, scratch = 0;
-    for (const StepLayer& l : p.layers) {
-        widest = std::max(widest, l.n);
-        scratch = std::max(scratch, gemm_scratch(m, l.n, l.k));
-    }
-    b.x = arena.take(m * p.layers[0].k);
-    for (float*& dy : b.dy)
-        dy = arena.take(m * widest);
-    for (size_t i = 0; i < p.layers.size(); ++i) {
-        b.y.push_back(b.dy[i % 2]);
-        b.h.push_back(nullptr);
-    }
-    b.scratch = arena.take(scratch);
-    b.floats = arena.used;
-    return b;
-}
+constexpr int64_t kGrain = 16384;            // elements for which another thread is worth its start
+constexpr int64_t kWork = int64_t(1) << 20;  // products for the same
+constexpr int64_t kParts = 16;               // blocks of a gradient, where it has so many
 
 class Step {
   public:
@@ -121,37 +39,80 @@ class Step {
 
     // order: (rows,) of step number `step` of this call
     void operator()(int64_t step, const int64_t* order, int64_t rows) {
-        order_ = order;
-        rows_ = rows;
         state_[0] = p_.seed;
         state_[1] = int64_t(uint64_t(p_.first_step + step) * uint64_t(p_.mask_layers));
         lr_scale_ = p_.lr_scale ? p_.lr_scale[step] : 1.0;
         updates_ = p_.updates + step + 1;
-        gather();
-        for (size_t i = 0; i < p_.layers.size(); ++i)
-            forward(i);
-        loss();
-        for (size_t i = p_.layers.size(); i-- > 0;)
-            backward(i);
-        if (p_.max_norm > 0.0)
+        each_block(order, rows, [this](Rows r, ParallelFor parallel) {
+            there(r, parallel);
+            back(r, parallel);
+        });
+        gradients();
+        if (p_.max_norm > 0.0) {
             clip_and_update();
+            pack();
+        }
     }
 
     void judge(const int64_t* order, int64_t rows) {
-        order_ = order;
-        rows_ = rows;
-        gather();
-        for (size_t i = 0; i < p_.layers.size(); ++i)
-            forward(i);
-        loss();
+        each_block(order, rows, [this](Rows r, ParallelFor parallel) { there(r, parallel); });
     }
 
-    int failed = 0;
+    // The panels of all weights.
+    void pack() {
+        if (!b_.blocks.keeps_panels)
+            return;
+        const int64_t nr = kernels_.gemm.nr;
+        for (size_t i = 0; i < p_.layers.size(); ++i) {
+            const StepLayer& l = p_.layers[i];
+            failed |=
+                run(parallel_, ceil_div(l.n, nr), std::max<int64_t>(1, kGrain / (nr * l.k)),
+                    [&](int64_t begin, int64_t end) {
+                        pack(i, begin * nr, std::min(l.n, end * nr), 0, l.k);
+                    });
+        }
+    }
+
+    std::atomic<int> failed{0};
 
   private:
-    const float* input(size_t i) const { return i == 0 ? b_.x : b_.y[i - 1]; }
+    struct Rows {
+        int64_t begin;
+        int64_t end;
+    };
 
-    EpilogueParams epilogue(const StepLayer& l) const {
+    // body(rows, parallel) for rows of this step: whole blocks of them, on a thread each.
+    template <class Body>
+    void each_block(const int64_t* order, int64_t rows, const Body& body) {
+        order_ = order;
+        rows_ = rows;
+        const int64_t block = b_.blocks.rows, count = ceil_div(rows, block);
+        if (!b_.blocks.keeps_panels) {
+            body({0, rows}, parallel_);
+        } else {
+            failed |= run(parallel_, count, 1, [&](int64_t begin, int64_t end) {
+                body({begin * block, std::min(rows, end * block)}, alone);
+            });
+        }
+        for (int64_t at = 0; at < count; ++at) {
+            p_.totals[0] += losses_[at];
+            p_.totals[1] += double(rights_[at]);
+        }
+        p_.totals[2] += double(rows);
+    }
+
+    // body(rows, number of the block)
+    template <class Body>
+    void blocks_in(Rows r, const Body& body) {
+        const int64_t block = b_.blocks.rows;
+        for (int64_t begin = r.begin; begin < r.end; begin += block)
+            body(Rows{begin, std::min(r.end, begin + block)}, begin / block);
+    }
+
+    const float* input(size_t i) const { return i == 0 ? b_.x : b_.y[i - 1]; }
+    int64_t input_ld(size_t i) const { return i == 0 ? b_.x_ld : b_.ld[i - 1]; }
+
+    EpilogueParams epilogue(const StepLayer& l, Rows r) const {
         EpilogueParams e{};
         e.bias = l.b.value;
         e.slope = l.slope.value;
@@ -159,123 +120,186 @@ class Step {
         e.bias_dtype = e.slope_dtype = e.dtype = Dtype::kFloat32;
         e.act = l.act;
         e.alpha = l.alpha;
-        e.drop = {state_, l.threshold, l.scale, l.layer, 0};
-        e.rows = rows_;
+        e.drop = {state_, l.threshold, l.scale, l.layer, r.begin};
+        e.rows = r.end - r.begin;
         e.cols = l.n;
         return e;
     }
 
-    void gather() {
+    void there(Rows r, ParallelFor parallel) {
         const int64_t width = p_.scaling.width;
-        failed |=
-            run(parallel_, rows_, std::max<int64_t>(1, kGrain / width),
-                [&](int64_t i, int64_t end) { kernels_.gather(b_.x, p_.scaling, order_, i, end); });
+        failed |= run(
+            parallel, r.end - r.begin, std::max<int64_t>(1, kGrain / width),
+            [&](int64_t begin, int64_t end) {
+                kernels_.gather(b_.x, b_.x_ld, p_.scaling, order_, r.begin + begin, r.begin + end);
+            }
+        );
+        for (size_t i = 0; i < p_.layers.size(); ++i)
+            forward(i, r, parallel);
+        loss(r);
     }
 
-    void forward(size_t i) {
+    void forward(size_t i, Rows r, ParallelFor parallel) {
         const StepLayer& l = p_.layers[i];
+        const int64_t ld = b_.ld[i], from = input_ld(i);
         float* out = b_.h[i] ? b_.h[i] : b_.y[i];
         Gemm g{};
-        g.c = out, g.a = input(i), g.b = l.w.value;
-        g.b_across = true;
-        g.m = rows_, g.n = l.n, g.k = l.k;
+        g.c = out + r.begin * ld, g.ldc = ld;
+        g.a = input(i) + r.begin * from, g.a_row = from, g.a_col = 1;
+        g.b = b_.forward[i] ? b_.forward[i] : l.w.value, g.ldb = l.k;
+        g.b_is = b_.forward[i] ? Layout::kPanels : Layout::kAcross;
+        g.m = r.end - r.begin, g.n = l.n, g.k = l.k;
         g.scratch = b_.scratch;
-        failed |= launch_gemm(g, parallel_);
-        failed |= launch_bias_act_dropout_fwd({b_.y[i], out, epilogue(l)}, parallel_);
+        failed |= launch_gemm(g, parallel);
+        blocks_in(r, [&](Rows block, int64_t) {
+            const int64_t at = block.begin * ld;
+            failed |= forward_rows({b_.y[i] + at, out + at, epilogue(l, block)}, ld, parallel);
+        });
     }
 
     // Turns the outputs into their gradient.
-    void loss() {
+    void loss(Rows r) {
         float* out = b_.y.back();
         const StepLayer& last = p_.layers.back();
         // An activation that is read off its output must find it again.
         if (last.saves == kSavesY) {
-            float* copy = b_.dy[(p_.layers.size() - 1) % 2];
-            std::memcpy(copy, out, size_t(rows_ * last.n) * sizeof(float));
-            out = copy;
+            const int64_t at = r.begin * last.n, count = (r.end - r.begin) * last.n;
+            std::copy_n(out + at, count, b_.dz.back() + at);
+            out = b_.dz.back();
         }
-        top_ = out;
         const LossParams l{out, order_, p_.targets, rows_, last.n, p_.smoothing};
         const auto kernel =
             p_.loss == kCrossEntropy ? kernels_.cross_entropy : kernels_.squared_error;
-        double losses[kParts] = {};
-        int64_t rights[kParts] = {};
-        const int64_t part = ceil_div(rows_, kParts), parts = ceil_div(rows_, part);
-        // An exponential takes about as long as eight other elements.
-        failed |=
-            run(parallel_, parts, std::max<int64_t>(1, kGrain / (8 * part * last.n)),
-                [&](int64_t at, int64_t end) {
-                    for (; at < end; ++at)
-                        kernel(
-                            l, at * part, std::min(rows_, (at + 1) * part), &losses[at], &rights[at]
-                        );
-                });
-        for (int64_t at = 0; at < parts; ++at) {
-            p_.totals[0] += losses[at];
-            p_.totals[1] += double(rights[at]);
-        }
-        p_.totals[2] += double(rows_);
+        blocks_in(r, [&](Rows block, int64_t at) {
+            losses_[at] = 0.0;
+            rights_[at] = 0;
+            kernel(l, block.begin, block.end, &losses_[at], &rights_[at]);
+        });
     }
 
-    void backward(size_t i) {
-        const StepLayer& l = p_.layers[i];
-        const bool top = i + 1 == p_.layers.size();
-        float* dz = top ? top_ : b_.dy[i % 2];
-        BiasActDropoutBwdParams e{};
-        e.dz = dz;
-        e.dy = dz;
-        e.saved = l.saves == kSavesZ ? b_.h[i] : l.saves == kSavesY ? b_.y[i] : nullptr;
-        e.saves = l.saves;
-        e.db = l.b.value ? b_.db[i] : nullptr;
-        e.dslope = l.slope.value ? b_.slope[i] : nullptr;
-        e.e = epilogue(l);
-        failed |= launch_bias_act_dropout_bwd(e, parallel_);
-        if (i > 0) {
-            float* dx = b_.dy[(i - 1) % 2];
-            Gemm g{};
-            g.c = dx, g.a = dz, g.b = l.w.value;
-            g.m = rows_, g.n = l.k, g.k = l.n;
-            g.scratch = b_.scratch;
-            failed |= launch_gemm(g, parallel_);
-        }
-        Gemm g{};
-        g.c = b_.dw[i], g.a = dz, g.b = input(i);
-        g.a_across = true;
-        g.m = l.n, g.n = l.k, g.k = rows_;
-        g.scratch = b_.scratch;
-        if (p_.max_norm > 0.0) {
-            failed |= launch_gemm(g, parallel_);
-            return;
-        }
-        Apply apply{this, &l, numbers(l.w), g.c};
-        g.done = &Apply::block;
-        g.context = &apply;
-        failed |= launch_gemm(g, parallel_);
-        update(l.b, b_.db[i]);
-        update(l.slope, b_.slope[i]);
-    }
-
-    struct Apply {
-        const Step* step;
-        const StepLayer* layer;
-        UpdateParams numbers;
-        const float* dw;
-        static void block(void* context, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
-            const Apply& a = *static_cast<const Apply*>(context);
-            const StepParam& w = a.layer->w;
-            const int64_t k = a.layer->k;
-            // Whole rows lie one after the other.
-            const bool whole = j0 == 0 && j1 == k;
-            const int64_t runs = whole ? 1 : i1 - i0, length = whole ? (i1 - i0) * k : j1 - j0;
-            for (int64_t r = 0; r < runs; ++r) {
-                const int64_t at = (i0 + r) * k + j0;
-                a.step->kernels_.update(
-                    a.numbers, w.value + at, a.dw + at, w.m1 ? w.m1 + at : nullptr,
-                    w.m2 ? w.m2 + at : nullptr, length
+    void back(Rows r, ParallelFor parallel) {
+        for (size_t i = p_.layers.size(); i-- > 0;) {
+            const StepLayer& l = p_.layers[i];
+            const int64_t ld = b_.ld[i];
+            float* dz = b_.dz[i];
+            blocks_in(r, [&](Rows block, int64_t number) {
+                const int64_t at = block.begin * ld;
+                const float* saved = l.saves == kSavesZ   ? b_.h[i]
+                                     : l.saves == kSavesY ? b_.y[i]
+                                                          : nullptr;
+                BiasActDropoutBwdParams e{};
+                e.dz = dz + at;
+                e.dy = dz + at;
+                e.saved = saved ? saved + at : nullptr;
+                e.saves = l.saves;
+                e.e = epilogue(l, block);
+                failed |= backward_rows(
+                    e, ld, l.b.value ? b_.db_of[i] + number * l.n : nullptr,
+                    l.slope.value ? b_.slope_of[i] + number * l.slope.size : nullptr, parallel
                 );
-            }
+            });
+            if (i == 0)
+                continue;
+            const int64_t to = b_.ld[i - 1];
+            Gemm g{};
+            g.c = b_.dz[i - 1] + r.begin * to, g.ldc = to;
+            g.a = dz + r.begin * ld, g.a_row = ld, g.a_col = 1;
+            g.b = b_.backward[i] ? b_.backward[i] : l.w.value, g.ldb = l.k;
+            g.b_is = b_.backward[i] ? Layout::kPanels : Layout::kRows;
+            g.m = r.end - r.begin, g.n = l.k, g.k = l.n;
+            g.scratch = b_.scratch;
+            failed |= launch_gemm(g, parallel);
         }
+    }
+    // Of all weights, and with no norm to wait for their update; then of what is summed by blocks.
+    void gradients() {
+        parts_.clear();
+        int64_t work = 0;
+        for (size_t i = 0; i < p_.layers.size(); ++i) {
+            const StepLayer& l = p_.layers[i];
+            Gemm g{};
+            g.c = b_.dw[i], g.ldc = l.k;
+            g.a = b_.dz[i], g.a_row = 1, g.a_col = b_.ld[i];
+            g.b = input(i), g.ldb = input_ld(i);
+            g.b_is = Layout::kRows, g.b_padded = true;
+            g.m = l.n, g.n = l.k, g.k = rows_;
+            const GemmPlan plan = plan_gemm(g, kParts);
+            const int64_t each = std::max<int64_t>(1, l.n * l.k * rows_ / plan.blocks);
+            parts_.push_back({i, plan, work, each});
+            work += each * plan.blocks;
+        }
+        // A thread takes the blocks that begin within its share of the work.
+        failed |= run(parallel_, work, kWork, [&](int64_t begin, int64_t end) {
+            for (const Part& part : parts_) {
+                const auto first = [&](int64_t at) {
+                    return std::clamp<int64_t>(
+                        ceil_div(at - part.start, part.each), 0, part.plan.blocks
+                    );
+                };
+                for (int64_t at = first(begin); at < first(end); ++at)
+                    gradient(part, at);
+            }
+        });
+        const int64_t blocks = ceil_div(rows_, b_.blocks.rows);
+        for (size_t i = 0; i < p_.layers.size(); ++i) {
+            const StepLayer& l = p_.layers[i];
+            add_up(l.b, b_.db[i], b_.db_of[i], blocks);
+            add_up(l.slope, b_.slope[i], b_.slope_of[i], blocks);
+        }
+    }
+
+    struct Part {
+        size_t layer;
+        GemmPlan plan;
+        int64_t start;  // in products
+        int64_t each;   // block
     };
+
+    void gradient(const Part& part, int64_t at) {
+        const StepLayer& l = p_.layers[part.layer];
+        const int64_t nr = kernels_.gemm.nr;
+        GemmBlock block = block_of(part.plan, at);
+        const int64_t j0 = block.jp0 * nr, j1 = std::min(l.k, block.jp1 * nr);
+        if (p_.max_norm > 0.0)
+            return kernels_.gemm.block(block);
+        const int64_t rows = block.i1 - block.i0, cols = j1 - j0;
+        auto* dw = static_cast<float*>(scratch(kBlockSlot, size_t(rows * cols) * sizeof(float)));
+        block.ldc = cols;
+        block.c = dw - block.i0 * cols - j0;
+        kernels_.gemm.block(block);
+        const UpdateParams u = numbers(l.w);
+        // Whole rows lie one after the other.
+        const int64_t runs = cols == l.k ? 1 : rows, length = cols == l.k ? rows * cols : cols;
+        for (int64_t r = 0; r < runs; ++r) {
+            const int64_t to = (block.i0 + r) * l.k + j0;
+            kernels_.update(
+                u, l.w.value + to, dw + r * cols, l.w.m1 ? l.w.m1 + to : nullptr,
+                l.w.m2 ? l.w.m2 + to : nullptr, length
+            );
+        }
+        if (b_.blocks.keeps_panels)
+            pack(part.layer, block.i0, block.i1, j0, j1);
+    }
+
+    // The panels of rows [n0, n1) and columns [k0, k1) of a weight.
+    void pack(size_t i, int64_t n0, int64_t n1, int64_t k0, int64_t k1) {
+        const StepLayer& l = p_.layers[i];
+        pack_panels(b_.forward[i], l.w.value, Layout::kAcross, l.k, l.k, k0, k1, n0, n1);
+        if (b_.backward[i])
+            pack_panels(b_.backward[i], l.w.value, Layout::kRows, l.k, l.n, n0, n1, k0, k1);
+    }
+
+    void add_up(const StepParam& w, float* grad, double* sums, int64_t blocks) {
+        if (!w.value)
+            return;
+        for (int64_t block = 1; block < blocks; ++block)
+            for (int64_t i = 0; i < w.size; ++i)
+                sums[i] += sums[block * w.size + i];
+        for (int64_t i = 0; i < w.size; ++i)
+            grad[i] = float(sums[i]);
+        if (!(p_.max_norm > 0.0))
+            update(w, grad);
+    }
 
     // torch.optim.AdamW and torch.optim.SGD: these numbers in double, each rounded once.
     UpdateParams numbers(const StepParam& w) const {
@@ -348,7 +372,9 @@ class Step {
     int64_t state_[2] = {};
     double lr_scale_ = 1.0;
     int64_t updates_ = 0;
-    float* top_ = nullptr;
+    double losses_[kMaxBlocks] = {};
+    int64_t rights_[kMaxBlocks] = {};
+    std::vector<Part> parts_;
 };
 
 }  // namespace
@@ -360,6 +386,7 @@ int64_t judge_work(const StepParams& p) { return lay_out_forward(p, nullptr).flo
 int launch_judge(StepParams& p, ParallelFor parallel) {
     const Buffers buffers = lay_out_forward(p, p.work);
     Step step(p, buffers, parallel);
+    step.pack();
     for (int64_t done = 0; done < p.rows; done += p.batch)
         step.judge(p.order + done, std::min(p.batch, p.rows - done));
     return step.failed;
@@ -368,6 +395,7 @@ int launch_judge(StepParams& p, ParallelFor parallel) {
 int launch_steps(StepParams& p, ParallelFor parallel) {
     const Buffers buffers = lay_out(p, p.work);
     Step step(p, buffers, parallel);
+    step.pack();
     for (int64_t done = 0, number = 0; done < p.rows; done += p.batch, ++number)
         step(number, p.order + done, std::min(p.batch, p.rows - done));
     return step.failed;

@@ -15,10 +15,6 @@ FN void store_part(float* p, int n, VF v) { _mm256_maskstore_ps(p, first(n), v);
 FN VF select_part(int n, VF a, VF b) {
     return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(first(n)));
 }
-FN void store_halves(float* low, float* high, VF v) {
-    _mm_storeu_ps(low, _mm256_castps256_ps128(v));
-    _mm_storeu_ps(high, _mm256_extractf128_ps(v, 1));
-}
 FN VF load_bytes(const uint8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }

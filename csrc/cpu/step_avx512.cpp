@@ -5,16 +5,12 @@ namespace fusedmlp::avx512 {
 
 #define FN static inline __attribute__((always_inline))
 
-constexpr int kMR = 8;
+constexpr int kMR = 12;
 
 FN __mmask16 first(int n) { return __mmask16((1u << n) - 1); }
 FN VF load_part(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
 FN void store_part(float* p, int n, VF v) { _mm512_mask_storeu_ps(p, first(n), v); }
 FN VF select_part(int n, VF a, VF b) { return _mm512_mask_blend_ps(first(n), b, a); }
-FN void store_halves(float* low, float* high, VF v) {
-    _mm256_storeu_ps(low, _mm512_castps512_ps256(v));
-    _mm256_storeu_ps(high, _mm512_extractf32x8_ps(v, 1));
-}
 FN VF load_bytes(const uint8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }

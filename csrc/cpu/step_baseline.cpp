@@ -14,9 +14,6 @@ FN VF load_part(const float* p, int n) {
 }
 FN void store_part(float* p, int n, VF v) { __builtin_memcpy(p, &v, size_t(n) * sizeof(float)); }
 FN VF select_part(int n, VF a, VF b) { return select(VI{0, 1, 2, 3} < set1_int(n), a, b); }
-FN void store_halves(float* low, float* high, VF v) {
-    low[0] = v[0], low[1] = v[1], high[0] = v[2], high[1] = v[3];
-}
 FN VF load_bytes(const uint8_t* p) {
     return VF{float(p[0]), float(p[1]), float(p[2]), float(p[3])};
 }

@@ -22,6 +22,7 @@ enum Mean { kNoMean, kOneMean, kMeanRow };
 template <class T, bool DIVIDES, Mean MEAN>
 static void gather_rows(
     float* out,
+    int64_t ld,
     const cpu::ScalingParams& s,
     const int64_t* order,
     int64_t begin,
@@ -41,7 +42,7 @@ static void gather_rows(
     const int rest = int(width - whole);
     for (int64_t row = begin; row < end; ++row) {
         const T* from = static_cast<const T*>(s.rows) + order[row] * width;
-        float* to = out + row * width;
+        float* to = out + row * ld;
         for (int64_t i = 0; i < whole; i += VL) {
             const bool by_column = MEAN == kMeanRow;
             store(
@@ -66,27 +67,34 @@ static void gather_rows(
 template <class T, bool DIVIDES>
 static void gather_of(
     float* out,
+    int64_t ld,
     const cpu::ScalingParams& s,
     const int64_t* order,
     int64_t begin,
     int64_t end
 ) {
     if (!s.mean)
-        return gather_rows<T, DIVIDES, kNoMean>(out, s, order, begin, end);
+        return gather_rows<T, DIVIDES, kNoMean>(out, ld, s, order, begin, end);
     if (s.mean_size == 1)
-        return gather_rows<T, DIVIDES, kOneMean>(out, s, order, begin, end);
-    gather_rows<T, DIVIDES, kMeanRow>(out, s, order, begin, end);
+        return gather_rows<T, DIVIDES, kOneMean>(out, ld, s, order, begin, end);
+    gather_rows<T, DIVIDES, kMeanRow>(out, ld, s, order, begin, end);
 }
 
-static void
-gather(float* out, const cpu::ScalingParams& s, const int64_t* order, int64_t begin, int64_t end) {
+static void gather(
+    float* out,
+    int64_t ld,
+    const cpu::ScalingParams& s,
+    const int64_t* order,
+    int64_t begin,
+    int64_t end
+) {
     const bool divides = s.divisor != 1.0f;
     if (s.is_bytes)
-        divides ? gather_of<uint8_t, true>(out, s, order, begin, end)
-                : gather_of<uint8_t, false>(out, s, order, begin, end);
+        divides ? gather_of<uint8_t, true>(out, ld, s, order, begin, end)
+                : gather_of<uint8_t, false>(out, ld, s, order, begin, end);
     else
-        divides ? gather_of<float, true>(out, s, order, begin, end)
-                : gather_of<float, false>(out, s, order, begin, end);
+        divides ? gather_of<float, true>(out, ld, s, order, begin, end)
+                : gather_of<float, false>(out, ld, s, order, begin, end);
 }
 
 // With q = (1 - e) [target] + e / C: loss = log sum exp z - sum q z; its gradient: softmax z - q.

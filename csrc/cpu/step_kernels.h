@@ -44,8 +44,10 @@ struct UpdateParams {
 struct StepKernels {
     const char* name;
     GemmKernels gemm;
+    // Rows [begin, end) of a batch to rows ld apart.
     void (*gather)(
         float* out,
+        int64_t ld,
         const ScalingParams& s,
         const int64_t* order,
         int64_t begin,

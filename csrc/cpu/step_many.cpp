@@ -3,22 +3,11 @@
 #include <algorithm>
 #include <atomic>
 
-#include "cpu/plan.h"
+#include "cpu/parallel.h"
 #include "cpu/step.h"
 
 namespace fusedmlp::cpu {
 namespace {
-
-int alone(
-    int64_t begin,
-    int64_t end,
-    int64_t,
-    void (*body)(int64_t, int64_t, void*),
-    void* context
-) {
-    body(begin, end, context);
-    return 0;
-}
 
 struct Queue {
     std::vector<StepParams>& members;
