@@ -6,8 +6,9 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
-from fusedmlp import activations
+from fusedmlp import activations, fuse
 from fusedmlp.train.data import Data, permutation, standardized
 
 from . import made_data
@@ -74,3 +75,46 @@ def test_sizes_that_fit_no_tile_agree_with_autograd(sizes, batch):
         assert engine.read()[2] == 199
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# Wide enough that a batch is several blocks of rows, each on a thread of its own; 1024 apart is
+# where rows would share a set of the cache, 40 and 100 are where masks are drawn for several rows.
+_BLOCKS = {
+    "relu, dropout": dict(sizes=(1024, 40, 1024, 10), dropout=(0.3, 0.5)),
+    "gelu, dropout": dict(sizes=(1000, 100, 512, 10), dropout=(0.5, 0.2), activation="gelu"),
+    "a slope a channel": dict(sizes=(1024, 1024, 7)),
+    "prelu": dict(sizes=(500, 2048, 10), dropout=0.2, activation="prelu"),
+    "tanh, clipped": dict(sizes=(1024, 1024, 10), dropout=0.5, activation="tanh", clip_norm=0.1),
+    "all dropped": dict(sizes=(1024, 1024, 10), dropout=1.0),
+}
+
+
+@pytest.mark.parametrize("rule", ["decay", "nesterov"])
+@pytest.mark.parametrize("case", _BLOCKS)
+def test_batches_of_several_blocks_agree_with_autograd(case, rule):
+    settings = dict(_BLOCKS[case])
+    clip = settings.pop("clip_norm", 0.0)
+    sizes = settings["sizes"]
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(300, sizes[0], generator=generator)
+    y = torch.randint(0, sizes[-1], (300,), generator=generator)
+    first = network(**settings)
+    if case == "a slope a channel":
+        channels = nn.PReLU(sizes[1], init=0.1)
+        first = fuse(nn.Sequential(nn.Linear(*sizes[:2]), channels, nn.Linear(*sizes[1:])))
+    second = copy.deepcopy(first)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)  # more blocks than threads, and not as many rows on each
+    try:
+        totals = []
+        for net, name in ((first, "native"), (second, "autograd")):
+            engine = engine_of(name, net, Data("made", x, y), OPTIMIZERS[rule], clip_norm=clip)
+            engine.steps(permutation(SEED, 0, 300), 130)
+            totals.append(engine.read())
+    finally:
+        torch.set_num_threads(before)
+    assert totals[0][0] == pytest.approx(totals[1][0], rel=1e-4)
+    assert totals[0][1:] == totals[1][1:]
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        error = (a - b).double().square().mean().sqrt() / b.double().square().mean().sqrt()
+        assert float(error.detach()) < 1e-4
