@@ -8,7 +8,7 @@ from torch import nn
 
 from fusedmlp import activations
 from fusedmlp.train import TrainError, checkpoint, fit, model, trainer
-from fusedmlp.train.data import standardized
+from fusedmlp.train.data import Data, Scaling, standardized
 from fusedmlp.train.progress import Quiet
 
 from . import made_data
@@ -53,6 +53,19 @@ def test_every_activation_is_that_of_the_model(activation):
         "cross_entropy", model.predict(net, data.x_test, data.scaling), data.y_test
     )
     torch.testing.assert_close(sums, wanted, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("divisor", [255.0, 3.0, 127.5, 0.1, 1e-36, 3e38, -7.0])
+def test_bytes_are_divided_as_pytorch_does(divisor):
+    """A network that returns its input has no error at all against the quotient."""
+    x = torch.arange(256, dtype=torch.uint8).repeat(5).unsqueeze(1)
+    data = Data("made", x, x / divisor, scaling=Scaling(divisor))
+    net = network(sizes=(1, 1))
+    with torch.no_grad():
+        net[0].weight.fill_(1.0)
+        net[0].bias.zero_()
+    engine = engine_of("native", net, data, OPTIMIZERS["sgd"], "mse")
+    assert engine.judge(data.x_train, data.y_train).tolist() == [0.0, 0.0, len(x)]
 
 
 def test_it_changes_nothing_but_what_it_returns():

@@ -19,7 +19,32 @@ FN VF load_row_part(const T* p, int n) {
 
 enum Mean { kNoMean, kOneMean, kMeanRow };
 
-template <class T, bool DIVIDES, Mean MEAN>
+// By the reciprocal and one correction, a third of the time of a division.
+FN VF divided(VF v, VF divisor, VF inverse) {
+    const VF q = v * inverse;
+    return fma(fma(negate(q), divisor, v), inverse, q);
+}
+
+// Whether that is the quotient for every byte.
+static bool divides_bytes(float divisor) {
+    const VF d = set1(divisor), inverse = set1(1.0f / divisor);
+    for (int first = 0; first < 256; first += VL) {
+        uint8_t bytes[VL];
+        for (int i = 0; i < VL; ++i)
+            bytes[i] = uint8_t(first + i);
+        float quick[VL];
+        const VF v = load_bytes(bytes);
+        store(quick, divided(v, d, inverse));
+        for (int i = 0; i < VL; ++i)
+            if (!(quick[i] == float(first + i) / divisor))
+                return false;
+    }
+    return true;
+}
+
+enum Divides { kNo, kQuickly, kYes };
+
+template <class T, Divides DIVIDES, Mean MEAN>
 static void gather_rows(
     float* out,
     int64_t ld,
@@ -28,11 +53,13 @@ static void gather_rows(
     int64_t begin,
     int64_t end
 ) {
-    const VF divisor = set1(s.divisor);
+    const VF divisor = set1(s.divisor), inverse = set1(1.0f / s.divisor);
     const VF mean = set1(MEAN == kOneMean ? *s.mean : 0.0f),
              std = set1(MEAN == kOneMean ? *s.std : 1.0f);
     const auto value = [&](VF v, VF m, VF d) {
-        if constexpr (DIVIDES)
+        if constexpr (DIVIDES == kQuickly)
+            v = divided(v, divisor, inverse);
+        if constexpr (DIVIDES == kYes)
             v = v / divisor;
         if constexpr (MEAN != kNoMean)
             v = (v - m) / d;
@@ -64,7 +91,7 @@ static void gather_rows(
     }
 }
 
-template <class T, bool DIVIDES>
+template <class T, Divides DIVIDES>
 static void gather_of(
     float* out,
     int64_t ld,
@@ -88,13 +115,13 @@ static void gather(
     int64_t begin,
     int64_t end
 ) {
-    const bool divides = s.divisor != 1.0f;
-    if (s.is_bytes)
-        divides ? gather_of<uint8_t, true>(out, ld, s, order, begin, end)
-                : gather_of<uint8_t, false>(out, ld, s, order, begin, end);
+    const auto of = [&](auto gather) { gather(out, ld, s, order, begin, end); };
+    if (s.is_bytes && s.divisor != 1.0f)
+        of(divides_bytes(s.divisor) ? &gather_of<uint8_t, kQuickly> : &gather_of<uint8_t, kYes>);
+    else if (s.is_bytes)
+        of(&gather_of<uint8_t, kNo>);
     else
-        divides ? gather_of<float, true>(out, ld, s, order, begin, end)
-                : gather_of<float, false>(out, ld, s, order, begin, end);
+        of(s.divisor != 1.0f ? &gather_of<float, kYes> : &gather_of<float, kNo>);
 }
 
 // With q = (1 - e) [target] + e / C: loss = log sum exp z - sum q z; its gradient: softmax z - q.
