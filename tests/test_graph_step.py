@@ -242,7 +242,7 @@ def test_no_call_of_the_sequence_waits_for_a_value(name, precision, monkeypatch)
         engine.steps(torch.arange(100), 32)
         engine.calls.load(torch.arange(100), None)
         with Watch() as watch:
-            engine.calls.step(32)
+            engine.calls.run(32, 1)
     assert {"index_select", "mm", "_log_softmax"} <= watch.seen
     assert not watch.seen & WAITING and "_to_copy to a device" not in watch.seen
     with Watch() as watch:
