@@ -26,6 +26,7 @@ from .engines import (
     assert_near_fp64,
     config,
     network,
+    on,
     orders,
     state_equal,
     task_of,
@@ -39,16 +40,6 @@ def _backend(backend):
     """Each test with the ops of each backend that can run here."""
     with fusedmlp.use_backend(backend):
         yield
-
-
-def on(device: str, data: Data, optimizer, net=None, kind=Graph, **settings):
-    """An engine of that kind on the device, at step 0."""
-    net = (network(dropout=(0.2, 0.5)) if net is None else net).to(device)
-    task = task_of(net, data.to(device), optimizer, **settings)
-    task.device = torch.device(device)
-    engine = kind(task)
-    engine.set_step(0)
-    return engine
 
 
 def assert_close(first, second, rtol=1e-4, atol=1e-5) -> None:
