@@ -16,23 +16,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedmlp
 from fusedmlp.train import graph_calls
-from fusedmlp.train.data import Data, Scaling
-from fusedmlp.train.graph_step import STEPS
+from fusedmlp.train.data import Data, Scaling, permutation, standardized
+from fusedmlp.train.graph_step import STEPS, Graph
 from fusedmlp.train.schedule import Schedule
+from fusedmlp.train.step import Autograd
 
 from . import made_data
 from .conftest import _skip_unless_usable
-from .engines import OPTIMIZERS, network, on
+from .engines import OPTIMIZERS, SEED, network, on
 from .interpreter import use_triton
 from .test_graph_step import (  # noqa: F401  the same promises, with this file's `backend`
     _backend,
+    assert_close,
     test_bf16_is_that_of_autocast,
-    test_it_goes_on_from_the_optimisers_state_dict,
-    test_one_row_one_class_and_one_feature,
-    test_settings_reach_it,
     test_squared_errors_and_standardised_rows,
-    test_the_same_steps_as_autograd,
-    test_twice_the_same_bits,
 )
 
 made_data.need("safetensors", "matplotlib")
@@ -45,6 +42,25 @@ def backend(device, monkeypatch) -> str:
     if device == "cpu":
         use_triton(monkeypatch)
     return "triton"
+
+
+@pytest.mark.parametrize("name", ["nesterov", "adamw"])
+def test_the_same_steps_as_autograd_with_every_setting(name, device):
+    """Steps of a whole call, of shorter ones and of fewer rows; small, for the interpreter."""
+    data = standardized(made_data.blobs()).to(device)
+    settings = dict(label_smoothing=0.1, clip_norm=0.5, schedule=Schedule("cosine", 30, 5))
+    engines = []
+    for kind, backend in ((Graph, "triton"), (Autograd, "reference")):
+        net = network(sizes=(12, 17, 3), dropout=0.5, activation="prelu")
+        engines.append(on(device, data, OPTIMIZERS[name], net, kind, **settings))
+        with fusedmlp.use_backend(backend):
+            order = permutation(SEED, 0, len(data.x_train))[: 8 * (STEPS + 5) + 3]
+            engines[-1].steps(order.to(device), 8)
+        engines[-1].sync()
+    assert_close(*engines)
+    found, wanted = (engine.read() for engine in engines)
+    assert found[0] == pytest.approx(wanted[0], rel=1e-4) and found[2] == wanted[2]
+    assert found[1] == pytest.approx(wanted[1], abs=2)
 
 
 # What gives memory or looks at it in another way: no kernel.
