@@ -61,8 +61,9 @@ class Eager:
             return F.cross_entropy(self.net(x), y)
 
     def step(self, rows: Tensor) -> None:
-        loss = self.loss(self.x[rows], self.y[rows])
+        # First: a compiled graph writes its gradients to the memory of those of the last step.
         self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(self.x[rows], self.y[rows])
         loss.backward()
         self.optimizer.step()
         self.total += loss.detach()
