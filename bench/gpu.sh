@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU: bash bench/gpu.sh [all|build|test|sanitize|bench|tune] (make gpu).
 # Runs with $PYTHON as it is: installs nothing and needs no network; a missing package skips what
-# needs it. Leaves at most 8 files in $RESULTS: machine.json, build.txt, test.txt, sanitize.txt,
-# bench.txt, ops.json and summary.tsv, which the closing table is made from. Each part ends within
+# needs it. Leaves 8 files in $RESULTS: machine.json, build.txt, test.txt, sanitize.txt, bench.txt,
+# steps.json, ops.json and summary.tsv, which the closing table is made from. Each part ends within
 # 8 minutes and can be called alone; 1 is returned when one of those called failed. Not in `all`, as it
 # takes several calls: `tune` times tiles for the layers that bench.run times, which then takes them;
 # each call goes on where the last one was cut off.
@@ -99,8 +99,12 @@ part_sanitize() {  # the tests marked sanitize: one small case a kernel
     return $status
 }
 
-part_bench() {
-    limited 470 "$PYTHON" -m bench.run --suite gpu --seconds 420 --resume --out "$RESULTS/ops.json"
+part_bench() {  # whole training steps and epochs, then ops and networks
+    local status=0
+    limited 180 "$PYTHON" -m bench.gpu_step --seconds 150 --out "$RESULTS/steps.json" || status=1
+    limited 290 "$PYTHON" -m bench.run --suite gpu --seconds 250 --resume --out "$RESULTS/ops.json" ||
+        status=1
+    return $status
 }
 
 part_tune() {

@@ -4,8 +4,9 @@
     python -m bench.report --plots docs/plots
 
 A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`. NAME is `grid`, `grid-all`,
-a group of bench/cases.py (these with `gpu-` before them for a GPU's figures), or the name of
-another results file, such as `train` or `saved-bytes`. Losing shapes stay in. Measures nothing.
+a group of bench/cases.py (these with `gpu-` before them for a GPU's figures), `gpu-steps` or
+`gpu-epochs` of gpu_step.py, or the name of another results file, such as `train` or `saved-bytes`.
+Losing shapes stay in. Measures nothing.
 """
 
 from __future__ import annotations
@@ -193,6 +194,16 @@ def _whole_file_table(name: str) -> Callable[[dict], str]:
     return saved_bytes_table if name == "saved-bytes" else plain_table
 
 
+# Of a results file whose rows say by `table` which one they belong to.
+_TABLES_OF = {"gpu-steps": ("gpu_steps", "steps"), "gpu-epochs": ("gpu_steps", "epochs")}
+
+
+def _part(found: dict, name: str) -> dict:
+    """The rows of one table of a file, without that column."""
+    rows = [row for row in found["rows"] if row.get("table") == name]
+    return {"rows": [{k: v for k, v in row.items() if k != "table"} for row in rows]}
+
+
 def _is_ops(found: dict, device: str, group: str) -> bool:
     return any(row.get("group") == group and row.get("device") == device for row in found["rows"])
 
@@ -202,7 +213,11 @@ def table(name: str, results: dict[Path, dict]) -> str:
     pick: Callable[[Path, dict], bool]
     whole_file = name.replace("-", "_")
     ungrouped = {f["name"] for f in results.values() if not any("group" in r for r in f["rows"])}
-    if whole_file in ungrouped:
+    if name in _TABLES_OF:
+        file, part = _TABLES_OF[name]
+        pick = lambda path, found: found["name"] == file and _part(found, part)["rows"]  # noqa: E731
+        make = lambda found: plain_table(_part(found, part))  # noqa: E731
+    elif whole_file in ungrouped:
         pick = lambda path, found: found["name"] == whole_file  # noqa: E731
         make = _whole_file_table(name)
     else:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fusedmlp.train import TrainConfig, data, fit, model
+from fusedmlp.train import TrainConfig, data, fit, model, step
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ class Ours:
 
 
 class InMemory:
-    """A careful eager loop: fp32 images in memory, one permutation an epoch, nothing else."""
+    """A careful eager loop: fp32 images in memory, one permutation an epoch, nothing else; bf16
+    by autocast."""
 
     name = "PyTorch, in-memory loop"
 
@@ -93,12 +94,14 @@ class InMemory:
         for _ in range(self.job.epochs):
             order = torch.randperm(len(self.x), device=self.x.device)
             for rows in order.split(batch):
-                loss = F.cross_entropy(net(self.x[rows]), self.data.y_train[rows])
+                with step.autocast(self.x.device, self.job.config.precision):
+                    loss = F.cross_entropy(net(self.x[rows]), self.data.y_train[rows])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 total += loss.detach()
-            right = accuracy(net, self.x_test, self.data.y_test)
+            with step.autocast(self.x.device, self.job.config.precision):
+                right = accuracy(net, self.x_test, self.data.y_test)
         return right
 
 

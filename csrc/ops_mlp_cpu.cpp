@@ -4,18 +4,10 @@
 #include <vector>
 
 #include "cpu/mlp.h"
-#include "ops_common.h"
+#include "mlp_lists.h"
 
 namespace fusedmlp {
 namespace {
-
-constexpr const char* kMlp = "mlp";
-// The flat form of fusedmlp/nets.py.
-constexpr size_t kInts = 4;    // of a layer: act, threshold, layer, which params it has
-constexpr size_t kFloats = 2;  // alpha, scale
-enum Bits : int64_t { kW = 1, kB = 2, kSlope = 4 };
-
-using Tensors = std::vector<Tensor>;
 
 int parallel_for(
     int64_t begin,
@@ -63,21 +55,8 @@ struct Net {
         const std::vector<int64_t>& ints,
         const std::vector<double>& numbers,
         int64_t row_offset)
-        : xv(x), dense(x) {
-        const size_t count = ints.size() / kInts;
-        size_t tensors = 0;
-        bool known = count > 0 && ints.size() == count * kInts;
-        for (size_t i = 0; known && i < count; ++i) {
-            const int64_t bits = ints[i * kInts + 3];
-            known = (bits & kW) && bits >= 0 && bits < 8;
-            tensors += 1 + ((bits & kB) != 0) + ((bits & kSlope) != 0);
-        }
-        if (!known || numbers.size() != count * kFloats || params.size() != tensors)
-            fail(
-                kMlp, ": ", kInts, " ints, ", kFloats,
-                " floats and the tensors that they name must be given for each layer, got ",
-                ints.size(), ", ", numbers.size(), " and ", params.size()
-            );
+        : xv(x), dense(x), given(mlp_layers(params, ints, numbers, row_offset, false)) {
+        const size_t count = given.size();
         if (check_tensor(kMlp, "input", xv) != Dtype::kFloat32)
             fail(kMlp, ": input must be torch.float32 on the CPU, got ", dtype_name(xv.dtype));
         if (xv.dim == 0 || xv.dim > kMaxDims)
@@ -87,14 +66,12 @@ struct Net {
         rows = xv.rows();
         p.x = floats(dense.tensor);
         int64_t width = xv.last();
-        const Tensor* t = params.data();
         p.layers.resize(count);
         weights.reserve(count);
         epilogues.reserve(count);
         for (size_t i = 0; i < count; ++i) {
-            const int64_t* n = ints.data() + i * kInts;
-            const double* f = numbers.data() + i * kFloats;
-            const View wv(*t);
+            const MlpLayer& one = given[i];
+            const View wv(one.w);
             check_tensor(kMlp, "weight", wv);
             check_same_device(kMlp, "weight", wv, xv);
             if (wv.dim != 2 || wv.sizes[1] != width)
@@ -107,18 +84,15 @@ struct Net {
                     kMlp, ": weight must be ", dtype_name(xv.dtype), " like input, got ",
                     dtype_name(wv.dtype)
                 );
-            weights.emplace_back(*t++);
-            const OptionalTensor b = n[3] & kB ? OptionalTensor(*t++) : std::nullopt;
-            const OptionalTensor slope = n[3] & kSlope ? OptionalTensor(*t++) : std::nullopt;
+            weights.emplace_back(one.w);
             epilogues.emplace_back(
-                kMlp, xv, rows, wv.sizes[0], b, "weight", wv, slope, state,
-                Numbers{n[0], f[0], n[1], f[1], n[2], row_offset}
+                kMlp, xv, rows, wv.sizes[0], one.b, "weight", wv, one.slope, state, one.n
             );
             cpu::MlpLayer& l = p.layers[i];
             l.w = floats(weights.back().tensor);
             l.k = width;
             l.e = epilogues.back().params;
-            l.saves = act_saves(l.e.act, f[0], l.e.drop.threshold != 0, false);
+            l.saves = one.saves;
             width = wv.sizes[0];
         }
     }
@@ -133,6 +107,7 @@ struct Net {
 
     View xv;
     Dense dense;
+    std::vector<MlpLayer> given;
     int64_t rows;
     std::vector<Dense> weights;
     std::vector<Epilogue> epilogues;
@@ -201,14 +176,7 @@ Tensors mlp_bwd(
     Net net(x, params, state, ints, numbers, row_offset);
     auto& p = net.p;
     const size_t count = p.layers.size();
-    const size_t of_z = size_t(std::count_if(p.layers.begin(), p.layers.end(), [](const auto& l) {
-        return l.saves == kSavesZ;
-    }));
-    if (ys.size() != count || hs.size() != of_z || needs.size() != count)
-        fail(
-            kMlp, ": ys, hs and needs must have ", count, ", ", of_z, " and ", count,
-            " entries, got ", ys.size(), ", ", hs.size(), " and ", needs.size()
-        );
+    check_mlp_kept(net.given, ys, hs, needs);
     size_t first = 0;
     while (!need_dx && first < count && !needs[first])
         ++first;
@@ -223,15 +191,14 @@ Tensors mlp_bwd(
         return at;
     };
     p.dx = result(need_dx, x);
-    const Tensor* t = params.data();
     for (size_t i = 0; i < count; ++i) {
         cpu::MlpLayer& l = p.layers[i];
-        const int64_t has = ints[i * kInts + 3];
-        l.dw = result(needs[i] & kW, *t++);
-        if (has & kB)
-            l.db = result(needs[i] & kB, *t++);
-        if (has & kSlope)
-            l.dslope = result(needs[i] & kSlope, *t++);
+        const MlpLayer& one = net.given[i];
+        l.dw = result(needs[i] & kW, one.w);
+        if (one.b)
+            l.db = result(needs[i] & kB, *one.b);
+        if (one.slope)
+            l.dslope = result(needs[i] & kSlope, *one.slope);
     }
     if (!works)
         return results;

@@ -15,6 +15,7 @@ from fusedmlp import rng
 from fusedmlp.nn import FusedMLP
 from fusedmlp.train import TrainConfig, native_op
 from fusedmlp.train.data import Data, permutation
+from fusedmlp.train.graph_step import Graph
 from fusedmlp.train.schedule import Schedule
 from fusedmlp.train.step import Task, choose
 
@@ -48,6 +49,16 @@ def task_of(net, data: Data, optimizer, loss="cross_entropy", **settings) -> Tas
 
 def engine_of(name: str, *arguments, **settings):
     engine = choose(name, task_of(*arguments, **settings))
+    engine.set_step(0)
+    return engine
+
+
+def on(device: str, data: Data, optimizer, net=None, kind=Graph, **settings):
+    """An engine of that kind on the device, at step 0; Graph's calls run on any device."""
+    net = (network(dropout=(0.2, 0.5)) if net is None else net).to(device)
+    task = task_of(net, data.to(device), optimizer, **settings)
+    task.device = torch.device(device)
+    engine = kind(task)
     engine.set_step(0)
     return engine
 

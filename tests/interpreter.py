@@ -3,6 +3,7 @@
 import inspect
 
 import numpy as np
+import pytest
 import torch
 
 
@@ -51,3 +52,14 @@ def repair(monkeypatch) -> None:
 
     monkeypatch.setattr(interpreter, "_convert_float", converted)
     monkeypatch.setattr(interpreter.ReduceOps, "sum", summed)
+
+
+def use_triton(monkeypatch) -> None:
+    """For a test whose Triton kernels run in the interpreter, or not at all where it cannot run."""
+    if reason := unusable():
+        pytest.skip(reason)
+    from fusedmlp.kernels.triton import configs
+
+    # The interpreter runs one program after the other: fewer and larger ones.
+    monkeypatch.setattr(configs, "_SMALL_TILE", 4096)
+    repair(monkeypatch)

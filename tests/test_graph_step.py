@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from .engines import (
     assert_near_fp64,
     config,
     network,
+    on,
     orders,
     state_equal,
     task_of,
@@ -39,16 +41,6 @@ def _backend(backend):
     """Each test with the ops of each backend that can run here."""
     with fusedmlp.use_backend(backend):
         yield
-
-
-def on(device: str, data: Data, optimizer, net=None, kind=Graph, **settings):
-    """An engine of that kind on the device, at step 0."""
-    net = (network(dropout=(0.2, 0.5)) if net is None else net).to(device)
-    task = task_of(net, data.to(device), optimizer, **settings)
-    task.device = torch.device(device)
-    engine = kind(task)
-    engine.set_step(0)
-    return engine
 
 
 def assert_close(first, second, rtol=1e-4, atol=1e-5) -> None:
@@ -239,10 +231,11 @@ def test_no_call_of_the_sequence_waits_for_a_value(name, precision, monkeypatch)
     settings["schedule"] = Schedule("cosine", 20, 5)
     with fusedmlp.use_backend("reference"):
         engine = on("cpu", made_data.pictures(), OPTIMIZERS[name], **settings)
-        engine.steps(torch.arange(100), 32)
-        engine.calls.load(torch.arange(100), None)
+        engine.steps(torch.arange(132), 32)
+        engine.calls.load(torch.arange(132), None)
         with Watch() as watch:
-            engine.calls.step(32)
+            engine.calls.run(32, 4)
+            engine.calls.judge(engine.task.x, engine.task.y)
     assert {"index_select", "mm", "_log_softmax"} <= watch.seen
     assert not watch.seen & WAITING and "_to_copy to a device" not in watch.seen
     with Watch() as watch:
@@ -290,6 +283,37 @@ def test_explain_names_the_engine_and_the_reasons_of_the_others():
     assert "it computes in fp32, --precision is bf16" in native
     assert graph == "graph: it runs on a CUDA GPU, the device is cpu"
     assert autograd == "autograd: taken"
+
+
+def test_what_runs_outside_of_a_graph_and_when_graphs_are_made(monkeypatch):
+    """The first call of a kind as it is, then as a graph; here a graph that runs its calls."""
+    events = []
+
+    def captured(self, calls):
+        events.append("capture")
+        return SimpleNamespace(replay=lambda: events.append("replay") or calls())
+
+    monkeypatch.setattr(Graph, "_captured", captured)
+    monkeypatch.setattr(Graph, "_outside", lambda self, calls: events.append("outside") or calls())
+    data, engines = made_data.pictures(rows=400), []
+    order = torch.arange(8 * (STEPS + 5) + 3)  # graphs of 16, 4 and 1 steps, and of 3 rows
+    x, y = data.x_test, data.y_test
+    for captures in (True, False):
+        engine = on("cpu", data, OPTIMIZERS["adamw"])
+        engine.captures = captures
+        for _ in range(3):
+            engine.steps(order, 8)
+            engine.judge(x, y)
+        other = copy.deepcopy(engine.task.optimizer.state_dict())
+        engine.task.optimizer.load_state_dict(other)
+        engine.steps(order, 8)
+        engine.judge(x, y)
+        engine.steps(torch.arange(300).repeat(2), 400)  # more rows than there are data
+        engines.append(engine)
+    once = ["capture", "replay"] * 5  # with the graph of the evaluation
+    assert events == ["outside"] * 5 + once + ["replay"] * 5 + once + ["outside"] * 2
+    assert state_equal(engines[0].task.model, engines[1].task.model)
+    assert engines[0].read() == engines[1].read()
 
 
 # on a GPU

@@ -1,14 +1,19 @@
-"""One training step as a fixed sequence of calls on tensors that stay where they are: what the
+"""Some training steps as a fixed sequence of calls on tensors that stay where they are: what the
 `graph` engine captures. Nothing here reads a value back, so on a GPU nothing waits for it.
 
+once for all steps of a call:
     gather     rows of the data by `order`, from `offset` on; scaled as the data's scaling says
-    forward    linear_act of each layer, masks from (seed, stream) in `state`
-    loss       F.cross_entropy or F.mse_loss and its gradient; sums go to `totals`
-    backward   bias_act_dropout_bwd and two products of each layer
+    rates      of the steps, where a schedule changes them
+    totals     losses and hits of all steps are added up
+    advance    stream, offset and index move on by as many steps
+for each step:
+    cast       the weights, where products are not in fp32: one call for all
+    forward    the op mlp_fwd, masks from (seed, stream) in `state`
+    loss       the op cross_entropy, or F.mse_loss and its gradient
+    backward   the op mlp_bwd
     update     clip_grad_norm_, then torch.optim's fused SGD or AdamW with the rate in a tensor
-    advance    state, offset and index move on to the next step
 
-The ops are those of any backend, on any device: run one by one they are the same step.
+The ops are those of any backend, on any device: run one by one they are the same steps.
 """
 
 from __future__ import annotations
@@ -18,15 +23,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import activations, dispatch
-from ..activations import SAVE_NOTHING, SAVE_Y, SAVE_Z
+from .. import activations, dispatch, nets
 from ..ops import BY_BACKEND
-from .network import Layer, layers_of
+from .network import layers_of
 
 if TYPE_CHECKING:
     from .step import Task
 
+VALUES = 1 << 24  # of inputs that are gathered, or of one layer of an evaluation: 64 MiB in fp32
 _DTYPES = {"bf16": torch.bfloat16}
+# Of cross_entropy: no row of a data set is to be left out.
+_IGNORED = -(1 << 63)
 
 
 class Calls:
@@ -37,15 +44,24 @@ class Calls:
         self.layers, _ = layers_of(task.model)
         self.dtype = _DTYPES.get(task.precision, torch.float32)
         device = task.device
-        self.state = torch.tensor([task.seed, 0], dtype=torch.int64, device=device)
-        self.stream = self.state[1:]
+        # seed, stream, offset, index: one addition moves them all on
+        self.place = torch.tensor([task.seed, 0, 0, 0], dtype=torch.int64, device=device)
+        self.state, self.stream = self.place[:2], self.place[1:2]
+        self.offset, self.index = self.place[2:3], self.place[3:]
+        self.moves: dict[tuple[int, int], Tensor] = {}  # of place
         self.order = torch.zeros(capacity, dtype=torch.int64, device=device)
-        self.offset = torch.zeros(1, dtype=torch.int64, device=device)
-        self.factors = torch.ones(capacity, dtype=torch.float64, device=device)
-        self.index = torch.zeros(1, dtype=torch.int64, device=device)
-        self.totals = torch.zeros(3, dtype=torch.float64, device=device)
         self.places = torch.arange(capacity, device=device)
-        self.classes = torch.arange(self.layers[-1].linear.out_features, device=device)
+        groups = task.optimizer.param_groups
+        self.rates = torch.zeros((len(groups), capacity), device=device)
+        self.given_rates: list[float] = []
+        self.step_rates: list[Tensor] = []  # of the step under way, one for each group
+        self.totals = torch.zeros(2, dtype=torch.float64, device=device)
+        self.judged = torch.zeros(3, dtype=torch.float64, device=device)
+        self.parameters = [t for layer in self.layers for t in layer.tensors() if t is not None]
+        self.is_cast = self.dtype != torch.float32
+        with torch.no_grad():
+            self.cast = [t.to(self.dtype) for t in self.parameters]
+            self.grads = [torch.empty_like(t) for t in self.parameters] if self.is_cast else []
         self.is_adamw = type(task.optimizer) is torch.optim.AdamW
         self.counts: dict[int, Tensor] = {}  # AdamW's updates of each parameter, on the device
 
@@ -53,94 +69,142 @@ class Calls:
         """The rows that the next steps take, (n,) with n <= capacity, and the factors of their
         learning rates; None where all are 1 and always were."""
         self.order[: len(order)].copy_(order)
-        self.offset.zero_()
-        self.index.zero_()
+        self.place[2:].zero_()
+        rates = [float(group["lr"]) for group in self.task.optimizer.param_groups]
         if factors is not None:
-            self.factors[: len(factors)].copy_(factors)
+            made = torch.tensor(rates, dtype=torch.float64).unsqueeze(1) * factors
+            self.rates[:, : len(factors)].copy_(made.float())
+        elif rates != self.given_rates:
+            self.rates.copy_(torch.tensor(rates).unsqueeze(1))
+        self.given_rates = rates
 
-    def step(self, rows: int) -> None:
-        """The next step, on that many rows."""
+    def run(self, rows: int, count: int) -> None:
+        """The next `count` steps, on that many rows each."""
         task = self.task
         with torch.no_grad():
-            at = self.order.index_select(0, self.offset + self.places[:rows])
-            inputs = task.scaling(task.x.index_select(0, at)).flatten(1)
-            outputs, kept = self.forward(inputs)
-            dy = self.loss(outputs, task.y.index_select(0, at))
-            grads = self.backward(dy.to(self.dtype), kept)
-            self.clip(list(grads.values()))
-            self.update(grads)
-            self.offset.add_(rows)
-            self.index.add_(1)
-            self.stream.add_(task.mask_layers)
+            at = self.order.index_select(0, self.offset + self.places[: rows * count])
+            x = self.inputs(task.x.index_select(0, at))
+            targets = task.y.index_select(0, at)
+            rates = self.rates
+            if not task.schedule.is_constant:
+                rates = rates.index_select(1, self.index + self.places[:count])
+            outputs, losses = [], []
+            for i, (mine, wanted) in enumerate(
+                zip(x.split(rows), targets.split(rows), strict=True)
+            ):
+                self.step_rates = list(rates[:, 0 if task.schedule.is_constant else i])
+                for list_, t in zip((outputs, losses), self._step(mine, wanted, i), strict=True):
+                    list_.append(t)
+            self.step_rates = []
+            self._add_up(self.totals, _joined(outputs), _joined(losses), targets)
+            self.place.add_(self._move(rows, count))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, list[tuple]]:
-        """x (B, K) fp32 -> outputs (B, C) fp32, and of each layer what its backward takes."""
-        kept = []
-        x = x.to(self.dtype)
-        for layer in self.layers:
-            tensors = [None if t is None else t.to(self.dtype) for t in layer.tensors()]
-            w, b, slope = tensors
-            threshold, scale = layer.dropping()
-            kind = activations.saves(layer.act, layer.alpha, self.dtype, threshold != 0)
-            ops = BY_BACKEND[self._backend(layer, len(x), threshold != 0)]
-            state = self.state if threshold else None
-            numbers = (layer.act, layer.alpha, threshold, scale, layer.number, 0)
-            if kind == SAVE_Z:
-                y, saved = ops.linear_act_fwd(x, w, b, slope, state, *numbers)
-            else:
-                y = ops.linear_act_infer(x, w, b, slope, state, *numbers)
-                saved = {SAVE_Y: y, SAVE_NOTHING: None}[kind]
-            kept.append((layer, ops, x, w, (saved, b, slope, state, *numbers, kind)))
-            x = y
-        return x.float(), kept
+    def _move(self, rows: int, count: int) -> Tensor:
+        """Made by the first call of a kind: a capture could not copy it from the host."""
+        key = rows, count
+        if key not in self.moves:
+            by = [0, count * self.task.mask_layers, count * rows, count]
+            self.moves[key] = torch.tensor(by, dtype=torch.int64, device=self.place.device)
+        return self.moves[key]
 
-    def _backend(self, layer: Layer, rows: int, dropout: bool) -> str:
-        n, k = layer.linear.weight.shape
-        route = dispatch.select(
-            "linear_act", self.task.device.type, self.dtype, layer.act, dropout, rows, k, n
+    def inputs(self, x: Tensor) -> Tensor:
+        """Rows (B, ...) as stored -> (B, K) in the dtype of the products."""
+        return self.task.scaling(x).flatten(1).to(self.dtype)
+
+    def _step(self, x: Tensor, targets: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """x (B, K), targets (B,) or (B, C); number: of the step in its call. Returns the outputs
+        and what `loss` returns first."""
+        ops = BY_BACKEND[self.backend(len(x))]
+        params, count = self._params(), len(self.layers)
+        ints, numbers = self.network(number * self.task.mask_layers)
+        state = self.state if any(ints[1 :: nets.INTS]) else None
+        kept = ops.mlp_fwd(x, params, state, ints, numbers, 0, True)
+        outputs = kept[count - 1]
+        losses, dy = self.loss(outputs, targets, self.task.label_smoothing)
+        needs = nets.bits_of(ints)
+        _, *grads = ops.mlp_bwd(
+            dy, x, params, state, kept[:count], kept[count:], ints, numbers, 0, needs, False
         )
-        # Plain PyTorch's kernels, called by the names of the ops.
+        if self.is_cast:
+            torch._foreach_copy_(self.grads, grads)
+            grads = self.grads
+        self.clip(grads)
+        self.update(dict(zip(map(id, self.parameters), grads, strict=True)))
+        return outputs, losses
+
+    def _params(self) -> list[Tensor]:
+        if not self.is_cast:
+            return self.parameters
+        torch._foreach_copy_(self.cast, self.parameters)
+        return self.cast
+
+    def network(self, streams: int, is_training: bool = True) -> tuple[list[int], list[float]]:
+        """ints and numbers as in nets.py; streams: added to the number of each layer."""
+        ints: list[int] = []
+        numbers: list[float] = []
+        for layer in self.layers:
+            threshold, scale = layer.dropping() if is_training else (0, 1.0)
+            there = zip(nets.BITS, layer.tensors(), strict=True)
+            bits = sum(bit for bit, t in there if t is not None)
+            ints += [layer.act, threshold, layer.number + streams, bits]
+            numbers += [layer.alpha, scale]
+        return ints, numbers
+
+    def backend(self, rows: int) -> str:
+        """Of the whole network: that which its first layer is best on."""
+        layer, kind = self.layers[0], self.task.device.type
+        n, k = layer.linear.weight.shape
+        drops = any(one.dropping()[0] for one in self.layers)
+        route = dispatch.select("linear_act", kind, self.dtype, layer.act, drops, rows, k, n)
+        # Plain PyTorch's kernels, called by the names of the ops. The extension's op for a CPU is
+        # in fp32 only.
+        lacks = route == "native" and not dispatch.has_mlp(route, kind, self.dtype)
+        return "reference" if lacks or route == dispatch.EAGER else route
+
+    def loss_backend(self, rows: int) -> str:
+        kind, classes = self.task.device.type, self.layers[-1].linear.out_features
+        if kind == "cpu" and dispatch.explicit(None) != "triton":
+            return "reference"  # as in loss.py
+        none = activations.NONE
+        route = dispatch.select("cross_entropy", kind, self.dtype, none, False, rows, 0, classes)
         return "reference" if route == dispatch.EAGER else route
 
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Adds to the totals; returns the gradient (B, C) of the mean over the rows.
+    def loss(self, outputs: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+        """What the loss is added up from, and the gradient (B, C) of the mean over the rows.
 
-        outputs (B, C) fp32, targets (B,) int64 or (B, C) fp32
+        outputs (B, C), targets (B,) int64 or (B, C) fp32; the first result is the losses (B,) of
+        cross_entropy, or the differences (B, C) of mse
         """
         rows = len(outputs)
         if self.task.loss == "mse":
-            gap = outputs - targets
-            each = gap.square().mean(1)
-            right = torch.zeros_like(self.totals[1])
-            dy = gap * (2 / gap.numel())
-        else:
-            smoothing = self.task.label_smoothing
-            log_p = outputs.log_softmax(1)
-            each = -log_p.gather(1, targets.unsqueeze(1)).squeeze(1)
-            if smoothing:
-                each = (1 - smoothing) * each - smoothing * log_p.mean(1)
-            right = (outputs.argmax(1) == targets).sum().double()
-            dy = log_p.exp() - smoothing / outputs.shape[1]
-            hit = self.classes == targets.unsqueeze(1)
-            dy = torch.where(hit, dy - (1 - smoothing), dy) / rows
-        self.totals[0].add_(each.double().sum())
-        self.totals[1].add_(right)
-        self.totals[2].add_(rows)
-        return dy
+            gap = outputs.float() - targets
+            return gap, (gap * (2 / gap.numel())).to(self.dtype)
+        ops = BY_BACKEND[self.loss_backend(rows)]
+        return ops.cross_entropy(outputs, targets, smoothing, _IGNORED, 1 / rows)
 
-    def backward(self, dy: Tensor, kept: list[tuple]) -> dict[int, Tensor]:
-        """The gradient of each parameter in fp32, by id of the parameter."""
-        grads = {}
-        for number, (layer, ops, x, w, (saved, b, slope, *rest)) in enumerate(reversed(kept)):
-            needs = b is not None, slope is not None
-            dz, db, dslope = ops.bias_act_dropout_bwd(dy, saved, b, slope, *rest, *needs)
-            found = dz.t().mm(x), db, dslope
-            for parameter, grad in zip(layer.tensors(), found, strict=True):
-                if parameter is not None:
-                    grads[id(parameter)] = grad.float()
-            if number + 1 < len(kept):
-                dy = dz.mm(w)
-        return grads
+    def _add_up(self, totals: Tensor, outputs: Tensor, losses: Tensor, targets: Tensor) -> None:
+        """Sum of losses and number right, onto the first two of totals."""
+        if self.task.loss == "mse":
+            totals[0].add_(losses.square().mean(1).sum(dtype=torch.float64))
+        else:
+            totals[0].add_(losses.sum(dtype=torch.float64))
+            totals[1].add_((outputs.argmax(1) == targets).sum())
+
+    def judge(self, x: Tensor, y: Tensor) -> None:
+        """Writes (sum of losses, number right, rows) to `judged`, in evaluation mode and without
+        label smoothing, over rows x (n, ...) as stored and their targets."""
+        widest = max(max(layer.linear.weight.shape) for layer in self.layers)
+        part = max(1, VALUES // widest)
+        with torch.no_grad():
+            self.judged.zero_()
+            params, (ints, numbers) = self._params(), self.network(0, is_training=False)
+            for rows, targets in zip(x.split(part), y.split(part), strict=True):
+                ops = BY_BACKEND[self.backend(len(rows))]
+                inputs = self.inputs(rows)
+                (outputs,) = ops.mlp_fwd(inputs, params, None, ints, numbers, 0, False)
+                losses, _ = self.loss(outputs, targets, 0.0)
+                self._add_up(self.judged, outputs, losses, targets)
+            self.judged[2].fill_(len(x))
 
     def clip(self, grads: list[Tensor]) -> None:
         """torch.nn.utils.clip_grad_norm_."""
@@ -151,11 +215,9 @@ class Calls:
 
     def update(self, grads: dict[int, Tensor]) -> None:
         """torch.optim's own kernels, with the learning rate of the step in a tensor."""
-        factor = self.factors.index_select(0, self.index).squeeze(0)
-        for group in self.task.optimizer.param_groups:
+        for group, lr in zip(self.task.optimizer.param_groups, self.step_rates, strict=True):
             parameters = group["params"]
             mine = [grads[id(p)] for p in parameters]
-            lr = (factor * float(group["lr"])).float()
             decay = float(group["weight_decay"])
             common = dict(weight_decay=decay, maximize=False, grad_scale=None, found_inf=None)
             if not self.is_adamw:
@@ -218,3 +280,7 @@ class Calls:
         for p in (p for group in self.task.optimizer.param_groups for p in group["params"]):
             if id(p) in self.counts:
                 self.counts[id(p)].copy_(self.task.optimizer.state[p]["step"])
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]

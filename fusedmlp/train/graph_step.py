@@ -7,18 +7,23 @@ On other devices the same calls are made one by one, which is how they are teste
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from . import graph_calls
 from .graph_calls import Calls
-from .network import against_data, against_optimizer, against_parameters, layers_of
+from .network import against_data, against_optimizer, against_parameters, against_rows, layers_of
 
 if TYPE_CHECKING:
     from .step import Task
 
 STEPS = 16  # of one graph, where as many of the same size follow each other
+SIZES = (STEPS, 4, 1)  # of the graphs that the steps of a call are made up of
+JUDGED = 4  # graphs of evaluations that are held, each of data of its own
 
 
 class Graph:
@@ -51,9 +56,11 @@ class Graph:
         self.task = task
         self.calls = Calls(task, len(task.x))
         self.number = 0
+        self.rows = 0  # since the last read
         self.held: list[Tensor] = []
-        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
-        self.tried: set[int] = set()  # rows of steps that have run outside of a graph
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        self.tried: set[tuple] = set()  # what has run outside of a graph
+        self.judged: dict[tuple, tuple[Tensor, Tensor]] = {}  # the data that graphs read
         self.captures = task.device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if self.captures else None
 
@@ -78,6 +85,7 @@ class Graph:
         self.calls.totals.copy_(totals)
         self.set_step(self.number)
         self.graphs.clear()
+        self.tried.clear()
         self.held = []
 
     def _part(self, order: Tensor, batch: int) -> None:
@@ -96,52 +104,73 @@ class Graph:
         if rest:
             self._run(rest, 1)
         self.number += steps
+        self.rows += len(order)
         if self.calls.is_adamw:
             state = self.task.optimizer.state
             torch._foreach_add_([state[p]["step"] for p in self.task.model.parameters()], steps)
 
     def _run(self, rows: int, count: int) -> None:
         """The next `count` steps, of `rows` rows each."""
-        if not self.captures:
-            for _ in range(count):
-                self.calls.step(rows)
+        if not count:
             return
-        if count and rows not in self.tried:
-            self._outside(rows)
-            count -= 1
+        most = graph_calls.VALUES // (rows * self.calls.layers[0].linear.in_features)
         while count:
-            several = STEPS if count >= STEPS else 1
-            key = rows, several
-            if key not in self.graphs:
-                self.graphs[key] = self._captured(rows, several)
-            self.graphs[key].replay()
+            several = next(n for n in SIZES if n <= max(1, min(count, most)))
+            self._go((rows, several), functools.partial(self.calls.run, rows, several))
             count -= several
-        torch.autograd.graph.increment_version(list(self.task.model.parameters()))
+        torch.autograd.graph.increment_version(self.calls.parameters)
 
-    def _outside(self, rows: int) -> None:
-        """A step of the run, on a stream of its own: libraries and kernels load themselves and
-        choose their tiles, which a capture does not allow."""
+    def _go(self, key: tuple, calls: Callable[[], None]) -> None:
+        """Calls that are the same for each key: the first time as they are, then as a graph."""
+        if not self.captures:
+            calls()
+        elif key not in self.tried:
+            self._outside(calls)
+            self.tried.add(key)
+        else:
+            if key not in self.graphs:
+                self.graphs[key] = self._captured(calls)
+            self.graphs[key].replay()
+
+    def _outside(self, calls: Callable[[], None]) -> None:
+        """Part of the run, on a stream of its own: libraries and kernels load themselves, are
+        compiled for these alignments and choose their tiles, which a capture does not allow."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self.calls.step(rows)
+            calls()
         torch.cuda.current_stream().wait_stream(side)
-        self.tried.add(rows)
 
-    def _captured(self, rows: int, count: int) -> torch.cuda.CUDAGraph:
+    def _captured(self, calls: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
-            for _ in range(count):
-                self.calls.step(rows)
+            calls()
         return graph
 
     def read(self) -> tuple[float, float, int]:
-        loss, right, rows = self.calls.totals.tolist()  # the one wait for the device
+        loss, right = self.calls.totals.tolist()  # the one wait for the device
         self.calls.totals.zero_()
-        return loss, right, int(rows)
+        rows, self.rows = self.rows, 0
+        return loss, right, rows
 
-    def judge(self, x: Tensor, y: Tensor) -> None:
-        return None
+    def judge(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """(sum of losses, number right, rows) in fp64, on the device, over rows x (n, ...) as
+        stored and their targets, in evaluation mode and without label smoothing; None where it
+        cannot take them. Does not wait. The data of the last few calls are kept alive."""
+        task, device = self.task, self.task.x.device
+        if x.device != device or y.device != device:
+            return None
+        if against_rows(task, x, y, self.calls.layers):
+            return None
+        key = "judge", x.data_ptr(), y.data_ptr(), len(x)
+        if key not in self.judged and len(self.judged) == JUDGED:
+            for old in self.judged:
+                self.graphs.pop(old, None)
+                self.tried.discard(old)
+            self.judged.clear()
+        self.judged[key] = x, y
+        self._go(key, functools.partial(self.calls.judge, x, y))
+        return self.calls.judged.clone()
 
     def sync(self) -> None:
         """Nothing is held back: parameters and state are the task's own tensors."""
