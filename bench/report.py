@@ -5,7 +5,7 @@
 
 A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`. NAME is `grid`, `grid-all`,
 a group of bench/cases.py (these with `gpu-` before them for a GPU's figures), `gpu-steps` or
-`gpu-epochs` of gpu_step.py, or the name of another results file, such as `train` or `saved-bytes`.
+`gpu-epochs` of gpu_step.py, `engine-` and a group of engine_step.py, or the name of another results file, such as `train` or `saved-bytes`.
 Losing shapes stay in. Measures nothing.
 """
 
@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import kernel_tables, record
+from . import engine_tables, kernel_tables, record
 from .run import NEVER_BELOW, grid_summary, key
 
 _MARKED = re.compile(
@@ -217,6 +217,11 @@ def table(name: str, results: dict[Path, dict]) -> str:
         file, part = _TABLES_OF[name]
         pick = lambda path, found: found["name"] == file and _part(found, part)["rows"]  # noqa: E731
         make = lambda found: plain_table(_part(found, part))  # noqa: E731
+    elif name.startswith("engine-"):
+        pick = lambda path, found: engine_tables.rows_of(found, name)  # noqa: E731
+        make = lambda found: markdown(  # noqa: E731
+            *engine_tables.table(engine_tables.rows_of(found, name), spread)
+        )
     elif whole_file in ungrouped:
         pick = lambda path, found: found["name"] == whole_file  # noqa: E731
         make = _whole_file_table(name)

@@ -276,6 +276,27 @@ def test_the_trainers_results_become_a_table(checkout):
     assert "| 784-256-10 | fusedmlp | 2.00 (1.90–2.20) | 0.88 |" in text
 
 
+def test_the_engines_results_become_a_table_a_group(checkout):
+    step = {"group": "batch", "case": "784-256-10 batch 1", "threads": 2}
+    step |= {"native_us": [10, 9, 11], "gemms_us": [8, 7, 9], "eager_us": [30, 29, 31]}
+    step |= {"over_gemms": [1.25, 1.2, 1.3], "over_eager": [3.0, 2.9, 3.1]}
+    many = {"group": "ensemble", "case": "20-64-64-10 batch 32", "threads": 2, "members": 4}
+    many |= {"native_us": [40, 39, 41], "over_one": [2.0, 1.8, 2.2]}
+    header = record.header("engine_step", "bench.engine_step", [])
+    path = checkout / "bench" / "results" / "engine_step.json"
+    record.write(path, header | {"rows": [step, many]})
+    names = ["batch", "ensemble", "width"]
+    marked = (f"<!-- bench:engine-{n} -->\n<!-- /bench:engine-{n} -->\n" for n in names)
+    (checkout / "README.md").write_text("".join(marked))
+    report.main(["--root", str(checkout)])
+    parts = (checkout / "README.md").read_text().split("<!-- bench:")[1:]
+    steps = "| 784-256-10 batch 1 | 2 | 10 | 8 | 30 | 1.25 (1.20–1.30) | 3.00 (2.90–3.10) |"
+    both = "| 20-64-64-10 batch 32 | 2 | 4 | 40 | 2.00 (1.80–2.20) | 0.50 (0.45–0.55) |"
+    assert [steps in part for part in parts] == [True, False, False]
+    assert [both in part for part in parts] == [False, True, False]
+    assert "Not measured yet" in parts[2]
+
+
 def test_a_table_without_results_says_so(checkout):
     (checkout / "README.md").write_text("<!-- bench:gpu-step -->\n<!-- /bench:gpu-step -->\n")
     report.main(["--root", str(checkout)])
