@@ -5,8 +5,8 @@
 
 A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`. NAME is `grid`, `grid-all`,
 a group of bench/cases.py (these with `gpu-` before them for a GPU's figures), `gpu-steps` or
-`gpu-epochs` of gpu_step.py, `engine-` and a group of engine_step.py, or the name of another results file, such as `train` or `saved-bytes`.
-Losing shapes stay in. Measures nothing.
+`gpu-epochs` of gpu_step.py, `engine-` and a group of engine_step.py, or the name of another results
+file, such as `train` or `saved-bytes`. Losing shapes stay in. Measures nothing.
 """
 
 from __future__ import annotations
