@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..nn import FusedMLP
 from . import schedule, source, step
 from .config import TrainConfig
 from .data import Data, Scaling, permutation, resolved
@@ -91,6 +92,8 @@ def fit_many(
         _Training(config, task, m, together)
         for (config, task), m in zip(tasks, members, strict=True)
     ]
+    for training in trainings:
+        training.engine.task.model.train()
     many = NativeMany()
     epochs, done = max((t.config.epochs for t in trainings), default=0), 0
     while done < epochs:
@@ -106,6 +109,8 @@ def fit_many(
             done += 1
             if on_epoch is not None:
                 on_epoch(done)
+                for training in trainings:
+                    training.engine.task.model.train()
             if progress is not None:
                 progress(done, epochs)
     return [training.history for training in trainings]
@@ -137,7 +142,6 @@ class _Training:
         return self.rows[permutation(self.config.seed, epoch, len(self.rows))]
 
     def train_epoch(self) -> None:
-        self.engine.task.model.train()
         with borrowed(self.config, self.device):
             seed_generators(rng_seed(self.config, ALONE, self.epoch), self.device)
             self.engine.steps(self.order(self.epoch).to(self.device), self.config.batch_size)
@@ -162,7 +166,6 @@ def _train_epochs(many: NativeMany, trainings: list[_Training], count: int) -> N
     orders: dict[tuple, Tensor] = {}
     shares = []
     for t in trainings:
-        t.engine.task.model.train()
         epochs = min(count, t.config.epochs - t.epoch)
         # Candidates of one fold see its rows in the same order.
         key = (id(t.rows), t.config.seed, t.epoch, epochs)
@@ -180,6 +183,13 @@ def _row(loss: float, accuracy: float | None) -> dict:
     return {"train_loss": float(f"{loss:.9g}"), "train_accuracy": rounded}
 
 
+def _kind(model: nn.Module) -> tuple:
+    """Equal for models of which one stands for all when a row is tried on them."""
+    if type(model) is not FusedMLP:
+        return (id(model),)
+    return (*map(type, model), *((tuple(p.shape), p.dtype) for p in model.parameters()))
+
+
 def _tasks(
     members: Sequence[Member], x: Tensor, y: Tensor, loss: str, scaling: Scaling
 ) -> list[tuple[TrainConfig, step.Task]]:
@@ -188,14 +198,20 @@ def _tasks(
     if loss == "cross_entropy":
         classes = tuple(str(i) for i in range(int(y.max()) + 1))
     given = Data("tensors", x, y, classes=classes, scaling=scaling)
-    tasks, on = [], {}
+    tasks: list[tuple[TrainConfig, step.Task]] = []
+    moved: dict[torch.device, Data] = {}
+    fitted: dict[tuple, Data] = {}
     for member in members:
         model, config = member.model, resolved(member.config, given)
         device = pick_device(config)
-        if device not in on:
-            on[device] = given.to(device)
-        with borrowed(config, device):
-            data = source.on_device(on[device], model.to(device), device)
+        model.to(device)
+        if device not in moved:
+            moved[device] = given.to(device)
+        key = device, config.backend, _kind(model)
+        if key not in fitted:
+            with borrowed(config, device):
+                fitted[key] = source.on_device(moved[device], model, device)
+        data = fitted[key]
         task = step.Task(
             model, optimizer_for(model, config, loss), loss, device, scaling=data.scaling
         )
