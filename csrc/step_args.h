@@ -230,12 +230,8 @@ inline void check_rule(const char* op, const cpu::StepParams& p) {
                 fail(op, ": AdamW needs both moments");
 }
 
-inline const double* scale_of(
-    const char* op,
-    const Tensor& lr_scale,
-    const cpu::StepParams& p,
-    int64_t epochs = 1
-) {
+inline const double*
+scale_of(const char* op, const Tensor& lr_scale, const cpu::StepParams& p, int64_t epochs = 1) {
     const View v = checked(op, "lr_scale", lr_scale, aoti_torch_dtype_float64());
     const int64_t steps = (p.rows + p.batch - 1) / p.batch * epochs;
     if (v.numel != steps)
