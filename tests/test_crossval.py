@@ -146,6 +146,18 @@ def test_all_candidates_share_calls_and_progress_counts_each_epoch(monkeypatch):
     assert told == [(16, 40), (32, 40), (40, 40)]
 
 
+def test_ctrl_c_leaves_no_folder_behind(monkeypatch, capsys):
+    """It is seen between two calls; the progress that is told after each stands for it here."""
+
+    def interrupted(*numbers):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cv, "_tell", interrupted)
+    code = run("crossval", "--dataset", "digits", "--epochs", 2, "--folds", 2, "--out", "found")
+    assert code == 130 and "Traceback" not in capsys.readouterr().err
+    assert not Path("found").exists()
+
+
 def test_regression_keeps_units_and_classes_may_be_rare():
     x = torch.randn(40, 3, generator=torch.Generator().manual_seed(1))
     plain = crossval(TrainConfig(epochs=1, hidden=(4,)), {}, folds=2, data=(x, x[:, :2]))

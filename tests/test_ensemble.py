@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from fusedmlp.train import Member, Scaling, UsageError, ensemble, fit, fit_many, refuses_many
-from fusedmlp.train.native_many import NativeMany
+from fusedmlp.train.native_many import NativeMany, Share
+from fusedmlp.train.native_step import Native
 
 from . import made_data
-from .engines import config, need_native, network, state_equal
+from .engines import OPTIMIZERS, config, need_native, network, state_equal, task_of
 
 made_data.need("safetensors", "matplotlib")
 need_native()
@@ -333,3 +334,24 @@ def test_long_epochs_take_several_calls(monkeypatch):
     fit_many(members_of(FLAGS["sgd"], epochs=1), x, y, loss="cross_entropy")
     assert calls[0] == [32, 32, 32] and len(calls) == 2
     assert [a + b for a, b in zip(*calls, strict=True)] == [len(chosen(n)) for n in range(3)]
+
+
+SHARES = {
+    "epochs": (lambda order: (order[:-1], 32, 3), "equally many rows for each of its epochs"),
+    "rows": (lambda order: (order + 1, 32, 3), r"rows of the data, in \[0, 180\)"),
+    "batch": (lambda order: (order, -32, 3), "batch must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("case", SHARES)
+def test_the_op_reads_no_row_that_is_not_there(case):
+    change, message = SHARES[case]
+    [member] = members_of([{}])
+    task = task_of(member.model, made_data.blobs(), OPTIMIZERS["sgd"])
+    share = Share(Native(task), *change(torch.arange(ROWS).repeat(3)))
+    before = [p.detach().clone() for p in member.model.parameters()]
+    many = NativeMany()
+    many.chunk = 1000.0
+    with pytest.raises(RuntimeError, match=message):
+        many.run([share, share])
+    assert all(map(torch.equal, before, member.model.parameters()))
