@@ -32,6 +32,7 @@ from .timing import spread
 FOLDS = 5
 COMPARED = {"hidden": [64, 128], "dropout": [0.0, 0.2], "weight_decay": [0.0, 1e-4, 1e-3]}
 GRID = {"hidden_layer_sizes": [(50,), (100,), (200,)], "alpha": [1e-4, 1e-2, 1.0]}
+PARTS = ("crossval", "digits", "fashion_mnist")  # of the benchmark; the last two are searches
 IMAGES, IMAGE_EPOCHS = 10_000, 20  # rows of Fashion-MNIST, and passes over them
 
 
@@ -119,11 +120,27 @@ def rows_of(what: str, ways: dict, rounds: int, score: str) -> list[dict]:
     ]
 
 
+def _folds(config: TrainConfig, rounds: int) -> list[dict]:
+    first, second = together(config), one_by_one(config)  # warms both as well
+    if any(abs(a - b) > 1e-9 for a, b in zip(first, second, strict=True)):
+        raise SystemExit(f"together and one by one must agree, got {first} and {second}")
+    count = len(list(itertools.product(*COMPARED.values())))
+    ways = {
+        "crossval": lambda seed: min(together(config.replace(seed=seed))),
+        "fit, one after the other": lambda seed: min(one_by_one(config.replace(seed=seed))),
+    }
+    what = f"{count} candidates x {FOLDS} folds, digits"
+    return rows_of(what, ways, rounds, "validation error")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, help="folder of Fashion-MNIST; else digits only")
     parser.add_argument("--out", type=Path, default=Path("bench/results/crossval.json"))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="of the cross-validation")
+    # A search is 46 fits already, and takes a minute where a cross-validation takes a second.
+    parser.add_argument("--grid-rounds", type=int, default=1, help="of GridSearchCV")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--epochs", type=int, default=30, help="of the cross-validated networks")
     parser.add_argument("--grid-epochs", type=int, default=200, help="at most, on digits")
     parser.add_argument("--threads", type=int, help="default: as torch has it")
@@ -131,18 +148,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     config = TrainConfig(dataset="digits", device="cpu", epochs=args.epochs)
-    first, second = together(config), one_by_one(config)  # warms both as well
-    if any(abs(a - b) > 1e-9 for a, b in zip(first, second, strict=True)):
-        raise SystemExit(f"together and one by one must agree, got {first} and {second}")
-    count = len(list(itertools.product(*COMPARED.values())))
-    what = f"{count} candidates x {FOLDS} folds, digits"
-    ways = {
-        "crossval": lambda seed: min(together(config.replace(seed=seed))),
-        "fit, one after the other": lambda seed: min(one_by_one(config.replace(seed=seed))),
-    }
-    rows = rows_of(what, ways, args.rounds, "validation error")
+    rows = _folds(config, args.rounds) if "crossval" in args.parts else []
     for name, epochs in (("digits", args.grid_epochs), ("fashion_mnist", IMAGE_EPOCHS)):
-        if name != "digits" and args.data_dir is None:
+        if name not in args.parts or (name != "digits" and args.data_dir is None):
             continue
         loaded = data.load(config.replace(dataset=name, data_dir=args.data_dir))
         top = float(loaded.scaling.divisor)
@@ -153,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
             loaded.y_test.numpy(),
         ]
         what = f"GridSearchCV 3 x 3 x {FOLDS}, {name}, {len(parts[0])} rows"
-        rows += rows_of(what, searches(*parts, epochs), args.rounds, "test accuracy")
+        rows += rows_of(what, searches(*parts, epochs), args.grid_rounds, "test accuracy")
     record.write(args.out, record.header("crossval", "bench.crossval", argv) | {"rows": rows})
     return 0
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from fusedmlp.nn import FusedMLP
 from fusedmlp.train.data import Scaling
-from fusedmlp.train.native_many import NativeMany
+from fusedmlp.train.native_many import NativeMany, Share
 from fusedmlp.train.native_step import Native
 from fusedmlp.train.step import Task
 
@@ -219,9 +219,9 @@ def many(net: Network, members: int):
         task = task_of(net, model_of(net))
         task.x, task.y = first.x[:rows], first.y[:rows]
         engines.append(engine_of(task))
-    together = NativeMany(engines, net.batch)
-    orders = [torch.randperm(rows) for _ in engines]
-    return lambda: together.steps(orders)
+    together = NativeMany()
+    shares = [Share(engine, torch.randperm(rows), net.batch) for engine in engines]
+    return lambda: together.run(shares)
 
 
 def measure_ensemble(net: Network, threads: int, budget: float) -> list[dict]:

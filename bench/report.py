@@ -167,6 +167,17 @@ def saved_bytes_table(found: dict) -> str:
     return markdown(head, lines, 3)
 
 
+def crossval_table(found: dict) -> str:
+    """Time and score of every way to choose a model; ratios are over this package's of one task."""
+    head = ["", "way", "seconds", "time over fusedmlp's", "score", "rounds"]
+    lines = []
+    for row in found["rows"]:
+        score = f"{row['score is']} {row['score']:.2%}"
+        times = [spread(row["seconds"]), spread(row["time over fusedmlp's"])]
+        lines.append([row["what"], row["way"], *times, score, str(row["rounds"])])
+    return markdown(head, lines, 2)
+
+
 def plain_table(found: dict) -> str:
     """Every column of every row as it is; three numbers are median (p20-p80)."""
     columns: list[str] = []
@@ -191,7 +202,7 @@ def plain_table(found: dict) -> str:
 def _whole_file_table(name: str) -> Callable[[dict], str]:
     if name in kernel_tables.TABLES:
         return lambda found: markdown(*kernel_tables.TABLES[name](found))
-    return saved_bytes_table if name == "saved-bytes" else plain_table
+    return {"saved-bytes": saved_bytes_table, "crossval": crossval_table}.get(name, plain_table)
 
 
 # Of a results file whose rows say by `table` which one they belong to.

@@ -68,8 +68,44 @@ int64_t train_steps(
 }
 
 // Of a member, beside its layers.
-constexpr size_t kMemberInts = 5;    // rule, updates, seed, first_step, mask_layers
+constexpr size_t kMemberInts = 8;    // rule, updates, seed, first_step, mask_layers, layers, batch,
+                                     // epochs
 constexpr size_t kMemberFloats = 6;  // smoothing, momentum, beta1, beta2, eps, max_norm
+
+// order: (epochs * rows,); leaves in p the rows of one epoch.
+void take_order(
+    const DataArgs& data,
+    cpu::Member& member,
+    const Tensor& order,
+    int64_t batch,
+    int64_t epochs
+) {
+    cpu::StepParams& p = member.steps;
+    data.fill(p, order, batch);
+    if (epochs < 1 || p.rows % epochs)
+        fail(
+            data.op, ": an order must hold equally many rows for each of its epochs, got ", p.rows,
+            " for ", epochs
+        );
+    p.rows /= epochs;
+    member.epochs = epochs;
+}
+
+void check_orders(const DataArgs& data, const std::vector<cpu::Member>& members) {
+    for (const cpu::Member& m : members) {
+        cpu::StepParams all;
+        all.order = m.steps.order;
+        all.rows = m.steps.rows * m.epochs;
+        data.check_order(all);
+    }
+}
+
+View slots_of(const char* op, const Tensor& work) {
+    const View v = checked(op, "work", work, aoti_torch_dtype_float32());
+    if (v.dim != 2 || v.sizes[0] < 1)
+        fail(op, ": work must be (threads, floats), got ", v.shape());
+    return v;
+}
 
 int64_t train_many(
     Tensor x,
@@ -88,28 +124,28 @@ int64_t train_many(
     std::vector<int64_t> member_ints,
     std::vector<double> member_numbers,
     double divisor,
-    int64_t batch,
     int64_t loss
 ) {
     const char* op = "train_many";
     const DataArgs data(op, x, y, mean, std, divisor, loss);
     const LayerArgs args{op, params, m1, m2, ints, numbers};
     args.check();
-    const size_t members = orders.size(), each = members ? args.count() / members : 0;
-    if (each == 0 || each * members != args.count() || lr_scales.size() != members ||
-        member_ints.size() != members * kMemberInts ||
-        member_numbers.size() != members * kMemberFloats)
+    const size_t count = orders.size();
+    if (count == 0 || lr_scales.size() != count || member_ints.size() != count * kMemberInts ||
+        member_numbers.size() != count * kMemberFloats)
         fail(
-            op, ": an order, an lr_scale, ", kMemberInts, " ints, ", kMemberFloats,
-            " floats and equally many layers must be given for each of ", members, " members"
+            op, ": an order, an lr_scale, ", kMemberInts, " ints and ", kMemberFloats,
+            " floats must be given for each of ", count, " members"
         );
-    double* sums = totals_of(op, totals, int64_t(3 * members));
-    std::vector<cpu::StepParams> all(members);
-    for (size_t m = 0; m < members; ++m) {
-        cpu::StepParams& p = all[m];
-        p.layers = args.layers(m * each, each, data.width);
-        data.fill(p, orders[m], batch);
+    std::vector<cpu::Member> all(count);
+    size_t layer = 0;
+    int64_t epochs = 0;
+    for (size_t m = 0; m < count; ++m) {
+        cpu::StepParams& p = all[m].steps;
         const int64_t* i = member_ints.data() + m * kMemberInts;
+        p.layers = args.layers(layer, args.checked_layers(layer, i[5]), data.width);
+        layer += p.layers.size();
+        take_order(data, all[m], orders[m], i[6], i[7]);
         p.rule = int(i[0]);
         p.updates = i[1];
         p.seed = i[2];
@@ -124,20 +160,80 @@ int64_t train_many(
         p.eps = f[4];
         p.max_norm = f[5];
         if (View(lr_scales[m]).numel)
-            p.lr_scale = scale_of(op, lr_scales[m], p);
-        p.totals = sums + 3 * m;
+            p.lr_scale = scale_of(op, lr_scales[m], p, all[m].epochs);
+        epochs += all[m].epochs;
     }
-    const View wv = checked(op, "work", work, aoti_torch_dtype_float32());
-    if (wv.dim != 2 || wv.sizes[0] < 1)
-        fail(op, ": work must be (threads, floats), got ", wv.shape());
-    const int64_t needed = cpu::many_work(all);
+    if (layer != args.count())
+        fail(op, ": the layers of all members must be ", args.count(), ", got ", layer);
+    double* sums = totals_of(op, totals, 3 * epochs);
+    for (cpu::Member& m : all) {
+        m.steps.totals = sums;
+        sums += 3 * m.epochs;
+    }
+    const View wv = slots_of(op, work);
+    const int64_t needed = cpu::many_work(all, cpu::step_work);
     if (wv.sizes[1] < needed || needed == 0)
         return needed;
-    for (const cpu::StepParams& p : all)
-        data.check_order(p);
+    check_orders(data, all);
     auto* memory = static_cast<float*>(wv.data());
     if (cpu::launch_many(all, memory, wv.sizes[0], wv.sizes[1], step_parallel_for))
         throw std::runtime_error("train_many: the CPU kernel failed");
+    return needed;
+}
+
+// What the judging ops need of a network.
+std::vector<cpu::StepLayer> judged(std::vector<cpu::StepLayer> layers) {
+    for (cpu::StepLayer& l : layers) {
+        l.saves = kSavesNothing;
+        l.threshold = 0;
+    }
+    return layers;
+}
+
+int64_t judge_many(
+    Tensor x,
+    Tensor y,
+    Tensors orders,
+    OptionalTensor mean,
+    OptionalTensor std,
+    Tensors params,
+    Tensor totals,
+    Tensor work,
+    std::vector<int64_t> ints,
+    std::vector<double> numbers,
+    std::vector<int64_t> layers,
+    double divisor,
+    int64_t batch,
+    int64_t loss
+) {
+    const char* op = "judge_many";
+    const DataArgs data(op, x, y, mean, std, divisor, loss);
+    const Tensors none;
+    const LayerArgs args{op, params, none, none, ints, numbers};
+    args.check();
+    const size_t count = orders.size();
+    if (count == 0 || layers.size() != count)
+        fail(op, ": an order and a number of layers must be given for each member");
+    double* sums = totals_of(op, totals, int64_t(3 * count));
+    std::vector<cpu::Member> all(count);
+    size_t layer = 0;
+    for (size_t m = 0; m < count; ++m) {
+        cpu::StepParams& p = all[m].steps;
+        p.layers = judged(args.layers(layer, args.checked_layers(layer, layers[m]), data.width));
+        layer += p.layers.size();
+        take_order(data, all[m], orders[m], batch, 1);
+        p.totals = sums + 3 * m;
+    }
+    if (layer != args.count())
+        fail(op, ": the layers of all members must be ", args.count(), ", got ", layer);
+    const View wv = slots_of(op, work);
+    const int64_t needed = cpu::many_work(all, cpu::judge_work);
+    if (wv.sizes[1] < needed || needed == 0)
+        return needed;
+    check_orders(data, all);
+    auto* memory = static_cast<float*>(wv.data());
+    if (cpu::launch_judge_many(all, memory, wv.sizes[0], wv.sizes[1], step_parallel_for))
+        throw std::runtime_error("judge_many: the CPU kernel failed");
     return needed;
 }
 
@@ -162,11 +258,7 @@ int64_t judge_rows(
     const LayerArgs args{op, params, none, none, ints, numbers};
     args.check();
     cpu::StepParams p{};
-    p.layers = args.layers(0, args.count(), data.width);
-    for (cpu::StepLayer& l : p.layers) {
-        l.saves = kSavesNothing;
-        l.threshold = 0;
-    }
+    p.layers = judged(args.layers(0, args.count(), data.width));
     data.fill(p, order, batch);
     p.totals = totals_of(op, totals, 3);
     const View wv = checked(op, "work", work, aoti_torch_dtype_float32());
@@ -186,6 +278,7 @@ STABLE_TORCH_LIBRARY_IMPL(fusedmlp, CPU, m) {
     m.impl("train_steps.native", TORCH_BOX(&train_steps));
     m.impl("train_many.native", TORCH_BOX(&train_many));
     m.impl("judge_rows.native", TORCH_BOX(&judge_rows));
+    m.impl("judge_many.native", TORCH_BOX(&judge_many));
 }
 
 }  // namespace fusedmlp

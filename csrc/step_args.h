@@ -135,6 +135,13 @@ struct LayerArgs {
         }
         return found;
     }
+
+    // The number of layers of a network, where there are as many from entry `first` on.
+    size_t checked_layers(size_t first, int64_t n) const {
+        if (n < 1 || n > int64_t(count() - first))
+            fail(op, ": a member must have at least 1 of the ", count(), " layers, got ", n);
+        return size_t(n);
+    }
 };
 
 // The data of all networks of a call.
@@ -223,9 +230,10 @@ inline void check_rule(const char* op, const cpu::StepParams& p) {
                 fail(op, ": AdamW needs both moments");
 }
 
-inline const double* scale_of(const char* op, const Tensor& lr_scale, const cpu::StepParams& p) {
+inline const double*
+scale_of(const char* op, const Tensor& lr_scale, const cpu::StepParams& p, int64_t epochs = 1) {
     const View v = checked(op, "lr_scale", lr_scale, aoti_torch_dtype_float64());
-    const int64_t steps = (p.rows + p.batch - 1) / p.batch;
+    const int64_t steps = (p.rows + p.batch - 1) / p.batch * epochs;
     if (v.numel != steps)
         fail(op, ": lr_scale must have one number a step, ", steps, ", got ", v.shape());
     return steps ? static_cast<const double*>(v.data()) : nullptr;

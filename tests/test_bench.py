@@ -276,6 +276,7 @@ def test_the_trainers_results_become_a_table(checkout):
     assert "| 784-256-10 | fusedmlp | 2.00 (1.90–2.20) | 0.88 |" in text
 
 
+<<<<<<< HEAD
 def test_the_engines_results_become_a_table_a_group(checkout):
     step = {"group": "batch", "case": "784-256-10 batch 1", "threads": 2}
     step |= {"native_us": [10, 9, 11], "gemms_us": [8, 7, 9], "eager_us": [30, 29, 31]}
@@ -295,6 +296,30 @@ def test_the_engines_results_become_a_table_a_group(checkout):
     assert [steps in part for part in parts] == [True, False, False]
     assert [both in part for part in parts] == [False, True, False]
     assert "Not measured yet" in parts[2]
+=======
+def test_the_searches_results_become_a_table(checkout):
+    from bench import crossval
+
+    ways = {"crossval": lambda seed: 0.02 + seed / 100, "fit": lambda seed: 0.04}
+    rows = crossval.rows_of("2 candidates x 3 folds", ways, 2, "validation error")
+    for row, seconds in zip(rows, (2.0, 5.0), strict=True):
+        row["seconds"], row["time over fusedmlp's"] = [seconds] * 3, [seconds / 2] * 3
+    found = record.header("crossval", "bench.crossval", ["--threads", "2"]) | {"rows": rows}
+    record.write(checkout / "bench" / "results" / "crossval.json", found)
+    readme = checkout / "README.md"
+    readme.write_text("<!-- bench:crossval -->\n<!-- /bench:crossval -->\n")
+    report.main(["--root", str(checkout)])
+    text, folds = readme.read_text(), "| 2 candidates x 3 folds |"
+    fit = "5.00 (5.00–5.00) | 2.50 (2.50–2.50) | validation error 4.00% | 2 |"
+    assert (
+        f"{folds} crossval | 2.00 (2.00–2.00) | 1.00 (1.00–1.00) | validation error 2.50%" in text
+    )
+    assert f"{folds} fit | {fit}" in text
+    assert "python -m bench.crossval --threads 2" in text
+    (checkout / "bench" / "results" / "crossval.json").unlink()
+    report.main(["--root", str(checkout)])
+    assert "Not measured yet" in readme.read_text()
+>>>>>>> crossval
 
 
 def test_a_table_without_results_says_so(checkout):

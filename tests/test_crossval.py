@@ -15,6 +15,8 @@ from fusedmlp.train import data as data_sets
 from fusedmlp.train import model as models
 from fusedmlp.train.data import Scaling
 from fusedmlp.train.ensemble import fit_many
+from fusedmlp.train.native_many import NativeMany
+from fusedmlp.train.progress import Quiet
 
 from . import made_data
 
@@ -105,6 +107,55 @@ def test_folds_are_scaled_by_their_own_training_rows(monkeypatch):
     # In the target's own units: its variance is about 300.
     assert 0 < result.best.mean("val") < 300
     assert result.test is None
+
+
+@pytest.mark.parametrize("targets", [1, 2])
+@pytest.mark.parametrize("standardize", [False, True])
+def test_errors_of_a_regression_are_in_its_own_units(targets, standardize, monkeypatch):
+    """However they are judged: in one call, or network by network as two scaled targets have to."""
+    x = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+    y = torch.stack([100 + 10 * x.sum(1), x[:, 0]], 1)[:, :targets]
+    config = TrainConfig(standardize=standardize, epochs=3, lr=1e-3, batch_size=16, hidden=(8,))
+    compared = {"weight_decay": [0.0, 0.1]}
+    here = crossval(config, compared, folds=2, data=(x, y))
+    monkeypatch.setattr(cv.native_judge, "judge", lambda *a, **k: None)
+    there = crossval(config, compared, folds=2, data=(x, y))
+    for a, b in zip(here.candidates, there.candidates, strict=True):
+        for one, other in zip([*a.train, *a.val], [*b.train, *b.val], strict=True):
+            assert one.error == pytest.approx(other.error, rel=1e-5)
+            assert one.loss == pytest.approx(other.loss, rel=1e-5)
+
+
+def test_all_candidates_share_calls_and_progress_counts_each_epoch(monkeypatch):
+    calls, call = [], NativeMany._call
+    monkeypatch.setattr(
+        NativeMany, "_call", lambda self, shares: (calls.append(len(shares)), call(self, shares))[1]
+    )
+    told = []
+
+    class Progress(Quiet):
+        def start(self, *parts):
+            pass
+
+        def trained(self, done, total):
+            told.append((done, total))
+
+    compared = {"hidden": [(8,), (4, 4)], "activation": ["relu", "gelu"], "epochs": [2, 3]}
+    crossval(QUICK, compared, folds=2, progress=Progress())
+    assert calls[0] == 16 and set(calls) <= {16, 8}  # 8 have done their 2 epochs
+    assert told == [(16, 40), (32, 40), (40, 40)]
+
+
+def test_ctrl_c_leaves_no_folder_behind(monkeypatch, capsys):
+    """It is seen between two calls; the progress that is told after each stands for it here."""
+
+    def interrupted(*numbers):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cv, "_tell", interrupted)
+    code = run("crossval", "--dataset", "digits", "--epochs", 2, "--folds", 2, "--out", "found")
+    assert code == 130 and "Traceback" not in capsys.readouterr().err
+    assert not Path("found").exists()
 
 
 def test_regression_keeps_units_and_classes_may_be_rare():

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from fusedmlp.train import Member, Scaling, UsageError, ensemble, fit, fit_many, refuses_many
+from fusedmlp.train.native_many import NativeMany, Share
+from fusedmlp.train.native_step import Native
 
 from . import made_data
-from .engines import config, need_native, network, state_equal
+from .engines import OPTIMIZERS, config, need_native, network, state_equal, task_of
 
 made_data.need("safetensors", "matplotlib")
 need_native()
@@ -114,20 +116,75 @@ def test_bytes_are_scaled_inside():
     assert_each_as_alone(members, twins, history, x, y)
 
 
-def test_what_runs_one_after_the_other_has_the_same_bits():
+def test_all_but_the_data_may_differ_in_one_call():
     x, y = blobs()
 
     def made():
-        members = members_of(FLAGS["sgd"])
-        wide = network(sizes=(12, 20, 3), dropout=0.5, seed=7)
-        return [*members, Member(wide, config(epochs=5, batch_size=7), chosen(1))]
+        shapes = {
+            (12, 16, 8, 3): dict(),
+            (12, 20, 3): dict(epochs=5, batch_size=7),
+            (12, 3): dict(optimizer="adamw", lr=0.01, lr_schedule="cosine", batch_size=500),
+            (12, 9, 9, 9, 3): dict(momentum=0.9, epochs=1, clip_norm=1.0),
+            (12, 10, 3): dict(lr=0.1, lr_schedule="linear", warmup_epochs=1.5, epochs=7),
+        }
+        return [
+            Member(
+                network(sizes=sizes, dropout=0.3, activation=activation, seed=n),
+                config(seed=n, **settings),
+                chosen(n % 3),
+            )
+            for n, ((sizes, settings), activation) in enumerate(
+                zip(shapes.items(), ("relu", "gelu", "prelu", "tanh", "silu"), strict=True)
+            )
+        ]
 
     members, twins = made(), made()
-    reasons = refuses_many(members, x, y, "cross_entropy")
-    assert reasons == ["the members differ in epochs"]
+    assert refuses_many(members, x, y, "cross_entropy") == []
     history = fit_many(members, x, y, loss="cross_entropy")
-    assert [len(rows) for rows in history] == [3, 3, 3, 5]
+    assert [len(rows) for rows in history] == [3, 5, 3, 1, 7]
     assert_each_as_alone(members, twins, history, x, y)
+
+
+def test_what_runs_one_after_the_other_has_the_same_bits(monkeypatch):
+    monkeypatch.setattr(ensemble, "MOST", 2)
+    x, y = blobs()
+    members, twins = (members_of(FLAGS["sgd"]) for _ in range(2))
+    reasons = refuses_many(members, x, y, "cross_entropy")
+    assert reasons == ["at most 2 networks are trained in one call, got 3"]
+    history = fit_many(members, x, y, loss="cross_entropy")
+    assert_each_as_alone(members, twins, history, x, y)
+
+
+def test_short_epochs_share_a_call_and_end_where_a_loss_does(monkeypatch):
+    """The second member's loss overflows in its third epoch, in the middle of a call: its weights
+    must be those that a call for each epoch leaves."""
+    x, y = blobs()
+    # A step multiplies the weights by 1 - lr * weight_decay.
+    flags = [dict(), dict(lr=1.0, weight_decay=1000.0), dict(epochs=4)]
+
+    def made():
+        nets = [network(sizes=(12, 3), seed=n) for n in range(3)]
+        settings = [config(**{"epochs": 9, "seed": n} | f) for n, f in enumerate(flags)]
+        return [Member(net, c, chosen(1)) for net, c in zip(nets, settings, strict=True)]
+
+    calls, call = [], NativeMany._call
+    monkeypatch.setattr(
+        NativeMany, "_call", lambda self, shares: (calls.append(len(shares)), call(self, shares))[1]
+    )
+    monkeypatch.setattr("fusedmlp.train.native_many.FIRST", 1000.0)
+    members, twins = made(), made()
+    history = fit_many(members, x, y, loss="cross_entropy")
+    assert calls == [3]
+    lost = [math.isnan(row["train_loss"]) for row in history[1]]
+    assert lost == [False] * 2 + [True] * 7
+    calls.clear()
+    said = []
+    slow = fit_many(twins, x, y, loss="cross_entropy", on_epoch=said.append)
+    assert calls == [3, 3, 3, 2, 1, 1, 1, 1, 1] and said == list(range(1, 10))
+    assert str(history) == str(slow)  # nan is not equal to itself
+    for member, twin in zip(members, twins, strict=True):
+        for a, b in zip(member.model.parameters(), twin.model.parameters(), strict=True):
+            assert torch.equal(a.detach().view(torch.int32), b.detach().view(torch.int32))
 
 
 def test_any_model_runs_and_leaves_the_generators_alone():
@@ -211,11 +268,12 @@ def test_one_member_takes_all_threads_in_long_calls(monkeypatch):
 
 
 DIFFER = {
-    "shape": (lambda: network(sizes=(12, 9, 8, 3)), {}, "differ in the shape of the network"),
-    "activation": (lambda: network(sizes=(12, 16, 8, 3), activation="gelu"), {}, "the shape of"),
-    "batch": (None, dict(batch_size=16), "differ in batch size"),
-    "epochs": (None, dict(epochs=9), "differ in epochs"),
-    "optimiser": (None, dict(optimizer="adamw"), "differ in the optimiser"),
+    "model": (
+        lambda: nn.Sequential(nn.Linear(12, 4), nn.Dropout(0.5), nn.Linear(4, 3)),
+        {},
+        "member 1: an nn.Sequential draws its dropout masks",
+    ),
+    "optimiser": (None, dict(engine="graph"), "member 1: engine graph was asked for"),
     "precision": (None, dict(precision="bf16"), "member 1: it computes in fp32"),
     "engine": (None, dict(engine="autograd"), "member 1: engine autograd was asked for"),
     "backend": (None, dict(backend="reference"), "member 1: backend 'reference' was asked for"),
@@ -263,11 +321,37 @@ def test_members_must_have_models_of_their_own():
         fit_many([first, second], *blobs(), loss="cross_entropy")
 
 
-def test_the_call_is_taken_where_there_are_no_reasons(monkeypatch):
-    called = []
-    steps = ensemble.NativeMany.steps
-    monkeypatch.setattr(
-        ensemble.NativeMany, "steps", lambda self, o: (called.append(len(o)), steps(self, o))
-    )
-    fit_many(members_of(FLAGS["sgd"]), *blobs(), loss="cross_entropy")
-    assert called == [3, 3, 3]
+def test_long_epochs_take_several_calls(monkeypatch):
+    """The first call is of one step, and the next are longer: Ctrl-C is seen between them."""
+    calls, run = [], NativeMany._call
+
+    def spy(self, shares):
+        calls.append([len(share.order) for share in shares])
+        return run(self, shares)
+
+    monkeypatch.setattr(NativeMany, "_call", spy)
+    x, y = blobs()
+    fit_many(members_of(FLAGS["sgd"], epochs=1), x, y, loss="cross_entropy")
+    assert calls[0] == [32, 32, 32] and len(calls) == 2
+    assert [a + b for a, b in zip(*calls, strict=True)] == [len(chosen(n)) for n in range(3)]
+
+
+SHARES = {
+    "epochs": (lambda order: (order[:-1], 32, 3), "equally many rows for each of its epochs"),
+    "rows": (lambda order: (order + 1, 32, 3), r"rows of the data, in \[0, 180\)"),
+    "batch": (lambda order: (order, -32, 3), "batch must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("case", SHARES)
+def test_the_op_reads_no_row_that_is_not_there(case):
+    change, message = SHARES[case]
+    [member] = members_of([{}])
+    task = task_of(member.model, made_data.blobs(), OPTIMIZERS["sgd"])
+    share = Share(Native(task), *change(torch.arange(ROWS).repeat(3)))
+    before = [p.detach().clone() for p in member.model.parameters()]
+    many = NativeMany()
+    many.chunk = 1000.0
+    with pytest.raises(RuntimeError, match=message):
+        many.run([share, share])
+    assert all(map(torch.equal, before, member.model.parameters()))

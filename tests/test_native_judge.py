@@ -7,8 +7,13 @@ import torch
 from torch import nn
 
 from fusedmlp import activations
+<<<<<<< HEAD
 from fusedmlp.train import TrainError, checkpoint, fit, model, trainer
 from fusedmlp.train.data import Data, Scaling, standardized
+=======
+from fusedmlp.train import TrainError, checkpoint, fit, model, native_judge, trainer
+from fusedmlp.train.data import standardized
+>>>>>>> crossval
 from fusedmlp.train.progress import Quiet
 
 from . import made_data
@@ -121,3 +126,39 @@ def test_the_last_good_checkpoint_is_kept_when_the_loss_runs_away(tmp_path, monk
     held = checkpoint.load(tmp_path / "run")
     assert held["position"]["epoch"] == 2
     assert all(torch.isfinite(t).all() for t in held["model"].values())
+
+
+def test_many_networks_are_judged_as_each_alone():
+    data = made_data.blobs(rows=900)
+    nets = [
+        network(sizes=sizes, activation=act, dropout=0.4, seed=n)
+        for n, (sizes, act) in enumerate(
+            [((12, 3), "relu"), ((12, 40, 3), "prelu"), ((12, 7, 7, 7, 3), "gelu")]
+        )
+    ]
+    rows = len(data.x_train)
+    parts = [(torch.arange(n, rows, 2), torch.arange(n + 5)) for n in range(3)]
+    sums = native_judge.judge(nets, data.x_train, data.y_train, parts, loss="cross_entropy")
+    assert sums.shape == (3, 2, 3) and all(net.training for net in nets)
+    for net, of_net, mine in zip(nets, parts, sums, strict=True):
+        engine = engine_of("native", net, data, OPTIMIZERS["sgd"])
+        for chosen, found in zip(of_net, mine, strict=True):
+            alone = engine.judge(data.x_train[chosen], data.y_train[chosen])
+            assert torch.equal(found, alone)
+    one = native_judge.judge(nets[:1], data.x_train, data.y_train, parts[:1], loss="cross_entropy")
+    assert torch.equal(one[0], sums[0])
+
+
+def test_many_networks_of_which_one_is_of_other_modules_are_left_to_the_caller():
+    data = made_data.blobs()
+    plain, odd = network(sizes=(12, 3)), nn.Sequential(nn.Linear(12, 3), nn.BatchNorm1d(3))
+    rows = [(torch.arange(9),)] * 2
+
+    def judge(models, x=data.x_train):
+        return native_judge.judge(models, x, data.y_train, rows, loss="cross_entropy")
+
+    assert judge([plain, plain]) is not None
+    assert judge([plain, odd]) is None
+    assert judge([plain, network(sizes=(11, 3))]) is None
+    assert judge([plain, network(sizes=(12, 3)).double()]) is None
+    assert judge([plain, plain], data.x_train.double()) is None

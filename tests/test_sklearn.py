@@ -46,6 +46,20 @@ def test_arguments_defaults_and_tags_are_scikit_learns(ours, theirs):
     assert ours().__sklearn_tags__() == theirs().__sklearn_tags__()
 
 
+@pytest.mark.parametrize("settings", [{}, {"early_stopping": True}], ids=["plain", "early"])
+@pytest.mark.parametrize(
+    "ours, theirs", [(FusedMLPClassifier, MLPClassifier), (FusedMLPRegressor, MLPRegressor)]
+)
+def test_what_a_fit_leaves_behind_has_scikit_learns_names(ours, theirs, settings):
+    x, y = _digits(100)
+    mine, wanted = (kind(max_iter=2, **settings).fit(x, y) for kind in (ours, theirs))
+    names = {name for name in vars(wanted) if name.endswith("_") and name[0] != "_"}
+    assert {"coefs_", "intercepts_", "loss_curve_", "n_iter_", "best_loss_"} <= names
+    assert names <= set(vars(mine))
+    assert len(mine.loss_curve_) == len(wanted.loss_curve_) == 2
+    assert [c.shape for c in mine.coefs_] == [c.shape for c in wanted.coefs_]
+
+
 def _digits(rows=600):
     x, y = load_digits(return_X_y=True)
     return x[:rows] / 16, y[:rows]

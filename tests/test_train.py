@@ -24,6 +24,7 @@ from fusedmlp.train import (
     step,
 )
 from fusedmlp.train.data import permutation
+from fusedmlp.train.surroundings import seed_generators
 
 from . import made_data
 
@@ -240,6 +241,14 @@ def test_initial_weights_are_what_init_says():
     default = model.build(settings.replace(init="default", init_std=0.01), data)
     bound = 1 / 8  # of nn.Linear: 1 / sqrt(64)
     assert 0.9 * bound < default[0].weight.abs().max().item() <= bound
+
+
+def test_seeding_gives_torchs_numbers_and_queues_nothing_for_other_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("of every GPU"))
+    with torch.random.fork_rng(devices=[]):
+        seed_generators(11, torch.device("cpu"))
+        drawn = torch.rand(3)
+    assert torch.equal(drawn, torch.rand(3, generator=torch.Generator().manual_seed(11)))
 
 
 def test_the_mask_of_a_step_is_that_of_its_global_step_and_layer():

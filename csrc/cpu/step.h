@@ -62,20 +62,34 @@ struct StepParams {
 int64_t step_work(const StepParams& p);
 int launch_steps(StepParams& p, ParallelFor parallel);
 
-// The same for several networks at once, which share the data and nothing else. work: (slots,
-// floats), with floats at least many_work and one slot for each thread that is to take part.
-int64_t many_work(const std::vector<StepParams>& members);
+// Adds losses, hits and rows to totals and changes nothing else. The layers save nothing and drop
+// nothing; what belongs to the update is not read.
+int64_t judge_work(const StepParams& p);
+int launch_judge(StepParams& p, ParallelFor parallel);
+
+// Epochs of one network: `steps` are those of the first, and order, lr_scale and totals go on with
+// those of the next. They end early after one whose loss is not finite.
+struct Member {
+    StepParams steps;
+    int64_t epochs;
+};
+
+// Several networks at once, which share the data and nothing else. work: (slots, floats), with
+// floats at least many_work and one slot for each thread that is to take part.
+int64_t many_work(const std::vector<Member>& members, int64_t (*work_of)(const StepParams&));
 int launch_many(
-    std::vector<StepParams>& members,
+    std::vector<Member>& members,
     float* work,
     int64_t slots,
     int64_t floats,
     ParallelFor parallel
 );
-
-// Adds losses, hits and rows to totals and changes nothing else. The layers save nothing and drop
-// nothing; what belongs to the update is not read.
-int64_t judge_work(const StepParams& p);
-int launch_judge(StepParams& p, ParallelFor parallel);
+int launch_judge_many(
+    std::vector<Member>& members,
+    float* work,
+    int64_t slots,
+    int64_t floats,
+    ParallelFor parallel
+);
 
 }  // namespace fusedmlp::cpu

@@ -196,7 +196,8 @@ def _plane(axis, found, result) -> None:
             textcoords="offset points",
             fontsize=8,
         )
-    most = max(max(c.mean("train"), c.mean("val")) for c in found) * 1.1 or 1.0
+    most = max(c.mean(part) + c.deviation(part) for c in found for part in ("train", "val"))
+    most = 1.05 * most or 1.0
     axis.plot([0, most], [0, most], color="black", linewidth=0.8)
     words = {"color": "grey", "fontsize": 10, "transform": axis.transAxes}
     axis.text(0.03, 0.96, "overfits: above the line", va="top", **words)
@@ -205,7 +206,7 @@ def _plane(axis, found, result) -> None:
         xlabel=f"training {measure(result)}",
         ylabel=f"validation {measure(result)}",
         xlim=(-0.02 * most, most),
-        ylim=(-0.02 * most, most * 1.1),
+        ylim=(-0.02 * most, most),
     )
     _spread_out(axis, ("x", "y"), found)
     axis.grid(alpha=0.3)
@@ -248,4 +249,4 @@ def _list(axis, found, result) -> None:
     axis.set(xlabel=measure(result))
     _spread_out(axis, ("x",), found)
     axis.grid(alpha=0.3)
-    axis.legend()
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)  # hides no candidate

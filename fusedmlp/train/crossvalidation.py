@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import compare as comparing
 from . import data as data_sets
-from . import distributed, finish, folder, source
+from . import distributed, finish, folder, native_judge, source
 from . import model as models
 from .config import TrainConfig
 from .data import SPLIT_SEED, Data
@@ -29,8 +29,6 @@ from .surroundings import borrowed, pick_device
 from .trainer import fit
 
 MOST = 64  # networks that fit_many trains in one call
-# Candidates that differ in one of these need calls of their own.
-_SAME = ("activation", "optimizer", "epochs", "batch_size", "precision")
 
 
 @dataclass(frozen=True)
@@ -240,40 +238,74 @@ def _search(found: list[Candidate], data: Data, splits, device, progress) -> Non
 
         tell = None
         if progress is not None:
-            tell = functools.partial(_tell, progress, done, len(group), total)
+            tell = functools.partial(_tell, progress, done, group, total)
         loss = "cross_entropy" if data.is_classes else "mse"
         histories = fit_many(
             members, seen.x_train, seen.y_train, loss=loss, scaling=seen.scaling, progress=tell
         )
-        done += group[0][0].config.epochs * len(group)
-        for (candidate, number), member, history in zip(group, members, histories, strict=True):
-            is_lost = not math.isfinite(history[-1]["train_loss"])
-            for part, rows in zip(("train", "val"), splits[number], strict=True):
-                score = Score(math.nan, math.nan)
-                if not is_lost:
-                    rows = rows.to(device)
-                    x, y = seen.x_train[rows], seen.y_train[rows]
-                    score = _score(member.model, x, y, seen, candidate.config, device)
-                getattr(candidate, part)[number] = score
+        done += sum(candidate.config.epochs for candidate, _ in group)
+        for (candidate, number), history in zip(group, histories, strict=True):
+            if not math.isfinite(history[-1]["train_loss"]):
+                candidate.train[number] = candidate.val[number] = Score(math.nan, math.nan)
+        left = [
+            (candidate, number, member.model)
+            for (candidate, number), member in zip(group, members, strict=True)
+            if candidate.val[number] is None
+        ]
+        scores = _scores(left, splits, seen, device)
+        for (candidate, number, _), pair in zip(left, scores, strict=True):
+            candidate.train[number], candidate.val[number] = pair
 
 
-def _tell(progress, before: int, count: int, total: int, epoch: int, epochs: int) -> None:
-    progress.trained(before + epoch * count, total)
+def _tell(progress, before: int, group, total: int, epoch: int, epochs: int) -> None:
+    done = sum(min(epoch, candidate.config.epochs) for candidate, _ in group)
+    progress.trained(before + done, total)
 
 
 def _groups(found: list[Candidate], folds: int) -> Iterator[list[tuple[Candidate, int]]]:
-    """(candidate, fold) pairs that may be trained in one call: of one shape, and of one fold where
-    the fold decides how rows are scaled."""
+    """(candidate, fold) pairs that may be trained in one call: of one precision, and of one fold
+    where the fold decides how rows are scaled."""
     groups: dict[tuple, list] = {}
     for candidate in found:
         config = candidate.config
         for fold in range(folds):
-            key = (config.hidden, *(getattr(config, name) for name in _SAME))
-            key += (fold,) if config.standardize else ()
+            key = (config.precision, *((fold,) if config.standardize else ()))
             groups.setdefault(key, []).append((candidate, fold))
     for group in groups.values():
         for start in range(0, len(group), MOST):
             yield group[start : start + MOST]
+
+
+def _scores(left, splits, data: Data, device) -> Iterator[tuple[Score, Score]]:
+    """(training score, validation score) of each (candidate, fold, model)."""
+    config = left[0][0].config if left else TrainConfig()
+    std = None if data.target_scaling is None else data.target_scaling.std
+    sums = None
+    # Squares of several targets, each in its own unit, do not follow from their sum.
+    if config.engine in ("auto", "native") and (std is None or std.numel() == 1):
+        with borrowed(config, device):
+            sums = native_judge.judge(
+                [model for _, _, model in left],
+                data.x_train,
+                data.y_train,
+                [splits[number] for _, number, _ in left],
+                loss="cross_entropy" if data.is_classes else "mse",
+                scaling=data.scaling,
+            )
+    if sums is None:
+        for candidate, number, model in left:
+            rows = [part.to(device) for part in splits[number]]
+            yield tuple(
+                _score(model, data.x_train[r], data.y_train[r], data, candidate.config, device)
+                for r in rows
+            )
+        return
+    unit = 1.0 if std is None else float(std.double().square())
+    for pair in sums.tolist():
+        yield tuple(
+            Score(1.0 - right / rows if data.is_classes else unit * loss / rows, loss / rows)
+            for loss, right, rows in pair
+        )
 
 
 def _standardized(data: Data, kept: Tensor) -> Data:

@@ -13,16 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from . import native_many, schedule, source, step
+from ..nn import FusedMLP
+from . import schedule, source, step
 from .config import TrainConfig
 from .data import Data, Scaling, permutation, resolved
 from .distributed import ALONE
 from .errors import UsageError
 from .model import optimizer_for
-from .native_many import NativeMany
+from .native_many import NativeMany, Share
 from .native_step import Native
 from .state import rng_seed
-from .surroundings import borrowed, pick_device
+from .surroundings import borrowed, pick_device, seed_generators
 
 MOST = 64  # networks in one call
 LOSSES = ("cross_entropy", "mse")
@@ -46,11 +47,9 @@ class Member:
 def refuses_many(members: Sequence[Member], x: Tensor, y: Tensor, loss: str) -> list[str]:
     """Reasons why these members cannot be trained in one call; empty where they can.
 
-    In one call go up to 64 networks of one shape on a CPU, with the same batch size, epochs and
-    optimiser, that the `native` engine takes. Seeds, learning rates and schedules, momentum,
-    weight decay, dropout, label smoothing, clipping and rows are each member's own. Arguments and
-    errors as for fit_many, which trains one after the other where there are reasons; bytes are
-    taken to be scaled.
+    In one call go up to 64 networks on a CPU that the `native` engine takes, each with layers,
+    rows and settings of its own. Arguments and errors as for fit_many, which trains one after the
+    other where there are reasons; bytes are taken to be scaled.
     """
     scaling = Scaling(255.0) if x.dtype == torch.uint8 else Scaling()
     _check(members, x, y, loss)
@@ -75,7 +74,8 @@ def fit_many(
     y         (n,) int64 classes, or (n,) or (n, k) float targets
     loss      cross_entropy or mse
     scaling   of rows of x to inputs; the same for all
-    progress  called with (epochs done, epochs in all) after each epoch
+    progress  called with (epochs done, epochs in all) after each epoch; of epochs so short that
+              several are trained in one call, after the call
     on_epoch  called with the number of epochs that are done, 1 after the first: the models then
               hold that epoch's weights. It may change their mode, not their parameters
     returns   for each member one dict an epoch: train_loss, and train_accuracy (None for mse)
@@ -89,34 +89,41 @@ def fit_many(
     tasks = _tasks(members, x, y, loss, scaling)
     together = bool(members) and not (_against_devices(members) or _against(tasks))
     trainings = [
-        _Training(config, task, m) for (config, task), m in zip(tasks, members, strict=True)
+        _Training(config, task, m, together)
+        for (config, task), m in zip(tasks, members, strict=True)
     ]
-    many = None
-    epochs = max((t.config.epochs for t in trainings), default=0)
-    for done in range(1, epochs + 1):
-        under_way = [t for t in trainings if not t.is_done]
+    for training in trainings:
+        training.engine.task.model.train()
+    many = NativeMany()
+    epochs, done = max((t.config.epochs for t in trainings), default=0), 0
+    while done < epochs:
+        under_way, count = [t for t in trainings if not t.is_done], 1
         if together and under_way:
-            if many is None or len(many.engines) != len(under_way):
-                many = NativeMany([t.engine for t in under_way], under_way[0].config.batch_size)
-            _train_epoch(many, under_way)
+            if on_epoch is None:
+                count = min(many.epochs_ahead(max(t.steps for t in under_way)), epochs - done)
+            _train_epochs(many, under_way, count)
         else:
             for training in under_way:
                 training.train_epoch()
-        if on_epoch is not None:
-            on_epoch(done)
-        if progress is not None:
-            progress(done, epochs)
+        for _ in range(count):
+            done += 1
+            if on_epoch is not None:
+                on_epoch(done)
+                for training in trainings:
+                    training.engine.task.model.train()
+            if progress is not None:
+                progress(done, epochs)
     return [training.history for training in trainings]
 
 
 class _Training:
     """A member that is under way."""
 
-    def __init__(self, config: TrainConfig, task: step.Task, member: Member):
+    def __init__(self, config: TrainConfig, task: step.Task, member: Member, is_native: bool):
         self.config, self.device = config, task.device
         self.rows = member.rows.cpu()
         with borrowed(config, task.device):
-            self.engine = step.choose(config.engine, task)
+            self.engine = Native(task) if is_native else step.choose(config.engine, task)
         self.engine.set_step(0)
         self.epoch = 0
         self.history: list[dict] = []
@@ -125,21 +132,25 @@ class _Training:
     def is_done(self) -> bool:
         return self.epoch == self.config.epochs
 
-    def order(self) -> Tensor:
-        """(n,) rows of x in the order of the epoch under way: that of `fit` on x[rows]."""
-        self.engine.task.model.train()
-        return self.rows[permutation(self.config.seed, self.epoch, len(self.rows))]
+    @property
+    def steps(self) -> int:
+        """Of one epoch."""
+        return -(-len(self.rows) // self.config.batch_size)
+
+    def order(self, epoch: int) -> Tensor:
+        """(n,) rows of x in the order of this epoch: that of `fit` on x[rows]."""
+        return self.rows[permutation(self.config.seed, epoch, len(self.rows))]
 
     def train_epoch(self) -> None:
         with borrowed(self.config, self.device):
-            torch.manual_seed(rng_seed(self.config, ALONE, self.epoch))
-            self.engine.steps(self.order().to(self.device), self.config.batch_size)
-            self.close_epoch()
+            seed_generators(rng_seed(self.config, ALONE, self.epoch), self.device)
+            self.engine.steps(self.order(self.epoch).to(self.device), self.config.batch_size)
+            loss, right, rows = self.engine.read()
+            self.engine.sync()
+            self.close_epoch(loss, right, rows)
 
-    def close_epoch(self) -> None:
+    def close_epoch(self, loss: float, right: float, rows: int) -> None:
         """Note what the epoch came to."""
-        loss, right, rows = self.engine.read()
-        self.engine.sync()
         self.epoch += 1
         is_classes = self.engine.task.loss == "cross_entropy"
         if math.isfinite(loss):
@@ -150,16 +161,33 @@ class _Training:
         self.epoch = self.config.epochs
 
 
-def _train_epoch(many: NativeMany, trainings: list[_Training]) -> None:
-    many.steps([training.order() for training in trainings])
-    for training in trainings:
-        training.close_epoch()
+def _train_epochs(many: NativeMany, trainings: list[_Training], count: int) -> None:
+    """So many epochs of each, of one that has fewer left as many as those are."""
+    orders: dict[tuple, Tensor] = {}
+    shares = []
+    for t in trainings:
+        epochs = min(count, t.config.epochs - t.epoch)
+        # Candidates of one fold see its rows in the same order.
+        key = (id(t.rows), t.config.seed, t.epoch, epochs)
+        if key not in orders:
+            orders[key] = torch.cat([t.order(t.epoch + i) for i in range(epochs)])
+        shares.append(Share(t.engine, orders[key], t.config.batch_size, epochs))
+    for training, sums in zip(trainings, many.run(shares), strict=True):
+        for each in sums:
+            training.close_epoch(*each)
 
 
 def _row(loss: float, accuracy: float | None) -> dict:
     # 9 digits, as in the history of `fit`: beyond them the grouping of a sum can be seen.
     rounded = None if accuracy is None else float(f"{accuracy:.9g}")
     return {"train_loss": float(f"{loss:.9g}"), "train_accuracy": rounded}
+
+
+def _kind(model: nn.Module) -> tuple:
+    """Equal for models of which one stands for all when a row is tried on them."""
+    if type(model) is not FusedMLP:
+        return (id(model),)
+    return (*map(type, model), *((tuple(p.shape), p.dtype) for p in model.parameters()))
 
 
 def _tasks(
@@ -170,14 +198,20 @@ def _tasks(
     if loss == "cross_entropy":
         classes = tuple(str(i) for i in range(int(y.max()) + 1))
     given = Data("tensors", x, y, classes=classes, scaling=scaling)
-    tasks, on = [], {}
+    tasks: list[tuple[TrainConfig, step.Task]] = []
+    moved: dict[torch.device, Data] = {}
+    fitted: dict[tuple, Data] = {}
     for member in members:
         model, config = member.model, resolved(member.config, given)
         device = pick_device(config)
-        if device not in on:
-            on[device] = given.to(device)
-        with borrowed(config, device):
-            data = source.on_device(on[device], model.to(device), device)
+        model.to(device)
+        if device not in moved:
+            moved[device] = given.to(device)
+        key = device, config.backend, _kind(model)
+        if key not in fitted:
+            with borrowed(config, device):
+                fitted[key] = source.on_device(moved[device], model, device)
+        data = fitted[key]
         task = step.Task(
             model, optimizer_for(model, config, loss), loss, device, scaling=data.scaling
         )
@@ -205,12 +239,7 @@ def _against(tasks: list[tuple[TrainConfig, step.Task]]) -> list[str]:
         if config.engine not in ("auto", Native.name):
             why = [f"engine {config.engine} was asked for"]
         reasons += [f"member {number}: {reason}" for reason in why]
-    if len({config.epochs for config, _ in tasks}) > 1:
-        reasons.append("the members differ in epochs")
-    if reasons or not tasks:
-        return reasons
-    engines = [Native(task) for _, task in tasks]
-    return native_many.refuses(engines, [config.batch_size for config, _ in tasks])
+    return reasons
 
 
 def _check(members: Sequence[Member], x: Tensor, y: Tensor, loss: str) -> None:

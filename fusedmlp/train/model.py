@@ -37,7 +37,7 @@ def make(shape: dict, init: str = "default", init_std: float = 0.01, seed: int =
     with torch.random.fork_rng(devices=[]):
         # PyTorch's layers draw their first weights from the global generator: lend it the run's
         # seed.
-        torch.manual_seed(generator.initial_seed())
+        torch.default_generator.manual_seed(generator.initial_seed())
         model = FusedMLP(
             first, hidden, last, activation=shape["activation"], dropout=shape["dropout"]
         )

@@ -19,16 +19,26 @@ train_steps: many steps of one network
 
 Step s has the masks of seed and stream (first_step + s) * mask_layers + number of the layer.
 
-train_many: the same for M networks with equally many layers; their results are those of train_steps
-    orders, lr_scales    one a network; an lr_scale without elements is none
+train_many: the same for M networks, for whole epochs; their results are those of train_steps
+
+    orders               one a network, (epochs * rows,): the order of one epoch after the other
+    lr_scales            one a network, one number a step; one without elements is none
     params, m1, m2, ints, numbers  of the layers of all networks, one network after the other; an
                          entry of m1, m2 without elements is none
-    totals               (M, 3)
+    totals               (epochs of all networks, 3). After an epoch whose loss is not finite a
+                         network is left as it is then, with totals of 0 for epochs it did not do
     work                 (threads, floats): at most that many networks run at a time
-    member_ints          of each network: rule, updates, seed, first_step, mask_layers
+    member_ints          of each network: rule, updates, seed, first_step, mask_layers, layers,
+                         rows of a step, epochs
     member_numbers       of each network: smoothing, momentum, beta1, beta2, eps, max_norm
 
 judge_rows: adds losses and hits of rows to totals, without dropout and without label smoothing
+
+judge_many: the same for M networks, each on rows of its own
+
+    orders               one a network
+    totals, work         (M, 3) and (threads, floats)
+    layers               their number in each network
 """
 
 import torch
@@ -48,9 +58,12 @@ _SCHEMAS = {
     ),
     "train_many": (
         f"({_MANY}Tensor[] lr_scales, {_STATE}{_OUT}int[] member_ints, float[] member_numbers, "
-        "float divisor, int batch, int loss) -> int"
+        "float divisor, int loss) -> int"
     ),
     "judge_rows": f"({_ONE}Tensor[] params, {_OUT}float divisor, int batch, int loss) -> int",
+    "judge_many": (
+        f"({_MANY}Tensor[] params, {_OUT}int[] layers, float divisor, int batch, int loss) -> int"
+    ),
 }
 CROSS_ENTROPY, MSE = 0, 1
 SGD, NESTEROV, ADAMW = 0, 1, 2
@@ -61,6 +74,7 @@ for _name, _schema in _SCHEMAS.items():
 train_steps = torch.ops.fusedmlp.train_steps.native
 train_many = torch.ops.fusedmlp.train_many.native
 judge_rows = torch.ops.fusedmlp.judge_rows.native
+judge_many = torch.ops.fusedmlp.judge_many.native
 
 
 def unavailable() -> str | None:

@@ -60,6 +60,14 @@ def borrowed(config: TrainConfig, device: torch.device):
         yield
 
 
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Torch's generators that `borrowed` puts back, and no others: torch.manual_seed also queues
+    calls for every kind of device there could be, which takes longer than a short epoch."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
 @contextlib.contextmanager
 def _fp32_matmul(mode: str):
     before = torch.backends.cuda.matmul.fp32_precision

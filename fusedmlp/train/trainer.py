@@ -9,7 +9,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from . import checkpoint, distributed, finish, schedule, source, step
@@ -21,7 +20,7 @@ from .folder import RunFolder, create
 from .model import evaluate, evaluate_batches, optimizer_for
 from .progress import Quiet
 from .state import Run, check_loss, restore, rng_seed, save, set_rng
-from .surroundings import borrowed, pick_device, surroundings
+from .surroundings import borrowed, pick_device, seed_generators, surroundings
 
 READ_SECONDS = 0.1  # between two reads of the losses; each waits for the device
 SAVE_SECONDS = 1.0  # between two checkpoints at the end of short epochs
@@ -165,7 +164,7 @@ def _task(model, given, config, device, world) -> tuple[step.Task, Data | source
 
 def _prepare(model, given, config, device, world, stop, progress) -> Run:
     task, data = _task(model, given, config, device, world)
-    torch.manual_seed(rng_seed(config, world, 0))
+    seed_generators(rng_seed(config, world, 0), device)
     about = finish.describe(model, data)
     return Run(config, world, task, step.choose(config.engine, task), data, progress, stop, about)
 
@@ -191,7 +190,7 @@ def _loop(run: Run, saved: dict | None) -> None:
     position = run.position
     rng = saved["rng"] if saved is not None and position.step else None
     while position.epoch < run.config.epochs and not run.halted:
-        torch.manual_seed(rng_seed(run.config, run.world, position.epoch))
+        seed_generators(rng_seed(run.config, run.world, position.epoch), run.task.device)
         run.task.model.train()
         train_epoch = _train_epoch if isinstance(run.data, Data) else _train_loader
         if not train_epoch(run, rng):
