@@ -276,7 +276,6 @@ def test_the_trainers_results_become_a_table(checkout):
     assert "| 784-256-10 | fusedmlp | 2.00 (1.90–2.20) | 0.88 |" in text
 
 
-<<<<<<< HEAD
 def test_the_engines_results_become_a_table_a_group(checkout):
     step = {"group": "batch", "case": "784-256-10 batch 1", "threads": 2}
     step |= {"native_us": [10, 9, 11], "gemms_us": [8, 7, 9], "eager_us": [30, 29, 31]}
@@ -296,7 +295,8 @@ def test_the_engines_results_become_a_table_a_group(checkout):
     assert [steps in part for part in parts] == [True, False, False]
     assert [both in part for part in parts] == [False, True, False]
     assert "Not measured yet" in parts[2]
-=======
+
+
 def test_the_searches_results_become_a_table(checkout):
     from bench import crossval
 
@@ -319,7 +319,6 @@ def test_the_searches_results_become_a_table(checkout):
     (checkout / "bench" / "results" / "crossval.json").unlink()
     report.main(["--root", str(checkout)])
     assert "Not measured yet" in readme.read_text()
->>>>>>> crossval
 
 
 def test_a_table_without_results_says_so(checkout):

@@ -7,13 +7,8 @@ import torch
 from torch import nn
 
 from fusedmlp import activations
-<<<<<<< HEAD
-from fusedmlp.train import TrainError, checkpoint, fit, model, trainer
-from fusedmlp.train.data import Data, Scaling, standardized
-=======
 from fusedmlp.train import TrainError, checkpoint, fit, model, native_judge, trainer
-from fusedmlp.train.data import standardized
->>>>>>> crossval
+from fusedmlp.train.data import Data, Scaling, standardized
 from fusedmlp.train.progress import Quiet
 
 from . import made_data
