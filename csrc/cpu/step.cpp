@@ -196,8 +196,9 @@ class Step {
         }
         top_ = out;
         const LossParams l{out, order_, p_.targets, rows_, last.n, p_.smoothing};
-        const auto kernel =
-            p_.loss == kCrossEntropy ? kernels_.cross_entropy : kernels_.squared_error;
+        const auto kernel = p_.loss == kCrossEntropy ? kernels_.cross_entropy
+                            : p_.loss == kLogistic   ? kernels_.logistic
+                                                     : kernels_.squared_error;
         double losses[kParts] = {};
         int64_t rights[kParts] = {};
         const int64_t part = ceil_div(rows_, kParts), parts = ceil_div(rows_, part);
@@ -277,24 +278,27 @@ class Step {
         }
     };
 
-    // torch.optim.AdamW and torch.optim.SGD: these numbers in double, each rounded once.
+    // torch.optim.SGD, Adam and AdamW: these numbers in double, each rounded once. Epsilon hat:
+    // section 2 of Kingma and Ba, w -= lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps).
     UpdateParams numbers(const StepParam& w) const {
         UpdateParams u{};
         const double lr = w.lr * lr_scale_;
         u.rule = p_.rule;
-        if (p_.rule != kAdamW) {
+        if (!has_moments(p_.rule)) {
             u.lr = float(lr);
             u.weight_decay = float(w.weight_decay);
             u.momentum = float(p_.momentum);
             return u;
         }
         const double t = double(updates_);
-        u.lr = float(lr / (1.0 - std::pow(p_.beta1, t)));
-        u.weight_decay = float(1.0 - lr * w.weight_decay);
+        const double root = std::sqrt(1.0 - std::pow(p_.beta2, t));
+        const bool is_hat = p_.rule == kAdamEpsilonHat;
+        u.lr = float((is_hat ? lr * root : lr) / (1.0 - std::pow(p_.beta1, t)));
+        u.weight_decay = float(p_.rule == kAdamW ? 1.0 - lr * w.weight_decay : w.weight_decay);
         u.momentum = float(1.0 - p_.beta1);
         u.beta2 = float(p_.beta2);
         u.rest2 = float(1.0 - p_.beta2);
-        u.root = float(std::sqrt(1.0 - std::pow(p_.beta2, t)));
+        u.root = is_hat ? 1.0f : float(root);
         u.eps = float(p_.eps);
         return u;
     }

@@ -3,9 +3,9 @@
 
     gather     rows of the data by `order`, from `offset` on; scaled as the data's scaling says
     forward    linear_act of each layer, masks from (seed, stream) in `state`
-    loss       F.cross_entropy or F.mse_loss and its gradient; sums go to `totals`
+    loss       that of step.loss_of and its gradient; sums go to `totals`
     backward   bias_act_dropout_bwd and two products of each layer
-    update     clip_grad_norm_, then torch.optim's fused SGD or AdamW with the rate in a tensor
+    update     clip_grad_norm_, then torch's fused SGD, Adam or AdamW with the rate in a tensor
     advance    state, offset and index move on to the next step
 
 The ops are those of any backend, on any device: run one by one they are the same step.
@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import activations, dispatch
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from .step import Task
 
 _DTYPES = {"bf16": torch.bfloat16}
+# Updates of the optimisers with two moments and a count.
+_ADAMS = {torch.optim.Adam: torch._fused_adam_, torch.optim.AdamW: torch._fused_adamw_}
 
 
 class Calls:
@@ -46,8 +49,8 @@ class Calls:
         self.totals = torch.zeros(3, dtype=torch.float64, device=device)
         self.places = torch.arange(capacity, device=device)
         self.classes = torch.arange(self.layers[-1].linear.out_features, device=device)
-        self.is_adamw = type(task.optimizer) is torch.optim.AdamW
-        self.counts: dict[int, Tensor] = {}  # AdamW's updates of each parameter, on the device
+        self.adam = _ADAMS.get(type(task.optimizer))
+        self.counts: dict[int, Tensor] = {}  # Adam's updates of each parameter, on the device
 
     def load(self, order: Tensor, factors: Tensor | None) -> None:
         """The rows that the next steps take, (n,) with n <= capacity, and the factors of their
@@ -113,6 +116,10 @@ class Calls:
             each = gap.square().mean(1)
             right = torch.zeros_like(self.totals[1])
             dy = gap * (2 / gap.numel())
+        elif self.task.loss == "logistic":
+            each = F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").sum(1)
+            right = torch.zeros_like(self.totals[1])
+            dy = (outputs.sigmoid() - targets) / rows
         else:
             smoothing = self.task.label_smoothing
             log_p = outputs.log_softmax(1)
@@ -158,7 +165,7 @@ class Calls:
             lr = (factor * float(group["lr"])).float()
             decay = float(group["weight_decay"])
             common = dict(weight_decay=decay, maximize=False, grad_scale=None, found_inf=None)
-            if not self.is_adamw:
+            if self.adam is None:
                 torch._fused_sgd_(
                     parameters,
                     mine,
@@ -174,7 +181,7 @@ class Calls:
             counts = [self.counts[id(p)] for p in parameters]
             torch._foreach_add_(counts, 1)
             beta1, beta2 = group["betas"]
-            torch._fused_adamw_(
+            self.adam(
                 parameters,
                 mine,
                 self.moments(parameters, "exp_avg"),
@@ -197,15 +204,16 @@ class Calls:
         read and write beside those of this object. A graph lives as long as they do."""
         task, held = self.task, []
         for group in task.optimizer.param_groups:
-            names = ("exp_avg", "exp_avg_sq") if self.is_adamw else ("momentum_buffer",)
-            names = names if self.is_adamw or group["momentum"] else ()
+            names = ("exp_avg", "exp_avg_sq")
+            if self.adam is None:
+                names = ("momentum_buffer",) if group["momentum"] else ()
             for p in group["params"]:
                 state = task.optimizer.state[p] if names else {}
                 for name in names:
                     if state.get(name) is None:
                         state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 held += [p, *(state[name] for name in names)]
-                if not self.is_adamw:
+                if self.adam is None:
                     continue
                 if "step" not in state:
                     state["step"] = torch.tensor(0.0)
@@ -214,7 +222,7 @@ class Calls:
         return held
 
     def count_updates(self) -> None:
-        """The device's counts of AdamW are set to those of the optimiser's state."""
+        """The device's counts of Adam are set to those of the optimiser's state."""
         for p in (p for group in self.task.optimizer.param_groups for p in group["params"]):
             if id(p) in self.counts:
                 self.counts[id(p)].copy_(self.task.optimizer.state[p]["step"])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .epsilon_hat import EpsilonHatAdam
 from .graph_calls import Calls
 from .network import against_data, against_optimizer, against_parameters, layers_of
 
@@ -22,7 +23,7 @@ STEPS = 16  # of one graph, where as many of the same size follow each other
 
 
 class Graph:
-    """Steps of plain layers, SGD or AdamW on one GPU, replayed without Python between them."""
+    """Steps of plain layers and SGD, Adam or AdamW on one GPU, without Python between them."""
 
     name = "graph"
     automatic = False  # until a results file of a GPU says that it is right and fast
@@ -42,6 +43,8 @@ class Graph:
         if task.world.size > 1:
             reasons.append("it runs in one process")
         reasons += against_optimizer(task.optimizer)
+        if type(task.optimizer) is EpsilonHatAdam:
+            reasons.append("torch's fused Adam has another place for epsilon")
         layers, against = layers_of(task.model)
         reasons += against
         reasons += against_parameters(task.model, task.optimizer, task.device.type)
@@ -96,7 +99,7 @@ class Graph:
         if rest:
             self._run(rest, 1)
         self.number += steps
-        if self.calls.is_adamw:
+        if self.calls.adam is not None:
             state = self.task.optimizer.state
             torch._foreach_add_([state[p]["step"] for p in self.task.model.parameters()], steps)
 
