@@ -169,8 +169,8 @@ struct DataArgs {
               y_,
               loss_ == cpu::kCrossEntropy ? aoti_torch_dtype_int64() : aoti_torch_dtype_float32()
           )) {
-        if (loss_ != cpu::kCrossEntropy && loss_ != cpu::kSquaredError)
-            fail(op, ": loss must be 0 or 1, got ", loss_);
+        if (loss_ < cpu::kCrossEntropy || loss_ > cpu::kLogistic)
+            fail(op, ": loss must be 0, 1 or 2, got ", loss_);
         const View xv(x);
         scaling.is_bytes = xv.dtype == aoti_torch_dtype_uint8();
         checked(op, "x", x, scaling.is_bytes ? xv.dtype : aoti_torch_dtype_float32());
@@ -220,14 +220,14 @@ struct DataArgs {
 };
 
 inline void check_rule(const char* op, const cpu::StepParams& p) {
-    if (p.rule < cpu::kSgd || p.rule > cpu::kAdamW)
-        fail(op, ": rule must be 0, 1 or 2, got ", p.rule);
-    if (p.rule != cpu::kAdamW)
+    if (p.rule < cpu::kSgd || p.rule > cpu::kAdamEpsilonHat)
+        fail(op, ": rule must be in [0, 4], got ", p.rule);
+    if (!cpu::has_moments(p.rule))
         return;
     for (const cpu::StepLayer& l : p.layers)
         for (const cpu::StepParam* w : {&l.w, &l.b, &l.slope})
             if (w->value && !(w->m1 && w->m2))
-                fail(op, ": AdamW needs both moments");
+                fail(op, ": Adam needs both moments");
 }
 
 inline const double*

@@ -15,6 +15,7 @@ from fusedmlp import rng
 from fusedmlp.nn import FusedMLP
 from fusedmlp.train import TrainConfig, native_op
 from fusedmlp.train.data import Data, permutation
+from fusedmlp.train.epsilon_hat import EpsilonHatAdam
 from fusedmlp.train.graph_step import Graph
 from fusedmlp.train.schedule import Schedule
 from fusedmlp.train.step import Task, choose
@@ -121,6 +122,9 @@ class Plain:
             outputs = self.forward(self.x[rows])
             if self.loss == "mse":
                 loss = F.mse_loss(outputs, self.y[rows])
+            elif self.loss == "logistic":
+                each = F.binary_cross_entropy_with_logits(outputs, self.y[rows], reduction="none")
+                loss = each.sum() / len(rows)
             else:
                 loss = F.cross_entropy(outputs, self.y[rows], label_smoothing=self.smoothing)
             self.optimizer.zero_grad()
@@ -141,6 +145,11 @@ OPTIMIZERS = {
     ),
     "decay": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=1e-2),
     "adamw": lambda p: torch.optim.AdamW(p, lr=2e-3, weight_decay=0.1),
+    "adam": lambda p: torch.optim.Adam(p, lr=2e-3, weight_decay=1e-2),
+}
+# Those of the native engine; epsilon is so large that its place shows.
+NATIVE_OPTIMIZERS = OPTIMIZERS | {
+    "epsilon_hat": lambda p: EpsilonHatAdam(p, lr=2e-3, weight_decay=1e-2, eps=1e-3)
 }
 
 

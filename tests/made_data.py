@@ -68,6 +68,15 @@ def line(rows: int = 200, features: int = 3, seed: int = 0) -> Data:
     return Data("line", x[:cut], y[:cut], x[cut:], y[cut:], target="y")
 
 
+def labels(rows: int = 200, features: int = 12, outputs: int = 3, seed: int = 0) -> Data:
+    """Float targets of 0 and 1, several a row."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, features, generator=generator)
+    y = (x[:, :outputs] + torch.randn(rows, outputs, generator=generator) > 0).float()
+    cut = rows * 3 // 4
+    return Data("labels", x[:cut], y[:cut], x[cut:], y[cut:])
+
+
 def idx_bytes(values: torch.Tensor, sizes=None, magic: int | None = None) -> bytes:
     """An IDX file of uint8 values; sizes and magic can lie."""
     sizes = list(values.shape) if sizes is None else sizes

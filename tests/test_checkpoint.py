@@ -44,6 +44,7 @@ KINDS = {
     "sgd": dict(),
     "momentum": dict(momentum=0.9, weight_decay=1e-3),
     "adamw": dict(optimizer="adamw", lr=1e-2, weight_decay=0.1),
+    "adam": dict(optimizer="adam", lr=1e-2, weight_decay=0.1),
     "bf16": dict(precision="bf16"),
     "fp16": dict(precision="fp16"),
     "validation": dict(val_split=0.2, standardize=True),

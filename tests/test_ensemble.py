@@ -31,6 +31,10 @@ FLAGS = {
         dict(optimizer="adamw", lr=1e-2, lr_schedule="linear"),
         dict(optimizer="adamw", lr=3e-3),
     ],
+    "adam": [
+        dict(optimizer="adam", lr=1e-2, weight_decay=0.1, clip_norm=0.5),
+        dict(optimizer="adam", lr=1e-2, lr_schedule="linear"),
+    ],
 }
 
 

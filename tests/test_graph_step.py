@@ -16,6 +16,7 @@ from fusedmlp import activations
 from fusedmlp.kernels import reference
 from fusedmlp.train import TrainError, explain, fit, graph_calls
 from fusedmlp.train.data import Data, permutation, standardized
+from fusedmlp.train.epsilon_hat import EpsilonHatAdam
 from fusedmlp.train.graph_step import STEPS, Graph
 from fusedmlp.train.schedule import Schedule
 from fusedmlp.train.step import Autograd, choose, why
@@ -73,7 +74,7 @@ def test_the_same_steps_as_autograd(name, device):
     assert first.calls.state.tolist() == [SEED, steps * 3] and first.number == steps
 
 
-@pytest.mark.parametrize("name", ["nesterov", "adamw"])
+@pytest.mark.parametrize("name", ["nesterov", "adamw", "adam"])
 def test_parameters_are_as_near_to_fp64_as_plain_pytorchs(name):
     assert_near_fp64(
         made_data.pictures(rows=400),
@@ -116,11 +117,12 @@ def test_settings_reach_it(name, device):
         assert_close(engines[0], engines[2])
 
 
-def test_squared_errors_and_standardised_rows(device):
+def test_other_losses_and_standardised_rows(device):
     for data, sizes, loss in (
         (standardized(made_data.line()), (3, 16, 1), "mse"),
         (standardized(made_data.pictures()), (64, 9, 4), "cross_entropy"),
         (standardized(made_data.blobs()), (12, 3), "cross_entropy"),
+        (made_data.labels(), (12, 9, 3), "logistic"),
     ):
         engines = []
         for kind in (Graph, Autograd):
@@ -167,7 +169,7 @@ def test_twice_the_same_bits(device):
     assert state_equal(engines[0].task.model, engines[2].task.model)
 
 
-@pytest.mark.parametrize("name", ["nesterov", "adamw"])
+@pytest.mark.parametrize("name", ["nesterov", "adamw", "adam"])
 def test_it_goes_on_from_the_optimisers_state_dict(name, device):
     data, optimizer = made_data.pictures(rows=400), OPTIMIZERS[name]
     batches = [rows.to(device) for rows in orders(data, 20)]
@@ -222,7 +224,7 @@ class Watch(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["nesterov", "adamw"])
+@pytest.mark.parametrize("name", ["nesterov", "adamw", "adam"])
 def test_no_call_of_the_sequence_waits_for_a_value(name, precision, monkeypatch):
     """What a capture would fail at, as far as it shows in the calls; the ops are plain PyTorch's
     so that theirs show too."""
@@ -263,7 +265,8 @@ def test_what_it_cannot_run_it_refuses():
     make = functools.partial(task_of, network(sizes=(12, 16, 3)), data)
     assert Graph.objections(make(OPTIMIZERS["adamw"])) == []
     assert "fp16" in Graph.objections(make(OPTIMIZERS["sgd"], precision="fp16"))[0]
-    assert "SGD or AdamW" in Graph.objections(make(torch.optim.Adam))[0]
+    assert "SGD, Adam or AdamW" in Graph.objections(make(torch.optim.RMSprop))[0]
+    assert "another place for epsilon" in Graph.objections(make(EpsilonHatAdam))[0]
     assert "from a loader" in Graph.objections(make(OPTIMIZERS["sgd"], x=None))[0]
 
 

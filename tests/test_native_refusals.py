@@ -8,6 +8,7 @@ from torch import nn
 
 import fusedmlp
 from fusedmlp.train import TrainError, fit
+from fusedmlp.train.epsilon_hat import EpsilonHatAdam
 from fusedmlp.train.native_step import Native
 from fusedmlp.train.progress import Quiet
 from fusedmlp.train.step import choose
@@ -68,12 +69,27 @@ def test_what_it_cannot_run_it_refuses_with_the_reason(case):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda p: torch.optim.Adam(p),
+        lambda p: torch.optim.RMSprop(p),
+        lambda p: torch.optim.Adam(p, amsgrad=True),
+        lambda p: torch.optim.Adam(p, decoupled_weight_decay=True),
+        lambda p: torch.optim.Adam(p, lr=torch.tensor(0.1)),
         lambda p: torch.optim.AdamW(p, amsgrad=True),
+        lambda p: torch.optim.AdamW(p, maximize=True),
+        lambda p: EpsilonHatAdam(p, maximize=True),
         lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.1),
         lambda p: torch.optim.SGD(list(p)[:1], lr=0.1),
     ],
-    ids=["adam", "amsgrad", "dampening", "some"],
+    ids=[
+        "rmsprop",
+        "adam-amsgrad",
+        "adam-decoupled",
+        "adam-tensor",
+        "adamw-amsgrad",
+        "adamw-maximize",
+        "epsilon_hat-maximize",
+        "dampening",
+        "some",
+    ],
 )
 def test_other_optimisers_are_refused_and_run_by_autograd(make):
     task = task_of(network(sizes=(12, 16, 3)), made_data.blobs(), make)

@@ -16,6 +16,7 @@ from fusedmlp.train.progress import Quiet
 from . import made_data
 from .engines import (
     BATCH,
+    NATIVE_OPTIMIZERS,
     OPTIMIZERS,
     SEED,
     config,
@@ -39,10 +40,10 @@ def _trained(data: Data, optimizer, calls: int, dropout=0.5):
     return net, engine
 
 
-@pytest.mark.parametrize("name", ["nesterov", "adamw"])
+@pytest.mark.parametrize("name", ["nesterov", "adamw", "adam", "epsilon_hat"])
 def test_bits_are_the_same_however_often_and_in_however_many_calls(name):
     data = made_data.pictures(rows=512)
-    nets = [_trained(data, OPTIMIZERS[name], calls)[0] for calls in (1, 1, 5)]
+    nets = [_trained(data, NATIVE_OPTIMIZERS[name], calls)[0] for calls in (1, 1, 5)]
     assert state_equal(nets[0], nets[1]) and state_equal(nets[0], nets[2])
 
 
@@ -61,15 +62,17 @@ def test_bits_do_not_depend_on_the_number_of_threads():
     assert state_equal(nets[0], nets[1]) and state_equal(nets[0], nets[2])
 
 
-@pytest.mark.parametrize("name", ["nesterov", "adamw"])
-@pytest.mark.parametrize("after", ["native", "autograd"])
-def test_a_run_goes_on_from_the_optimisers_state_dict(name, after):
+@pytest.mark.parametrize("name", ["nesterov", "adamw", "adam", "epsilon_hat"])
+@pytest.mark.parametrize(
+    "before, after", [("native", "native"), ("native", "autograd"), ("autograd", "native")]
+)
+def test_a_run_goes_on_from_the_optimisers_state_dict(name, before, after):
     """With native to the bit; with autograd within what two orders of summing differ by."""
-    data, optimizer = made_data.pictures(rows=400), OPTIMIZERS[name]
+    data, optimizer = made_data.pictures(rows=400), NATIVE_OPTIMIZERS[name]
     batches = orders(data, 20)
     whole, half = network(dropout=0.5), network(dropout=0.5)
     engine = engine_of("native", whole, data, optimizer)
-    first = engine_of("native", half, data, optimizer)
+    first = engine_of(before, half, data, optimizer)
     for rows in batches:
         engine.step(rows)
     for rows in batches[:10]:
@@ -82,17 +85,17 @@ def test_a_run_goes_on_from_the_optimisers_state_dict(name, after):
     second.set_step(10)
     for rows in batches[10:]:
         second.step(rows)
-    if after == "native":
+    if before == after:
         assert state_equal(whole, again)
     for a, b in zip(whole.parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", NATIVE_OPTIMIZERS)
 def test_the_optimisers_state_is_what_torch_would_hold(name):
     data, states = made_data.pictures(rows=400), []
     for engine in ("native", "autograd"):
-        made = engine_of(engine, network(), data, OPTIMIZERS[name])
+        made = engine_of(engine, network(), data, NATIVE_OPTIMIZERS[name])
         made.steps(permutation(SEED, 0, 300), BATCH)
         made.sync()
         states.append(made.task.optimizer.state_dict())
@@ -126,7 +129,10 @@ class StopAt(Quiet):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("settings", [dict(momentum=0.9), dict(optimizer="adamw", lr=0.01)])
+@pytest.mark.parametrize(
+    "settings",
+    [dict(momentum=0.9), *(dict(optimizer=name, lr=0.01) for name in ("adam", "adamw"))],
+)
 def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, settings):
     settings = config(engine="native", epochs=4, batch_size=1, **settings)
     data = made_data.blobs()

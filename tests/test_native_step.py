@@ -9,19 +9,30 @@ import torch
 from torch import nn
 
 from fusedmlp import activations, fuse
+from fusedmlp.train import step
 from fusedmlp.train.data import Data, permutation, standardized
+from fusedmlp.train.epsilon_hat import EpsilonHatAdam
 
 from . import made_data
-from .engines import OPTIMIZERS, SEED, assert_near_fp64, engine_of, need_native, network
+from .engines import (
+    NATIVE_OPTIMIZERS,
+    OPTIMIZERS,
+    SEED,
+    assert_near_fp64,
+    engine_of,
+    need_native,
+    network,
+)
 
 made_data.need("safetensors", "matplotlib")
 need_native()
 
 
 @pytest.mark.parametrize("dropout", [0.0, (0.2, 0.5)], ids=["plain", "dropout"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", NATIVE_OPTIMIZERS)
 def test_parameters_are_as_near_to_fp64_as_plain_pytorchs(name, dropout):
-    assert_near_fp64(made_data.pictures(rows=400), OPTIMIZERS[name], dropout=dropout)
+    data = made_data.pictures(rows=400)
+    assert_near_fp64(data, NATIVE_OPTIMIZERS[name], dropout=dropout)
 
 
 @pytest.mark.parametrize("activation", sorted(set(activations.NAMES) - {"relu"}))
@@ -39,9 +50,11 @@ def test_label_smoothing_keeps_to_the_trajectory():
     assert_near_fp64(made_data.pictures(rows=400), OPTIMIZERS["momentum"], smoothing=0.1)
 
 
-def test_gradient_clipping_keeps_to_the_trajectory():
+@pytest.mark.parametrize("name", ["sgd", "adam", "epsilon_hat"])
+def test_gradient_clipping_keeps_to_the_trajectory(name):
     for clip in (0.05, 100.0):
-        assert_near_fp64(made_data.pictures(rows=400), OPTIMIZERS["sgd"], ends=(1, 50), clip=clip)
+        optimizer = NATIVE_OPTIMIZERS[name]
+        assert_near_fp64(made_data.pictures(rows=400), optimizer, ends=(1, 50), clip=clip)
 
 
 def test_standardised_images_and_tables_keep_to_the_trajectory():
@@ -56,6 +69,60 @@ def test_mean_squared_error_keeps_to_the_trajectory():
     data = standardized(made_data.line(rows=400))
     optimizer = OPTIMIZERS["sgd"]
     assert_near_fp64(data, optimizer, loss="mse", sizes=(3, 16, 1), activation="tanh")
+
+
+@pytest.mark.parametrize("outputs", [1, 3, 20], ids=["one", "part", "more"])
+def test_logistic_losses_keep_to_the_trajectory(outputs):
+    """Of fewer and of more outputs than a vector holds."""
+    data = made_data.labels(rows=400, features=24, outputs=outputs)
+    sizes, optimizer = (24, 16, outputs), OPTIMIZERS["sgd"]
+    assert_near_fp64(data, optimizer, ends=(1, 50), loss="logistic", sizes=sizes)
+    engines = []
+    for name in ("native", "autograd"):
+        net = network(sizes=sizes)
+        engines.append(engine_of(name, net, data, optimizer, loss="logistic"))
+        engines[-1].steps(permutation(SEED, 0, len(data.x_train)), 64)
+    (loss, *rest), (wanted, *others) = (engine.read() for engine in engines)
+    assert loss == pytest.approx(wanted, rel=1e-5) and rest == others == [0.0, 300]
+    sums = engines[0].judge(data.x_test, data.y_test)
+    wanted = step.judge("logistic", net(data.x_test), data.y_test)
+    torch.testing.assert_close(sums, wanted, rtol=1e-4, atol=0)
+
+
+def test_logistic_losses_of_large_outputs_are_those_of_torch():
+    x = torch.tensor([[-1e30], [-100.0], [-20.0], [0.0], [20.0], [100.0], [1e30]])
+    x, y = x.repeat(2, 1), torch.tensor([0.0, 1.0]).repeat_interleave(7).unsqueeze(1)
+    losses = []
+    for name in ("native", "autograd"):
+        net = nn.Sequential(nn.Linear(1, 1))
+        nn.init.ones_(net[0].weight)
+        nn.init.zeros_(net[0].bias)
+        engine = engine_of(name, net, Data("made", x, y), _still, loss="logistic")
+        losses.append([])
+        for row in range(len(x)):
+            engine.step(torch.tensor([row]))
+            losses[-1].append(engine.read()[0])
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+
+
+def _still(parameters):
+    return torch.optim.SGD(parameters, lr=0.0)
+
+
+def test_epsilon_hat_is_scikit_learns_formula():
+    rate, first, second, eps = 0.1, 0.8, 0.95, 0.5
+    generator = torch.Generator().manual_seed(0)
+    p = nn.Parameter(torch.randn(50, generator=generator, dtype=torch.float64))
+    w, m, v = p.detach().clone(), 0.0, 0.0
+    optimizer = EpsilonHatAdam([p], lr=rate, betas=(first, second), eps=eps)
+    for t in range(1, 20):
+        g = torch.randn(50, generator=generator, dtype=torch.float64)
+        m, v = first * m + (1 - first) * g, second * v + (1 - second) * g**2
+        w -= rate * (1 - second**t) ** 0.5 / (1 - first**t) * m / (v.sqrt() + eps)
+        p.grad = g
+        optimizer.step()
+        torch.testing.assert_close(p.detach(), w, rtol=1e-12, atol=1e-13)
+    assert optimizer.param_groups[0]["eps"] == eps
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from fusedmlp.train.schedule import Schedule
 from fusedmlp.train.trainer import Result
 
 from . import made_data
-from .engines import OPTIMIZERS, assert_near_fp64, config, native_op, network, state_equal
+from .engines import NATIVE_OPTIMIZERS, assert_near_fp64, config, native_op, network, state_equal
 
 made_data.need("safetensors", "matplotlib")
 
@@ -67,11 +67,11 @@ def test_every_factor_is_that_of_torchs_own_scheduler(kind, warmup):
 
 @pytest.mark.skipif(native_op.unavailable() is not None, reason="needs the native engine")
 @pytest.mark.parametrize("kind, warmup", [("cosine", WARMUP), ("linear", 0), ("constant", WARMUP)])
-@pytest.mark.parametrize("name", ["nesterov", "adamw"])
+@pytest.mark.parametrize("name", ["nesterov", "adamw", "adam", "epsilon_hat"])
 def test_the_native_engine_keeps_to_plain_pytorchs_trajectory(name, kind, warmup):
     assert_near_fp64(
         made_data.pictures(rows=400),
-        OPTIMIZERS[name],
+        NATIVE_OPTIMIZERS[name],
         ends=(1, STEPS),
         schedule=Schedule(kind, STEPS, warmup),
         scheduler=torchs(kind, warmup, STEPS),

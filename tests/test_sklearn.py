@@ -94,8 +94,8 @@ NUMBERS = FusedMLPRegressor, MLPRegressor
 SGD = {"solver": "sgd", "learning_rate_init": 0.1}
 # name -> (estimators, data, settings, whether rows have weights, what runs it)
 SAME = {
-    "adam": (CLASSES, _digits, {}, False, "native gradients"),
-    "adam-alpha": (CLASSES, _digits, {"alpha": 2.0, "beta_1": 0.8}, False, "native gradients"),
+    "adam": (CLASSES, _digits, {}, False, "native"),
+    "adam-alpha": (CLASSES, _digits, {"alpha": 2.0, "beta_1": 0.8}, False, "native"),
     "sgd": (CLASSES, _digits, SGD | {"alpha": 1.0}, False, "native"),
     "no-momentum": (CLASSES, _digits, SGD | {"momentum": 0.0}, False, "native"),
     "invscaling": (CLASSES, _digits, SGD | {"learning_rate": "invscaling"}, False, "native"),
@@ -111,20 +111,20 @@ SAME = {
         _digits,
         {"activation": "logistic", "hidden_layer_sizes": (30, 20)},
         False,
-        "native gradients",
+        "native",
     ),
-    "identity": (CLASSES, _digits, {"activation": "identity"}, False, "native gradients"),
+    "identity": (CLASSES, _digits, {"activation": "identity"}, False, "native"),
     "unshuffled": (CLASSES, _digits, SGD | {"shuffle": False, "batch_size": 64}, False, "native"),
-    "early": (CLASSES, _digits, {"early_stopping": True}, False, "native gradients"),
+    "early": (CLASSES, _digits, {"early_stopping": True}, False, "native"),
     "weights": (CLASSES, _digits, {"alpha": 1.0}, True, "autograd"),
-    "binary": (CLASSES, _cancer, {"alpha": 1.0}, False, "native gradients"),
-    "binary-sgd": (CLASSES, _cancer, SGD, False, "native gradients"),
+    "binary": (CLASSES, _cancer, {"alpha": 1.0}, False, "native"),
+    "binary-sgd": (CLASSES, _cancer, SGD, False, "native"),
     "binary-early": (CLASSES, _cancer, {"early_stopping": True}, True, "autograd"),
-    "labels": (CLASSES, _several_labels, {"alpha": 1.0}, False, "autograd"),
-    "squared": (NUMBERS, _diabetes, {"activation": "tanh"}, False, "native gradients"),
+    "labels": (CLASSES, _several_labels, {"alpha": 1.0}, False, "native"),
+    "squared": (NUMBERS, _diabetes, {"activation": "tanh"}, False, "native"),
     "squared-sgd": (NUMBERS, _two_outputs, {"solver": "sgd", "alpha": 1.0}, False, "native"),
     "squared-early": (NUMBERS, _diabetes, {"early_stopping": True}, True, "autograd"),
-    "outputs": (NUMBERS, _two_outputs, {"alpha": 1.0}, False, "native gradients"),
+    "outputs": (NUMBERS, _two_outputs, {"alpha": 1.0}, False, "native"),
     "outputs-weights": (NUMBERS, _two_outputs, {}, True, "autograd"),
     "poisson": (
         (
@@ -227,9 +227,39 @@ def test_engines_agree_with_dropout():
     x, y = _digits()
     settings = {"dropout": 0.3, "random_state": 0, "max_iter": 4}
     a, b = (FusedMLPClassifier(engine=e, **settings).fit(x, y) for e in ("native", "autograd"))
-    assert (a.engine_, b.engine_) == ("native gradients", "autograd")
+    assert (a.engine_, b.engine_) == ("native", "autograd")
     assert (a.coefs_[0].dtype, b.coefs_[0].dtype) == (np.float32, np.float64)
     np.testing.assert_allclose(a.coefs_[0], b.coefs_[0], atol=1e-4)
+
+
+@needs_native
+@pytest.mark.parametrize("call", ["fit", "early_stopping", "warm_start", "partial_fit"])
+@pytest.mark.parametrize("data", [lambda: _digits(570), _cancer], ids=["classes", "binary"])
+def test_adam_in_one_call_is_adam_step_by_step(data, call):
+    """With a last batch that is smaller, and going over from one to the other; what differs is
+    rounding, in fp32 and in fp64."""
+    x, y = data()
+    found, ways = [], (("auto",) * 3, ("autograd",) * 3, ("auto", "autograd", "auto"))
+    for engines in ways:
+        estimator = FusedMLPClassifier(
+            random_state=0,
+            max_iter=4,
+            early_stopping=call == "early_stopping",
+            warm_start=call == "warm_start",
+        )
+        for engine in engines:
+            estimator.set_params(engine=engine)
+            if call == "partial_fit":
+                estimator.partial_fit(x, y, classes=np.unique(y))
+            else:
+                estimator.fit(x, y)
+            assert estimator.engine_ == {"auto": "native"}.get(engine, engine)
+        found.append(estimator)
+    for other in found[1:]:
+        np.testing.assert_allclose(found[0].loss_curve_, other.loss_curve_, rtol=1e-4)
+        for name in ("coefs_", "intercepts_"):
+            for a, b in zip(getattr(found[0], name), getattr(other, name), strict=True):
+                np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 def test_sparse_rows_are_the_same_as_dense_ones():

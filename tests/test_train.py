@@ -102,6 +102,10 @@ OPTIMIZERS = {
         dict(optimizer="adamw", lr=2e-3, weight_decay=0.1),
         lambda p: torch.optim.AdamW(p, lr=2e-3, weight_decay=0.1),
     ),
+    "adam": (
+        dict(optimizer="adam", lr=2e-3, weight_decay=1e-2),
+        lambda p: torch.optim.Adam(p, lr=2e-3, weight_decay=1e-2),
+    ),
 }
 
 
@@ -115,8 +119,8 @@ def errors(net: nn.Module, truth: nn.Module) -> tuple[float, float]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, ps",
-    [("sgd", (0.0, 0.0)), ("sgd", (0.2, 0.5)), ("momentum", (0.2, 0.5)), ("adamw", (0.2, 0.5))],
-    ids=["sgd", "sgd-dropout", "momentum-dropout", "adamw-dropout"],
+    [("sgd", (0.0, 0.0)), *((name, (0.2, 0.5)) for name in OPTIMIZERS)],
+    ids=["sgd", *(f"{name}-dropout" for name in OPTIMIZERS)],
 )
 def test_parameters_are_as_near_to_fp64_as_plain_pytorchs(name, ps):
     """After 1, 50 and 500 steps: max and RMS error at most twice that of PyTorch's loop in fp32.

@@ -186,6 +186,7 @@ SETTINGS = {
     "seed": dict(seed=2**63),
     "activation": dict(activation="swish"),
     "momentum_of_adamw": dict(optimizer="adamw", momentum=0.9),
+    "momentum_of_adam": dict(optimizer="adam", momentum=0.9),
     "std_of_default": dict(init="default", init_std=0.5),
     "tf32_on_cpu": dict(precision="tf32", device="cpu"),
     "target_of_images": dict(target="price"),

@@ -168,8 +168,9 @@ class Step {
             out = b_.dz.back();
         }
         const LossParams l{out, order_, p_.targets, rows_, last.n, p_.smoothing};
-        const auto kernel =
-            p_.loss == kCrossEntropy ? kernels_.cross_entropy : kernels_.squared_error;
+        const auto kernel = p_.loss == kCrossEntropy ? kernels_.cross_entropy
+                            : p_.loss == kLogistic   ? kernels_.logistic
+                                                     : kernels_.squared_error;
         blocks_in(r, [&](Rows block, int64_t at) {
             losses_[at] = 0.0;
             rights_[at] = 0;
@@ -267,7 +268,7 @@ class Step {
         block.ldc = cols;
         block.c = dw - block.i0 * cols - j0;
         kernels_.gemm.block(block);
-        const UpdateParams u = numbers(l.w);
+        const UpdateParams u = numbers_of(p_, l.w, lr_scale_, updates_);
         // Whole rows lie one after the other.
         const int64_t runs = cols == l.k ? 1 : rows, length = cols == l.k ? rows * cols : cols;
         for (int64_t r = 0; r < runs; ++r) {
@@ -301,32 +302,10 @@ class Step {
             update(w, grad);
     }
 
-    // torch.optim.AdamW and torch.optim.SGD: these numbers in double, each rounded once.
-    UpdateParams numbers(const StepParam& w) const {
-        UpdateParams u{};
-        const double lr = w.lr * lr_scale_;
-        u.rule = p_.rule;
-        if (p_.rule != kAdamW) {
-            u.lr = float(lr);
-            u.weight_decay = float(w.weight_decay);
-            u.momentum = float(p_.momentum);
-            return u;
-        }
-        const double t = double(updates_);
-        u.lr = float(lr / (1.0 - std::pow(p_.beta1, t)));
-        u.weight_decay = float(1.0 - lr * w.weight_decay);
-        u.momentum = float(1.0 - p_.beta1);
-        u.beta2 = float(p_.beta2);
-        u.rest2 = float(1.0 - p_.beta2);
-        u.root = float(std::sqrt(1.0 - std::pow(p_.beta2, t)));
-        u.eps = float(p_.eps);
-        return u;
-    }
-
     void update(const StepParam& w, const float* grad) {
         if (!w.value)
             return;
-        const UpdateParams u = numbers(w);
+        const UpdateParams u = numbers_of(p_, w, lr_scale_, updates_);
         failed |=
             run(parallel_, ceil_div(w.size, 256), kGrain / 256, [&](int64_t begin, int64_t end) {
                 const int64_t at = begin * 256, n = std::min(w.size, end * 256) - at;

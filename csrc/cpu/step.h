@@ -32,7 +32,7 @@ struct StepLayer {
     int64_t layer;       // its number: added to the stream of the step
 };
 
-enum Loss : int { kCrossEntropy = 0, kSquaredError = 1 };
+enum Loss : int { kCrossEntropy = 0, kSquaredError = 1, kLogistic = 2 };
 
 struct StepParams {
     std::vector<StepLayer> layers;
@@ -48,15 +48,18 @@ struct StepParams {
     int64_t mask_layers;     //
     int rule;                // a Rule
     double momentum;         // SGD
-    double beta1;            // AdamW
+    double beta1;            // Adam and its kin
     double beta2;            //
     double eps;              //
-    int64_t updates;         // that AdamW has done before
+    int64_t updates;         // that Adam has done before
     double max_norm;         // gradients are clipped to it; 0: they are not
     const double* lr_scale;  // (steps,) factors of the learning rate, or null
     double* totals;          // (3,) sum of losses, number right, rows: added to
     float* work;             // step_work(p) floats
 };
+
+// Of update number `updates`, from 1 on, of w, where the learning rate has this factor.
+UpdateParams numbers_of(const StepParams& p, const StepParam& w, double lr_scale, int64_t updates);
 
 // Floats of memory that steps of this batch take.
 int64_t step_work(const StepParams& p);

@@ -199,6 +199,33 @@ squared_error(const cpu::LossParams& p, int64_t begin, int64_t end, double* loss
     (void)right;
 }
 
+// torch.binary_cross_entropy_with_logits, summed over the outputs of a row: loss = (1 - y) z +
+// log(1 + exp(-z)); its gradient: 1 / (1 + exp(-z)) - y.
+static void
+logistic(const cpu::LossParams& p, int64_t begin, int64_t end, double* loss, int64_t* right) {
+    const int64_t cols = p.cols, whole = cols / VL * VL;
+    const int rest = int(cols - whole);
+    const VF one = set1(1.0f), share = set1(1.0f / float(p.rows));
+    for (int64_t row = begin; row < end; ++row) {
+        float* out = p.out + row * cols;
+        const float* target = static_cast<const float*>(p.targets) + p.order[row] * cols;
+        VF sum = set1(0.0f);
+        for (int64_t i = 0; i < whole; i += VL) {
+            const VF z = load(out + i), y = load(target + i);
+            sum = sum + fma(one - y, z, softplus(negate(z)));
+            store(out + i, (sigmoid(z) - y) * share);
+        }
+        if (rest) {
+            const VF z = load_part(out + whole, rest), y = load_part(target + whole, rest);
+            const VF losses = fma(one - y, z, softplus(negate(z)));
+            sum = sum + select_part(rest, losses, set1(0.0f));
+            store_part(out + whole, rest, (sigmoid(z) - y) * share);
+        }
+        *loss += double(sum_of(sum));
+    }
+    (void)right;
+}
+
 // torch.optim.SGD: g += wd w; m = momentum m + g; g = m, or g + momentum m; w -= lr g.
 template <bool MOMENTUM, bool NESTEROV>
 struct Sgd {
@@ -215,17 +242,23 @@ struct Sgd {
     }
 };
 
-// torch.optim.AdamW: w *= 1 - lr wd; m += (1 - b1) (g - m); v = b2 v + (1 - b2) g g;
-// w -= step m / (sqrt(v) / root + eps).
-struct AdamW {
-    VF step, keep, first, second, rest, root, eps;
-    explicit AdamW(const cpu::UpdateParams& u)
-        : step(set1(-u.lr)), keep(set1(u.weight_decay)), first(set1(u.momentum)),
+// torch.optim.Adam: g += wd w, or AdamW: w *= 1 - lr wd; m += (1 - b1) (g - m);
+// v = b2 v + (1 - b2) g g; w -= step m / (sqrt(v) / root + eps): _single_tensor_adam of
+// torch/optim.
+template <bool DECOUPLED>
+struct Adam {
+    VF step, decay, first, second, rest, root, eps;
+    explicit Adam(const cpu::UpdateParams& u)
+        : step(set1(-u.lr)), decay(set1(u.weight_decay)), first(set1(u.momentum)),
           second(set1(u.beta2)), rest(set1(u.rest2)), root(set1(u.root)), eps(set1(u.eps)) {}
-    FN VF next(VF w, VF g, VF& m, VF& v, const AdamW& s) {
+    FN VF next(VF w, VF g, VF& m, VF& v, const Adam& s) {
+        if constexpr (!DECOUPLED)
+            g = fma(w, s.decay, g);
         m = fma(s.first, g - m, m);
         v = fma(s.rest * g, g, v * s.second);
-        return w * s.keep + s.step * m / (sqrt(v) / s.root + s.eps);
+        if constexpr (DECOUPLED)
+            w = w * s.decay;
+        return w + s.step * m / (sqrt(v) / s.root + s.eps);
     }
 };
 
@@ -255,7 +288,9 @@ static void update_with(const R& rule, float* w, const float* g, float* m1, floa
 static void
 update(const cpu::UpdateParams& u, float* w, const float* g, float* m1, float* m2, int64_t n) {
     if (u.rule == cpu::kAdamW)
-        update_with<AdamW, true, true>(AdamW(u), w, g, m1, m2, n);
+        update_with<Adam<true>, true, true>(Adam<true>(u), w, g, m1, m2, n);
+    else if (cpu::has_moments(u.rule))
+        update_with<Adam<false>, true, true>(Adam<false>(u), w, g, m1, m2, n);
     else if (!m1)
         update_with<Sgd<false, false>, false, false>(Sgd<false, false>(u), w, g, m1, m2, n);
     else if (u.rule == cpu::kNesterov)
@@ -287,8 +322,8 @@ static void scale(float* g, float factor, int64_t n) {
 
 extern const cpu::StepKernels step_table;
 const cpu::StepKernels step_table = {
-    FUSEDMLP_ISA_NAME, kGemmKernels, gather,     cross_entropy,
-    squared_error,     update,       square_sum, scale,
+    FUSEDMLP_ISA_NAME, kGemmKernels, gather,     cross_entropy, squared_error,
+    logistic,          update,       square_sum, scale,
 };
 
 #undef FN

@@ -27,18 +27,21 @@ struct LossParams {
     float smoothing;       // label smoothing, cross-entropy only
 };
 
-enum Rule : int { kSgd = 0, kNesterov = 1, kAdamW = 2 };
+// kAdamEpsilonHat: Adam whose epsilon is added before the second moment's bias is corrected.
+enum Rule : int { kSgd = 0, kNesterov = 1, kAdamW = 2, kAdam = 3, kAdamEpsilonHat = 4 };
+
+constexpr bool has_moments(int rule) { return rule >= kAdamW; }
 
 // One step's numbers of an optimiser for one parameter, as PyTorch computes them.
 struct UpdateParams {
     int rule;            // a Rule
-    float lr;            // SGD: learning rate; AdamW: step size, lr / (1 - beta1^t)
+    float lr;            // SGD: learning rate; Adam: step size, lr / (1 - beta1^t)
     float weight_decay;  // AdamW: the factor 1 - lr weight_decay
-    float momentum;      // AdamW: 1 - beta1
-    float beta2;         // AdamW only
-    float rest2;         // AdamW only: 1 - beta2
-    float root;          // AdamW only: sqrt(1 - beta2^t)
-    float eps;           // AdamW only
+    float momentum;      // Adam: 1 - beta1
+    float beta2;         // Adam only, as all below
+    float rest2;         // 1 - beta2
+    float root;          // sqrt(1 - beta2^t); epsilon hat: 1, and lr has it
+    float eps;           //
 };
 
 struct StepKernels {
@@ -67,6 +70,7 @@ struct StepKernels {
         double* loss,
         int64_t* right
     );
+    void (*logistic)(const LossParams& p, int64_t begin, int64_t end, double* loss, int64_t* right);
     // w, first and second moment (null where there is none) from the gradient g.
     void (*update)(
         const UpdateParams& u,

@@ -28,7 +28,7 @@ class FusedMLPClassifier(ClassifierMixin, BaseFusedMLP):
 
     activation  also every name of fusedmlp.activations.NAMES, such as 'prelu' or 'gelu'
     solver      'adam' or 'sgd'; 'lbfgs', and max_fun with it, has no meaning here: ValueError at
-                fit. 'adam' is torch.optim.Adam with the penalty in the gradient (not AdamW)
+                fit. 'adam' is Adam with the penalty in the gradient (not AdamW)
     alpha       L2 penalty: alpha / (2 B) times the sum of squared weights for a batch of B rows
                 (scikit-learn's _backprop; loop.py derives the weight_decay that it comes to)
     dropout     probability of dropping after each hidden layer, or one for each of them
@@ -44,7 +44,7 @@ class FusedMLPClassifier(ClassifierMixin, BaseFusedMLP):
     validation_scores_, best_validation_score_, t_, n_iter_, n_layers_, n_outputs_,
     out_activation_, n_features_in_, feature_names_in_, and coefs_ (fan_in, fan_out), intercepts_
     (fan_out,), in the dtype of the computation. Besides, slopes_ (1,) of each hidden layer with
-    prelu, and engine_, what ran: 'native', 'native gradients' or 'autograd'. The penalty in loss_
+    prelu, and engine_, what ran: 'native' or 'autograd'. The penalty in loss_
     is that of the weights halfway through an epoch.
     """
 

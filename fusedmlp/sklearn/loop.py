@@ -5,12 +5,10 @@ slopes), so its gradient has alpha / B * w: scikit-learn's _compute_loss_grad di
 the rows' gradients and alpha * w alike by B, and by the sum of the weights where rows have some.
 That is the weight_decay of torch.optim.Adam and SGD, set anew for a batch of another size.
 
-Three ways, the fastest that can: `native`, an epoch in one call of C++; `native gradients`, where
-C++ does forward, loss and backward and torch.optim the update; `autograd`, step by step. The
-second is SGD with rate 0 in the C++ engine, whose momentum buffers then hold the gradients.
+Two ways, the fastest that can: `native`, an epoch in one call of C++ (two where its last batch is
+smaller), and `autograd`, step by step.
 """
 
-import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +20,12 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..nn import FusedMLP
+from ..train.epsilon_hat import EpsilonHatAdam
 from ..train.native_step import Native
 from ..train.step import Task
 from .weights import Weights, network, read, rows_of, tensor, trained
 
-_NATIVE_LOSS = {"softmax": "cross_entropy", "logistic": "cross_entropy", "identity": "mse"}
-_READ = 0.5  # any momentum above 0: with it the engine keeps a buffer of the last gradient
+_NATIVE_LOSS = {"softmax": "cross_entropy", "logistic": "logistic", "identity": "mse"}
 
 
 @dataclass
@@ -41,11 +39,6 @@ class Problem:
     out_activation: str  # softmax, logistic, identity, exp
     alpha: float
 
-    @property
-    def is_single(self) -> bool:
-        """Whether there is one logistic output."""
-        return self.out_activation == "logistic" and self.y.shape[1] == 1
-
     def unit(self) -> float:
         """The loss that is differentiated here, over scikit-learn's. Half the squared error summed
         over k outputs is theirs (their loss_ is a mean over them), the mean over k is ours."""
@@ -58,7 +51,7 @@ def make_optimizer(settings, problem: Problem, weights: list, rest: list) -> tor
     groups = [{"params": weights}, {"params": rest}]
     unit = problem.unit()
     if settings.solver == "adam":
-        return torch.optim.Adam(
+        return EpsilonHatAdam(
             groups,
             lr=settings.learning_rate_init,
             betas=(settings.beta_1, settings.beta_2),
@@ -99,14 +92,12 @@ def make(
     # One step an epoch takes no time worth saving at the price of fp64's digits.
     small = dtype == torch.float64 and len(problem.y) <= batch
     if settings.engine == "native" or (settings.engine == "auto" and not small):
-        # A constant first output lets the C++ engine, which has a softmax, run a logistic output.
-        pad = problem.is_single
-        net = network(weights, activation, dropout, device, torch.float32, pad)
-        loop = Loop(net, pad, problem, settings, device, seed, state)
+        net = network(weights, activation, dropout, device, torch.float32)
+        loop = Loop(net, problem, settings, device, seed, state)
         if loop.engine is not None:
             return loop
-    net = network(weights, activation, dropout, device, dtype, False)
-    return Loop(net, False, problem, settings, device, seed, state, only_autograd=True)
+    net = network(weights, activation, dropout, device, dtype)
+    return Loop(net, problem, settings, device, seed, state, only_autograd=True)
 
 
 class Loop:
@@ -115,7 +106,6 @@ class Loop:
     def __init__(
         self,
         net: FusedMLP,
-        pad: bool,
         problem: Problem,
         settings,
         device: torch.device,
@@ -123,7 +113,7 @@ class Loop:
         state: dict | None,
         only_autograd: bool = False,
     ):
-        self.net, self.pad = net.train(), pad
+        self.net = net.train()
         self.problem, self.settings, self.device = problem, settings, device
         dtype = self.dtype = next(net.parameters()).dtype
         is_sparse = hasattr(problem.x, "toarray")
@@ -135,65 +125,44 @@ class Loop:
         self.unit = problem.unit()
         self.learning_rate = settings.learning_rate_init
         self.number = 0
-        self.weights, rest = trained(net, pad)
+        self.weights, rest = trained(net)
         self.optimizer = make_optimizer(settings, problem, self.weights, rest)
         if state is not None:
             self.optimizer.load_state_dict(state["optimizer"])
             self.number, self.learning_rate = state["number"], state["learning_rate"]
         self.layers = net.layer_count()
         self.masks = torch.tensor([seed, 0], dtype=torch.int64, device=self.device)
-        self.engine, self.way = (None, "autograd") if only_autograd else self._choose(pad, seed)
+        self.engine = None if only_autograd else self._choose(seed)
+        self.way = "autograd" if self.engine is None else "native"
 
-    def _choose(self, pad: bool, seed: int):
-        """(engine, way); engine None for autograd."""
+    def _choose(self, seed: int) -> Native | None:
+        """The C++ engine, or None where it cannot run this."""
         settings, problem = self.settings, self.problem
         refusals = []
         if problem.weights is not None:
             refusals.append("rows have weights")
-        if problem.out_activation not in _NATIVE_LOSS or (
-            problem.out_activation == "logistic" and not problem.is_single
-        ):
+        if problem.out_activation not in _NATIVE_LOSS:
             refusals.append(f"it has no loss for {problem.out_activation} outputs")
         if self.x is None:
             refusals.append("rows are sparse")
         if not refusals:
-            reader = torch.optim.SGD(self.net.parameters(), lr=0.0, momentum=_READ)
-            y = self.y.flatten().long() if pad else self.y
             loss = _NATIVE_LOSS[problem.out_activation]
-            for optimizer in (reader,) if pad else (self.optimizer, reader):
-                task = Task(self.net, optimizer, loss, self.device, x=self.x, y=y, seed=seed)
-                refusals = Native.refuses(task)
-                if not refusals:
-                    engine = Native(task)
-                    engine.set_step(self.number)
-                    if optimizer is self.optimizer:
-                        return engine, "native"
-                    self._take_gradients(reader)
-                    return engine, "native gradients"
+            task = Task(self.net, self.optimizer, loss, self.device, self.x, self.y, seed=seed)
+            refusals = Native.refuses(task)
+            if not refusals:
+                engine = Native(task)
+                engine.set_step(self.number)
+                return engine
         if settings.engine == "native":
             raise ValueError(
                 f"{type(settings).__name__}: engine 'native' was asked for but cannot be used: "
                 + "; ".join(refusals)
             )
-        return None, "autograd"
-
-    def _take_gradients(self, reader: torch.optim.Optimizer) -> None:
-        """Let the optimiser's gradients be the engine's momentum buffers."""
-        buffers = {}
-        for p in self.net.parameters():
-            buffer = torch.zeros_like(p).detach()
-            reader.state[p]["momentum_buffer"] = buffer
-            buffers[p.untyped_storage().data_ptr()] = buffer
-        self.buffers = list(buffers.values())
-        for group in self.optimizer.param_groups:
-            for p in group["params"]:
-                buffer = buffers[p.untyped_storage().data_ptr()]
-                # A view without the padding's row shares the memory of the whole.
-                p.grad = buffer if buffer.shape == p.shape else buffer[1:]
+        return None
 
     def read(self) -> Weights:
         """Copies of the weights as they are now."""
-        return read(self.net, self.pad)
+        return read(self.net)
 
     def state(self) -> dict:
         """What a later Loop needs to go on, on the CPU."""
@@ -226,18 +195,16 @@ class Loop:
         sums = [len(b) if self.row_weights is None else self._sum(b) for b in batches]
         # The mean over the rows of 1 / (sum of the weights of their batch).
         per_row = sum(len(b) / s for b, s in zip(batches, sums, strict=True) if s) / len(order)
-        if self.way == "native":
+        if self.engine is not None:
             loss = self._whole(order, batch)
         else:
-            step = self._step_native if self.engine is not None else self._step_autograd
             loss = torch.zeros((), dtype=torch.float64, device=self.device)
             for rows, total in zip(batches, sums, strict=True):
                 if total > 0:  # rows without weight say nothing, and their mean is 0 / 0
                     self._decay(total)
-                    self._correct_epsilon()
-                    step(rows, loss)
+                    self._step(rows, loss)
                     self.number += 1
-            loss = float(self.engine.read()[0] if self.engine is not None else loss) / len(order)
+            loss = float(loss) / len(order)
         if self.problem.out_activation == "identity":
             loss *= 0.5  # scikit-learn's is half the squared error
         norm = (before + self._squared_norm()) / 2
@@ -252,15 +219,6 @@ class Loop:
     def _decay(self, total: float) -> None:
         self.optimizer.param_groups[0]["weight_decay"] = self.unit * self.problem.alpha / total
 
-    def _correct_epsilon(self) -> None:
-        """scikit-learn adds epsilon to the root of the second moment before its bias is corrected,
-        PyTorch after that; it decides where gradients are hardly larger than epsilon."""
-        if self.settings.solver != "adam":
-            return
-        correction = math.sqrt(1.0 - self.settings.beta_2 ** (self.number + 1))
-        for group in self.optimizer.param_groups:
-            group["eps"] = self.settings.epsilon * self.unit / correction
-
     def _whole(self, order: Tensor, batch: int) -> float:
         full = len(order) // batch * batch
         for part in (order[:full], order[full:]):
@@ -270,13 +228,7 @@ class Loop:
         self.number = self.engine.number
         return self.engine.read()[0] / len(order)
 
-    def _step_native(self, rows: Tensor, loss: Tensor) -> None:
-        torch._foreach_zero_(self.buffers)
-        self.engine.set_step(self.number)
-        self.engine.steps(rows, len(rows))
-        self.optimizer.step()
-
-    def _step_autograd(self, rows: Tensor, loss: Tensor) -> None:
+    def _step(self, rows: Tensor, loss: Tensor) -> None:
         if self.x is None:
             x = rows_of(self.problem.x, rows.numpy(), self.device, self.dtype)
         else:

@@ -63,19 +63,13 @@ def network(
     dropout: list[float],
     device: torch.device,
     dtype: torch.dtype,
-    pad: bool,
 ) -> FusedMLP:
-    """A network on the device with copies of the weights in dtype.
-
-    pad   a first output that is always 0 goes before the only one: the softmax of (0, z) is the
-          logistic function of z, so the cross-entropy of two classes is the logistic loss of one
-          output, and its gradient with respect to z the same
-    """
+    """A network on the device with copies of the weights in dtype."""
     sizes = [len(weights.coefs[0]), *(len(b) for b in weights.intercepts)]
     net = FusedMLP(
         sizes[0],
         sizes[1:-1],
-        sizes[-1] + pad,
+        sizes[-1],
         activation=activation,
         dropout=dropout,
         device="meta",
@@ -83,8 +77,6 @@ def network(
     linears = [m for m in net if isinstance(m, nn.Linear)]
     for layer, coef, intercept in zip(linears, weights.coefs, weights.intercepts, strict=True):
         w, b = tensor(coef.T, device, dtype), tensor(intercept, device, dtype)
-        if pad and layer is linears[-1]:
-            w, b = torch.cat([torch.zeros_like(w), w]), torch.cat([torch.zeros_like(b), b])
         layer.weight = nn.Parameter(w.clone(memory_format=torch.contiguous_format))
         layer.bias = nn.Parameter(b.clone())
     slopes = [m for m in net if isinstance(m, nn.PReLU)]
@@ -93,19 +85,16 @@ def network(
     return net
 
 
-def trained(net: FusedMLP, pad: bool) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(weights of the Linears, everything else): what is trained. Of a padded layer it is a view
-    that leaves the padding's row out."""
+def trained(net: FusedMLP) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(weights of the Linears, everything else): what is trained."""
     linears = [m for m in net if isinstance(m, nn.Linear)]
     w, b = [m.weight for m in linears], [m.bias for m in linears]
-    if pad:
-        w[-1], b[-1] = (nn.Parameter(p.detach()[1:]) for p in (w[-1], b[-1]))
     return w, b + [m.weight for m in net if isinstance(m, nn.PReLU)]
 
 
-def read(net: FusedMLP, pad: bool) -> Weights:
+def read(net: FusedMLP) -> Weights:
     """Copies of a network's weights as arrays."""
-    w, rest = trained(net, pad)
+    w, rest = trained(net)
     w, rest = ([p.detach().cpu().numpy().copy() for p in part] for part in (w, rest))
     return Weights([a.T for a in w], rest[: len(w)], rest[len(w) :])
 

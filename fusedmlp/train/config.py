@@ -36,10 +36,10 @@ class TrainConfig:
     """normal: weights of deviation --init-std, biases 0; default: PyTorch's own"""
     init_std: float = 0.01
     """deviation of the initial weights with --init normal"""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     """update rule"""
     lr: float | None = None
-    """learning rate; default 0.1 for sgd (0.01 with mse), 0.001 for adamw"""
+    """learning rate; default 0.1 for sgd (0.01 with mse), 0.001 for adam and adamw"""
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
     """how the learning rate goes down to 0 over the steps of the run; constant: it does not"""
     warmup_epochs: float = 0.0
@@ -47,7 +47,7 @@ class TrainConfig:
     momentum: float = 0.0
     """momentum of sgd"""
     weight_decay: float = 0.0
-    """L2 penalty of sgd, decoupled decay of adamw"""
+    """L2 penalty of sgd and adam, decoupled decay of adamw"""
     loss: Literal["auto", "cross_entropy", "mse"] = "auto"
     """auto: cross_entropy for classes, mse for a float target"""
     label_smoothing: float = 0.0
@@ -104,7 +104,7 @@ class TrainConfig:
         """loss: cross_entropy, or mse, whose gradient grows with the error."""
         if self.lr is not None:
             return self.lr
-        return 1e-3 if self.optimizer == "adamw" else {"cross_entropy": 0.1, "mse": 0.01}[loss]
+        return {"cross_entropy": 0.1, "mse": 0.01}[loss] if self.optimizer == "sgd" else 1e-3
 
     def replace(self, **changes) -> "TrainConfig":
         return dataclasses.replace(self, **changes)
@@ -179,8 +179,8 @@ def _check_numbers(config: TrainConfig) -> None:
 
 
 def _check_contradictions(config: TrainConfig) -> None:
-    if config.optimizer == "adamw" and config.momentum:
-        raise UsageError("--momentum belongs to --optimizer sgd; adamw has none")
+    if config.optimizer != "sgd" and config.momentum:
+        raise UsageError(f"--momentum belongs to --optimizer sgd; {config.optimizer} has none")
     if config.loss == "mse" and config.label_smoothing:
         raise UsageError("--label-smoothing belongs to --loss cross_entropy; mse has no labels")
     if config.epochs is not None and config.warmup_epochs > config.epochs:

@@ -9,9 +9,9 @@ once for all steps of a call:
 for each step:
     cast       the weights, where products are not in fp32: one call for all
     forward    the op mlp_fwd, masks from (seed, stream) in `state`
-    loss       the op cross_entropy, or F.mse_loss and its gradient
+    loss       the op cross_entropy, or another of step.loss_of and its gradient
     backward   the op mlp_bwd
-    update     clip_grad_norm_, then torch.optim's fused SGD or AdamW with the rate in a tensor
+    update     clip_grad_norm_, then torch's fused SGD, Adam or AdamW with the rate in a tensor
 
 The ops are those of any backend, on any device: run one by one they are the same steps.
 """
@@ -21,6 +21,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import activations, dispatch, nets
@@ -34,6 +35,8 @@ VALUES = 1 << 24  # of inputs that are gathered, or of one layer of an evaluatio
 _DTYPES = {"bf16": torch.bfloat16}
 # Of cross_entropy: no row of a data set is to be left out.
 _IGNORED = -(1 << 63)
+# Updates of the optimisers with two moments and a count.
+_ADAMS = {torch.optim.Adam: torch._fused_adam_, torch.optim.AdamW: torch._fused_adamw_}
 
 
 class Calls:
@@ -62,8 +65,8 @@ class Calls:
         with torch.no_grad():
             self.cast = [t.to(self.dtype) for t in self.parameters]
             self.grads = [torch.empty_like(t) for t in self.parameters] if self.is_cast else []
-        self.is_adamw = type(task.optimizer) is torch.optim.AdamW
-        self.counts: dict[int, Tensor] = {}  # AdamW's updates of each parameter, on the device
+        self.adam = _ADAMS.get(type(task.optimizer))
+        self.counts: dict[int, Tensor] = {}  # Adam's updates of each parameter, on the device
 
     def load(self, order: Tensor, factors: Tensor | None) -> None:
         """The rows that the next steps take, (n,) with n <= capacity, and the factors of their
@@ -179,6 +182,10 @@ class Calls:
         if self.task.loss == "mse":
             gap = outputs.float() - targets
             return gap, (gap * (2 / gap.numel())).to(self.dtype)
+        if self.task.loss == "logistic":
+            z = outputs.float()
+            losses = F.binary_cross_entropy_with_logits(z, targets, reduction="none").sum(1)
+            return losses, ((z.sigmoid() - targets) / rows).to(self.dtype)
         ops = BY_BACKEND[self.loss_backend(rows)]
         return ops.cross_entropy(outputs, targets, smoothing, _IGNORED, 1 / rows)
 
@@ -188,6 +195,7 @@ class Calls:
             totals[0].add_(losses.square().mean(1).sum(dtype=torch.float64))
         else:
             totals[0].add_(losses.sum(dtype=torch.float64))
+        if self.task.loss == "cross_entropy":
             totals[1].add_((outputs.argmax(1) == targets).sum())
 
     def judge(self, x: Tensor, y: Tensor) -> None:
@@ -220,7 +228,7 @@ class Calls:
             mine = [grads[id(p)] for p in parameters]
             decay = float(group["weight_decay"])
             common = dict(weight_decay=decay, maximize=False, grad_scale=None, found_inf=None)
-            if not self.is_adamw:
+            if self.adam is None:
                 torch._fused_sgd_(
                     parameters,
                     mine,
@@ -236,7 +244,7 @@ class Calls:
             counts = [self.counts[id(p)] for p in parameters]
             torch._foreach_add_(counts, 1)
             beta1, beta2 = group["betas"]
-            torch._fused_adamw_(
+            self.adam(
                 parameters,
                 mine,
                 self.moments(parameters, "exp_avg"),
@@ -259,15 +267,16 @@ class Calls:
         read and write beside those of this object. A graph lives as long as they do."""
         task, held = self.task, []
         for group in task.optimizer.param_groups:
-            names = ("exp_avg", "exp_avg_sq") if self.is_adamw else ("momentum_buffer",)
-            names = names if self.is_adamw or group["momentum"] else ()
+            names = ("exp_avg", "exp_avg_sq")
+            if self.adam is None:
+                names = ("momentum_buffer",) if group["momentum"] else ()
             for p in group["params"]:
                 state = task.optimizer.state[p] if names else {}
                 for name in names:
                     if state.get(name) is None:
                         state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 held += [p, *(state[name] for name in names)]
-                if not self.is_adamw:
+                if self.adam is None:
                     continue
                 if "step" not in state:
                     state["step"] = torch.tensor(0.0)
@@ -276,7 +285,7 @@ class Calls:
         return held
 
     def count_updates(self) -> None:
-        """The device's counts of AdamW are set to those of the optimiser's state."""
+        """The device's counts of Adam are set to those of the optimiser's state."""
         for p in (p for group in self.task.optimizer.param_groups for p in group["params"]):
             if id(p) in self.counts:
                 self.counts[id(p)].copy_(self.task.optimizer.state[p]["step"])

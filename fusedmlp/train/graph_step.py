@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import graph_calls
+from .epsilon_hat import EpsilonHatAdam
 from .graph_calls import Calls
 from .network import against_data, against_optimizer, against_parameters, against_rows, layers_of
 
@@ -27,7 +28,7 @@ JUDGED = 4  # graphs of evaluations that are held, each of data of its own
 
 
 class Graph:
-    """Steps of plain layers, SGD or AdamW on one GPU, replayed without Python between them."""
+    """Steps of plain layers and SGD, Adam or AdamW on one GPU, without Python between them."""
 
     name = "graph"
     automatic = False  # until a results file of a GPU says that it is right and fast
@@ -47,6 +48,8 @@ class Graph:
         if task.world.size > 1:
             reasons.append("it runs in one process")
         reasons += against_optimizer(task.optimizer)
+        if type(task.optimizer) is EpsilonHatAdam:
+            reasons.append("torch's fused Adam has another place for epsilon")
         layers, against = layers_of(task.model)
         reasons += against
         reasons += against_parameters(task.model, task.optimizer, task.device.type)
@@ -105,7 +108,7 @@ class Graph:
             self._run(rest, 1)
         self.number += steps
         self.rows += len(order)
-        if self.calls.is_adamw:
+        if self.calls.adam is not None:
             state = self.task.optimizer.state
             torch._foreach_add_([state[p]["step"] for p in self.task.model.parameters()], steps)
 

@@ -86,6 +86,8 @@ def shape_of(model: FusedMLP) -> dict | None:
 def optimizer_for(model: nn.Module, config: TrainConfig, loss: str) -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
     settings = {"lr": config.learning_rate(loss), "weight_decay": config.weight_decay}
+    if config.optimizer == "adam":
+        return torch.optim.Adam(parameters, **settings)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, **settings)
     return torch.optim.SGD(parameters, momentum=config.momentum, **settings)

@@ -13,8 +13,9 @@ train_steps: many steps of one network
     work      (floats,) fp32 memory; where it is too small nothing is done
     ints      of each layer: act, saves, threshold, number of the layer
     numbers   of each layer: alpha, scale, and learning rate and weight decay of w, of b, of slope
-    loss      0 cross-entropy, 1 mean squared error;  rule: 0 SGD, 1 Nesterov, 2 AdamW
-    updates   that AdamW has done before;  max_norm: of all gradients, 0 for no clipping
+    loss      0 cross-entropy, 1 mean squared error, 2 logistic: its sum over a row's outputs
+    rule      0 SGD, 1 Nesterov, 2 AdamW, 3 Adam, 4 Adam as in epsilon_hat.py
+    updates   that Adam has done before;  max_norm: of all gradients, 0 for no clipping
     returns   floats of `work` that these arguments take
 
 Step s has the masks of seed and stream (first_step + s) * mask_layers + number of the layer.
@@ -65,8 +66,8 @@ _SCHEMAS = {
         f"({_MANY}Tensor[] params, {_OUT}int[] layers, float divisor, int batch, int loss) -> int"
     ),
 }
-CROSS_ENTROPY, MSE = 0, 1
-SGD, NESTEROV, ADAMW = 0, 1, 2
+CROSS_ENTROPY, MSE, LOGISTIC = 0, 1, 2
+SGD, NESTEROV, ADAMW, ADAM, ADAM_EPSILON_HAT = 0, 1, 2, 3, 4
 
 _lib = torch.library.Library("fusedmlp", "FRAGMENT")
 for _name, _schema in _SCHEMAS.items():

@@ -2,7 +2,7 @@
 
 Parameters are updated where they lie and the optimiser's state lies in the torch.optim object, so
 checkpoints are those of the `autograd` engine and either goes on from the other's. Update formulas
-and their order of operations are those of torch.optim.SGD and torch.optim.AdamW.
+and their order of operations are those of torch.optim.SGD, Adam and AdamW.
 """
 
 from __future__ import annotations
@@ -15,12 +15,23 @@ from torch import Tensor
 
 from . import native_op
 from .data import Scaling
+from .epsilon_hat import EpsilonHatAdam
 from .network import against_data, against_optimizer, against_parameters, against_rows, layers_of
 
 if TYPE_CHECKING:
     from .step import Task
 
-LOSSES = {"cross_entropy": native_op.CROSS_ENTROPY, "mse": native_op.MSE}
+LOSSES = {
+    "cross_entropy": native_op.CROSS_ENTROPY,
+    "mse": native_op.MSE,
+    "logistic": native_op.LOGISTIC,
+}
+# Optimisers with two moments and a count of updates.
+_ADAMS = {
+    torch.optim.AdamW: native_op.ADAMW,
+    torch.optim.Adam: native_op.ADAM,
+    EpsilonHatAdam: native_op.ADAM_EPSILON_HAT,
+}
 _EMPTY = torch.empty(0)
 JUDGED_ROWS = 256  # in one forward pass: its activations stay in the L2 cache
 
@@ -72,7 +83,7 @@ class Native:
             _EMPTY if t is None else t for layer in self.layers for t in layer.tensors()
         ]
         self.present = [p for p in self.parameters if p is not _EMPTY]
-        self.is_adamw = type(task.optimizer) is torch.optim.AdamW
+        self.adam = _ADAMS.get(type(task.optimizer))
 
     def set_step(self, number: int) -> None:
         self.number = number
@@ -138,8 +149,8 @@ class Native:
         beta1, beta2 = group.get("betas", (0.0, 0.0))
         rule = native_op.NESTEROV if group.get("nesterov") else native_op.SGD
         first, second, updates = [], [], 0
-        if self.is_adamw:
-            rule = native_op.ADAMW
+        if self.adam is not None:
+            rule = self.adam
             first, second = self._state("exp_avg"), self._state("exp_avg_sq")
             updates = int(task.optimizer.state[self.present[0]]["step"])
         elif momentum:
@@ -159,7 +170,7 @@ class Native:
 
     def advance(self, steps: int) -> None:
         """These steps are done."""
-        if self.is_adamw:
+        if self.adam is not None:
             torch._foreach_add_([self.task.optimizer.state[p]["step"] for p in self.present], steps)
         torch.autograd.graph.increment_version(self.present)
         self.number += steps
@@ -224,7 +235,7 @@ class Native:
             if mine.get(name) is None:
                 # torch.optim starts momentum as a copy of the first gradient: 0 * momentum + it.
                 mine[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            if self.is_adamw and "step" not in mine:
+            if self.adam is not None and "step" not in mine:
                 mine["step"] = torch.tensor(0.0)
             found.append(mine[name])
         return found

@@ -16,21 +16,25 @@ from torch.nn.modules import module as torch_module
 from .. import activations, rng
 from ..nn import FusedSequential
 from ..nn.stretches import Stretch, find, is_tampered, why_not
+from .epsilon_hat import EpsilonHatAdam
 
 if TYPE_CHECKING:
     from .step import Task
 
-_LOSSES = ("cross_entropy", "mse")
-_OR = " or ".join(_LOSSES)
+_LOSSES = ("cross_entropy", "mse", "logistic")
+_ONE_OF = ", ".join(_LOSSES)
 # Settings of torch.optim that have another formula, and what they must be.
+_PLAIN_ADAM = {
+    "amsgrad": False,
+    "maximize": False,
+    "differentiable": False,
+    "capturable": False,
+}
 _PLAIN_SETTINGS = {
     torch.optim.SGD: {"dampening": 0, "maximize": False, "differentiable": False},
-    torch.optim.AdamW: {
-        "amsgrad": False,
-        "maximize": False,
-        "differentiable": False,
-        "capturable": False,
-    },
+    torch.optim.AdamW: _PLAIN_ADAM,
+    torch.optim.Adam: _PLAIN_ADAM | {"decoupled_weight_decay": False},
+    EpsilonHatAdam: _PLAIN_ADAM | {"decoupled_weight_decay": False},
 }
 _COMMON = ("momentum", "nesterov", "betas", "eps")  # the same for all groups
 _ALONE = "only an activation or Dropout that follows a Linear can be part of its layer"
@@ -147,13 +151,18 @@ def against_parameters(
 def against_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:
     plain = _PLAIN_SETTINGS.get(type(optimizer))
     if plain is None:
-        return [f"the optimiser must be SGD or AdamW, got {type(optimizer).__name__}"]
+        return [f"the optimiser must be SGD, Adam or AdamW, got {type(optimizer).__name__}"]
     groups = optimizer.param_groups
     reasons = [
         f"{type(optimizer).__name__} with {name}={group[name]}"
         for group in groups
         for name, wanted in plain.items()
         if group.get(name, wanted) != wanted
+    ]
+    reasons += [
+        f"{type(optimizer).__name__} with a tensor for {name}"
+        for name in ("lr", "betas", "weight_decay")
+        if any(_has_tensor(group.get(name)) for group in groups)
     ]
     if any(group.get(name) != groups[0].get(name) for group in groups for name in _COMMON):
         reasons.append("parameter groups may differ in lr and weight_decay only")
@@ -162,10 +171,17 @@ def against_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:
     return reasons
 
 
+def _has_tensor(setting) -> bool:
+    settings = setting if isinstance(setting, tuple) else (setting,)
+    return any(isinstance(s, Tensor) for s in settings)
+
+
 def against_data(task: Task, layers: list[Layer]) -> list[str]:
     if task.x is None:
         return ["its data must be tensors, these come from a loader"]
-    reasons = [] if task.loss in _LOSSES else [f"the loss must be {_OR}, got {task.loss}"]
+    reasons = (
+        [] if task.loss in _LOSSES else [f"the loss must be one of {_ONE_OF}, got {task.loss}"]
+    )
     return reasons + against_rows(task, task.x, task.y, layers)
 
 

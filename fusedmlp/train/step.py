@@ -44,10 +44,10 @@ class Task:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    loss: str  # cross_entropy or mse
+    loss: str  # cross_entropy, mse or logistic
     device: torch.device
     x: Tensor | None = None  # (n, ...) rows as stored; None where batches come from a loader
-    y: Tensor | None = None  # (n,) int64, or (n, k) fp32
+    y: Tensor | None = None  # (n,) int64 for cross_entropy, else (n, k) fp32
     scaling: Scaling = field(default_factory=Scaling)
     precision: str = "fp32"
     seed: int = 0
@@ -75,12 +75,16 @@ def autocast(device: torch.device, precision: str):
 def loss_of(
     kind: str, outputs: Tensor, targets: Tensor, reduction: str = "mean", smoothing: float = 0.0
 ) -> Tensor:
-    """Mean or sum over the rows; the squared error of a row is the mean over its outputs.
+    """Mean or sum over the rows. The squared error of a row is the mean over its outputs, the
+    logistic loss the sum: F.binary_cross_entropy_with_logits of each.
 
-    outputs (B, C), targets (B,) for cross_entropy; both (B, k) for mse
+    outputs (B, C), targets (B,) for cross_entropy; both (B, k) for mse and logistic
     """
     if kind == "cross_entropy":
         return F.cross_entropy(outputs, targets, reduction=reduction, label_smoothing=smoothing)
+    if kind == "logistic":
+        each = F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").sum(1)
+        return each if reduction == "none" else getattr(each, reduction)()
     loss = F.mse_loss(outputs, targets, reduction=reduction)
     return loss if reduction == "mean" else loss / max(1, targets[0].numel() if len(targets) else 1)
 
@@ -124,6 +128,9 @@ def judge(loss: str, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -
         if loss == "cross_entropy":
             each = loss_of(loss, outputs, targets, "none", smoothing)
             right = (outputs.argmax(1) == targets).sum()
+        elif loss == "logistic":
+            each = loss_of(loss, outputs, targets, "none")
+            right = torch.zeros((), device=outputs.device)
         else:
             each = (outputs - targets).square()
             each = each if each.dim() == 1 else each.flatten(1).mean(1)
