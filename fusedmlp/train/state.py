@@ -63,6 +63,7 @@ class Run:
     position: Position = field(default_factory=Position)
     saved_at: float = -math.inf
     saved_step: int = -1
+    chunk: int = 1  # steps between two reads of the losses
     halted: bool = False  # all processes have agreed to stop
 
 

@@ -216,21 +216,20 @@ def _train_epoch(run: Run, rng: dict | None) -> bool:
     rows = len(run.task.x)
     order = permutation(run.config.seed, position.epoch, rows).to(run.task.device)
     steps = math.ceil(rows / batch)
-    chunk = 1
     while position.step < steps:
         started = time.perf_counter()
-        last = min(position.step + chunk, steps)
+        last = min(position.step + run.chunk, steps)
         run.engine.steps(order[position.step * batch : last * batch], batch)
         loss, right, seen = run.engine.read()
-        seconds = time.perf_counter() - started
-        position.advance(last - position.step, loss, right, seen, seconds)
+        seconds, done = time.perf_counter() - started, last - position.step
+        position.advance(done, loss, right, seen, seconds)
         check_loss(run, loss)
         run.progress.steps(position, steps)
-        if seconds < READ_SECONDS / 2:
-            chunk *= 2
+        if seconds < READ_SECONDS / 2 and done == run.chunk:
+            run.chunk *= 2
         elif seconds > READ_SECONDS:
-            chunk = max(1, chunk // 2)
-        stop, chunk = run.world.most(int(run.stop.asked), chunk)
+            run.chunk = max(1, run.chunk // 2)
+        stop, run.chunk = run.world.most(int(run.stop.asked), run.chunk)
         run.halted = bool(stop)
         if run.halted and position.step < steps:
             return False
