@@ -47,6 +47,22 @@ def test_bits_are_the_same_however_often_and_in_however_many_calls(name):
     assert state_equal(nets[0], nets[1]) and state_equal(nets[0], nets[2])
 
 
+@pytest.mark.parametrize("batch, rows", [(1100, 1105), (1100, 1120), (256, 400), (40, 71)])
+def test_a_last_batch_has_the_same_bits_in_a_call_of_its_own(batch, rows):
+    """Few rows and many are multiplied and summed in other ways; who asks must not decide which."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(rows, 1024, generator=generator)
+    data = Data("made", x, torch.randint(0, 10, (rows,), generator=generator))
+    nets = []
+    for cut in (rows, batch):
+        net = network(sizes=(1024, 300, 1024, 10), dropout=0.5)
+        engine = engine_of("native", net, data, OPTIMIZERS["momentum"])
+        for part in permutation(SEED, 0, rows).split(cut):
+            engine.steps(part, batch)
+        nets.append(net)
+    assert state_equal(*nets)
+
+
 def test_bits_do_not_depend_on_the_number_of_threads():
     data, before = made_data.pictures(rows=1024, side=28), torch.get_num_threads()
     nets = []

@@ -45,6 +45,8 @@ int64_t gemm_scratch(int64_t n, int64_t k) {
     return panels_of(n, 32) * 32 * k + kGemmPad;
 }
 
+bool is_of_dots(int64_t m, int64_t n, int64_t k) { return m <= kFewRows && n * k > kDirect; }
+
 void pack_panels(
     float* panels,
     const float* b,
@@ -124,11 +126,13 @@ int launch_gemm(const Gemm& g, ParallelFor parallel) {
     const auto grain = [](int64_t work) {
         return std::max<int64_t>(1, kWork / std::max<int64_t>(1, work));
     };
-    const bool plain = g.a_col == 1 && g.a_row == g.k && g.ldc == g.n && g.ldb == g.k;
-    if (g.m <= kFewRows && g.b_is == Layout::kAcross && plain && g.n * g.k > kDirect) {
+    const bool is_plain = g.b_is == Layout::kAcross && g.a_col == 1 && g.ldb == g.k;
+    if (is_plain && is_of_dots(g.m, g.n, g.k)) {
         return run(
             parallel, panels_of(g.n, 16), grain(16 * g.m * g.k), [&](int64_t begin, int64_t end) {
-                kernels.dots(g.c, g.n, g.a, g.b, g.m, g.k, begin * 16, std::min(g.n, end * 16));
+                kernels.dots(
+                    g.c, g.ldc, g.a, g.a_row, g.b, g.m, g.k, begin * 16, std::min(g.n, end * 16)
+                );
             }
         );
     }

@@ -32,6 +32,11 @@ struct Gemm {
 };
 
 int64_t gemm_scratch(int64_t n, int64_t k);
+
+// Whether a product with this many rows reads B (N, K) as it is, row by row: its sums then differ
+// from those with panels.
+bool is_of_dots(int64_t m, int64_t n, int64_t k);
+
 int launch_gemm(const Gemm& g, ParallelFor parallel);
 
 // Columns [j0, j1) of B (K, N), rows [k0, k1) of them, to panels of B; j0 is where a panel begins
@@ -97,8 +102,9 @@ struct GemmKernels {
     // Columns [j0, j1) of c (m, n) = a (m, k) b (n, k)^T, for few rows.
     void (*dots)(
         float* c,
-        int64_t n,
+        int64_t ldc,
         const float* a,
+        int64_t lda,
         const float* b,
         int64_t m,
         int64_t k,

@@ -126,8 +126,16 @@ static void gemm_block(const cpu::GemmBlock& g) {
 
 // M rows of A times columns [j0, j1) of B, whose columns lie along k: nothing is packed.
 template <int M>
-static void
-dots_of(float* c, int64_t ldc, const float* a, const float* b, int64_t k, int64_t j0, int64_t j1) {
+static void dots_of(
+    float* c,
+    int64_t ldc,
+    const float* a,
+    int64_t lda,
+    const float* b,
+    int64_t k,
+    int64_t j0,
+    int64_t j1
+) {
     constexpr int J = 4;
     const int64_t whole = k / VL * VL;
     for (int64_t j = j0; j < j1; j += J) {
@@ -146,7 +154,7 @@ dots_of(float* c, int64_t ldc, const float* a, const float* b, int64_t k, int64_
                 bv[v] = load(at[v] + p);
 #pragma GCC unroll 2
             for (int i = 0; i < M; ++i) {
-                const VF av = load(a + i * k + p);
+                const VF av = load(a + i * lda + p);
 #pragma GCC unroll 4
                 for (int v = 0; v < J; ++v)
                     acc[i][v] = fma(av, bv[v], acc[i][v]);
@@ -154,7 +162,7 @@ dots_of(float* c, int64_t ldc, const float* a, const float* b, int64_t k, int64_
         }
         if (const int rest = int(k - whole)) {
             for (int i = 0; i < M; ++i) {
-                const VF av = load_part(a + i * k + whole, rest);
+                const VF av = load_part(a + i * lda + whole, rest);
                 for (int v = 0; v < J; ++v)
                     acc[i][v] = fma(av, load_part(at[v] + whole, rest), acc[i][v]);
             }
@@ -167,8 +175,9 @@ dots_of(float* c, int64_t ldc, const float* a, const float* b, int64_t k, int64_
 
 static void dots(
     float* c,
-    int64_t n,
+    int64_t ldc,
     const float* a,
+    int64_t lda,
     const float* b,
     int64_t m,
     int64_t k,
@@ -177,9 +186,9 @@ static void dots(
 ) {
     int64_t i = 0;
     for (; i + 2 <= m; i += 2)
-        dots_of<2>(c + i * n, n, a + i * k, b, k, j0, j1);
+        dots_of<2>(c + i * ldc, ldc, a + i * lda, lda, b, k, j0, j1);
     if (i < m)
-        dots_of<1>(c + i * n, n, a + i * k, b, k, j0, j1);
+        dots_of<1>(c + i * ldc, ldc, a + i * lda, lda, b, k, j0, j1);
 }
 
 // VL columns of up to VL rows; rows that are not there are 0.

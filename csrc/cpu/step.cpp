@@ -60,7 +60,7 @@ class Step {
 
     // The panels of all weights.
     void pack() {
-        if (!b_.blocks.keeps_panels)
+        if (!b_.keeps_panels)
             return;
         const int64_t nr = kernels_.gemm.nr;
         for (size_t i = 0; i < p_.layers.size(); ++i) {
@@ -86,8 +86,9 @@ class Step {
     void each_block(const int64_t* order, int64_t rows, const Body& body) {
         order_ = order;
         rows_ = rows;
-        const int64_t block = b_.blocks.rows, count = ceil_div(rows, block);
-        if (!b_.blocks.keeps_panels) {
+        block_ = block_rows(p_, rows);
+        const int64_t block = block_, count = ceil_div(rows, block);
+        if (!b_.keeps_panels) {
             body({0, rows}, parallel_);
         } else {
             failed |= run(parallel_, count, 1, [&](int64_t begin, int64_t end) {
@@ -104,7 +105,7 @@ class Step {
     // body(rows, number of the block)
     template <class Body>
     void blocks_in(Rows r, const Body& body) {
-        const int64_t block = b_.blocks.rows;
+        const int64_t block = block_;
         for (int64_t begin = r.begin; begin < r.end; begin += block)
             body(Rows{begin, std::min(r.end, begin + block)}, begin / block);
     }
@@ -146,8 +147,9 @@ class Step {
         Gemm g{};
         g.c = out + r.begin * ld, g.ldc = ld;
         g.a = input(i) + r.begin * from, g.a_row = from, g.a_col = 1;
-        g.b = b_.forward[i] ? b_.forward[i] : l.w.value, g.ldb = l.k;
-        g.b_is = b_.forward[i] ? Layout::kPanels : Layout::kAcross;
+        const bool in_panels = b_.forward[i] && !is_of_dots(rows_, l.n, l.k);
+        g.b = in_panels ? b_.forward[i] : l.w.value, g.ldb = l.k;
+        g.b_is = in_panels ? Layout::kPanels : Layout::kAcross;
         g.m = r.end - r.begin, g.n = l.n, g.k = l.k;
         g.scratch = b_.scratch;
         failed |= launch_gemm(g, parallel);
@@ -241,7 +243,7 @@ class Step {
                     gradient(part, at);
             }
         });
-        const int64_t blocks = ceil_div(rows_, b_.blocks.rows);
+        const int64_t blocks = ceil_div(rows_, block_);
         for (size_t i = 0; i < p_.layers.size(); ++i) {
             const StepLayer& l = p_.layers[i];
             add_up(l.b, b_.db[i], b_.db_of[i], blocks);
@@ -278,7 +280,7 @@ class Step {
                 l.w.m2 ? l.w.m2 + to : nullptr, length
             );
         }
-        if (b_.blocks.keeps_panels)
+        if (b_.keeps_panels)
             pack(part.layer, block.i0, block.i1, j0, j1);
     }
 
@@ -348,6 +350,7 @@ class Step {
     ParallelFor parallel_;
     const int64_t* order_ = nullptr;
     int64_t rows_ = 0;
+    int64_t block_ = 0;  // rows of it
     int64_t state_[2] = {};
     double lr_scale_ = 1.0;
     int64_t updates_ = 0;

@@ -26,21 +26,10 @@ struct Arena {
 
 int64_t apart(int64_t n) { return n % kAlias == 0 ? n + 16 : n; }
 
-Blocks blocks_of(const StepParams& p, int64_t m) {
-    int64_t work = 0;
-    for (const StepLayer& l : p.layers)
-        work += l.n * l.k;
-    if (m < kFewRows)
-        return {std::max<int64_t>(1, m), 1, false};
-    const int64_t rows = std::max(ceil_div(m, kMaxBlocks), kBlockWork / std::max<int64_t>(1, work));
-    const int64_t whole = round_up(std::max<int64_t>(1, std::min(rows, m)), 16);
-    return {whole, ceil_div(m, whole), true};
-}
-
 void take_panels(Buffers& b, const StepParams& p, Arena& arena, bool trains) {
     for (size_t i = 0; i < p.layers.size(); ++i) {
         const StepLayer& l = p.layers[i];
-        const bool keeps = b.blocks.keeps_panels;
+        const bool keeps = b.keeps_panels;
         b.forward.push_back(keeps ? arena.take(gemm_scratch(l.n, l.k)) : nullptr);
         const bool returns = keeps && trains && i > 0;
         b.backward.push_back(returns ? arena.take(gemm_scratch(l.k, l.n)) : nullptr);
@@ -49,18 +38,29 @@ void take_panels(Buffers& b, const StepParams& p, Arena& arena, bool trains) {
 
 }  // namespace
 
+int64_t block_rows(const StepParams& p, int64_t rows) {
+    if (rows < kFewRows)
+        return kFewRows;
+    int64_t work = 1;
+    for (const StepLayer& l : p.layers)
+        work += l.n * l.k;
+    const int64_t least = std::max(ceil_div(rows, kMaxBlocks), kBlockWork / work);
+    return round_up(std::clamp<int64_t>(least, 1, rows), 16);
+}
+
 Buffers lay_out(const StepParams& p, float* base) {
     Arena arena{base};
     Buffers b{};
     const int64_t m = std::min(p.batch, p.rows);
-    b.blocks = blocks_of(p, m);
+    b.keeps_panels = m >= kFewRows;
+    const int64_t blocks = std::min(kMaxBlocks, ceil_div(m, 16));
     int64_t scratch = 0;
     for (const StepLayer& l : p.layers) {
-        b.ld.push_back(&l != &p.layers.back() && b.blocks.keeps_panels ? apart(l.n) : l.n);
-        if (!b.blocks.keeps_panels)
+        b.ld.push_back(&l != &p.layers.back() ? apart(l.n) : l.n);
+        if (!b.keeps_panels)
             scratch = std::max({scratch, gemm_scratch(l.n, l.k), gemm_scratch(l.k, l.n)});
     }
-    b.x_ld = b.blocks.keeps_panels ? apart(p.layers[0].k) : p.layers[0].k;
+    b.x_ld = apart(p.layers[0].k);
     b.x = arena.take(m * b.x_ld);
     for (size_t i = 0; i < p.layers.size(); ++i) {
         const StepLayer& l = p.layers[i];
@@ -72,8 +72,8 @@ Buffers lay_out(const StepParams& p, float* base) {
         b.db.push_back(arena.take(l.n));
         b.slope.push_back(arena.take(l.n));
         const int64_t slopes = l.slope.value ? l.slope.size : 0;
-        b.db_of.push_back(arena.take_doubles(l.b.value ? b.blocks.count * l.n : 0));
-        b.slope_of.push_back(arena.take_doubles(b.blocks.count * slopes));
+        b.db_of.push_back(arena.take_doubles(l.b.value ? blocks * l.n : 0));
+        b.slope_of.push_back(arena.take_doubles(blocks * slopes));
     }
     take_panels(b, p, arena, true);
     b.scratch = arena.take(scratch);
@@ -85,15 +85,15 @@ Buffers lay_out_forward(const StepParams& p, float* base) {
     Arena arena{base};
     Buffers b{};
     const int64_t m = std::min(p.batch, p.rows);
-    b.blocks = blocks_of(p, m);
+    b.keeps_panels = m >= kFewRows;
     int64_t widest = 0, scratch = 0;
     for (const StepLayer& l : p.layers) {
-        b.ld.push_back(&l != &p.layers.back() && b.blocks.keeps_panels ? apart(l.n) : l.n);
+        b.ld.push_back(&l != &p.layers.back() ? apart(l.n) : l.n);
         widest = std::max(widest, b.ld.back());
-        if (!b.blocks.keeps_panels)
+        if (!b.keeps_panels)
             scratch = std::max(scratch, gemm_scratch(l.n, l.k));
     }
-    b.x_ld = b.blocks.keeps_panels ? apart(p.layers[0].k) : p.layers[0].k;
+    b.x_ld = apart(p.layers[0].k);
     b.x = arena.take(m * b.x_ld);
     // Two activations are alive at a time.
     float* const turns[2] = {arena.take(m * widest), arena.take(m * widest)};

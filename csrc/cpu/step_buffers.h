@@ -9,15 +9,12 @@ namespace fusedmlp::cpu {
 
 constexpr int64_t kMaxBlocks = 64;
 
-// Of one step: sizes decide, never the number of threads, since sums go by blocks.
-struct Blocks {
-    int64_t rows;       // of the batch in a block: a multiple of 16
-    int64_t count;      // of blocks in a whole batch
-    bool keeps_panels;  // weights are kept in the form that products read, beside the parameters
-};
+// Rows in a block of a step of so many rows. Sums go by blocks, so the sizes of this step decide
+// and nothing else: neither threads nor the other steps of a call.
+int64_t block_rows(const StepParams& p, int64_t rows);
 
 struct Buffers {
-    Blocks blocks;
+    bool keeps_panels;              // of weights, beside the parameters; not for few rows
     int64_t x_ld;                   //
     float* x;                       // (batch, K) inputs, x_ld apart
     std::vector<int64_t> ld;        // of the rows of y, h and dz of each layer
