@@ -178,6 +178,19 @@ def crossval_table(found: dict) -> str:
     return markdown(head, lines, 2)
 
 
+def train_table(found: dict, seeds: list[dict]) -> str:
+    """Time of every way to train, beside its test accuracy over seeds (seeds.json)."""
+    accuracies = {(row["network"], row["way"]): row for row in seeds}
+    head = ["network", "way", "seconds", "time over fusedmlp's", "rounds", "test accuracy", "seeds"]
+    lines = []
+    for row in found["rows"]:
+        of = accuracies.get((row["network"], row["way"]))
+        accuracy = f"{of['mean']:.4f} ± {of['deviation']:.4f}" if of else "–"
+        times = [spread(row["seconds"]), spread(row["time over fusedmlp's"]), str(row["rounds"])]
+        lines.append([row["network"], row["way"], *times, accuracy, str(of["seeds"] if of else 0)])
+    return markdown(head, lines, 2)
+
+
 def plain_table(found: dict) -> str:
     """Every column of every row as it is; three numbers are median (p20-p80)."""
     columns: list[str] = []
@@ -228,6 +241,15 @@ def table(name: str, results: dict[Path, dict]) -> str:
         file, part = _TABLES_OF[name]
         pick = lambda path, found: found["name"] == file and _part(found, part)["rows"]  # noqa: E731
         make = lambda found: plain_table(_part(found, part))  # noqa: E731
+    elif name == "train":
+        seeds = [found for found in results.values() if found["name"] == "seeds"]
+        rows = [row for found in seeds for row in found["rows"]]
+        parts = [
+            train_table(found, rows) + source(found) + "".join(source(other) for other in seeds)
+            for found in results.values()
+            if found["name"] == "train"
+        ]
+        return "\n".join(parts) or NOTHING
     elif name.startswith("engine-"):
         pick = lambda path, found: engine_tables.rows_of(found, name)  # noqa: E731
         make = lambda found: markdown(  # noqa: E731

@@ -2,7 +2,10 @@
 
     python -m bench.train_proof --data-dir DIR --seeds 10
 
-seeds.json    mean and deviation of the test accuracy over seeds, ours beside plain PyTorch's
+seeds.json    mean and deviation over seeds of the test accuracy after the last epoch, for every way
+              of bench.train_step; `ours off by` is the distance of our mean from this way's, in
+              standard errors. It is written after each way, and ways that are in it are kept with
+              --resume
 parity.json   error of all parameters after some steps, against an fp64 run of the same weights,
               order and masks, over that of plain PyTorch in fp32; at most 2 is promised. Medians
               over seeds: at lr 0.5 two runs that differ in one rounding part by a factor of 1e5 in
@@ -14,6 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +31,7 @@ from fusedmlp.train import data, model, step
 
 from . import record
 from .timing import percentile, spread
-from .train_baselines import InMemory, Job, Ours, jobs, plain_network
+from .train_baselines import DataLoaders, InMemory, Job, Ours, ScikitLearn, jobs, plain_network
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,40 +39,62 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data-dir", type=Path, help="folder of Fashion-MNIST")
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder")
     parser.add_argument("--seeds", type=int, default=10, help="0 leaves the accuracies out")
+    parser.add_argument("--resume", action="store_true", help="keep the ways that seeds.json has")
+    parser.add_argument("--ways", nargs="*", help="only those whose names begin so")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--parity-seeds", type=int, default=5, help="0 leaves the parity out")
     parser.add_argument("--steps", type=int, nargs="*", default=[1, 50, 500])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args(argv)
-    rows: dict[str, list[dict]] = {"seeds": [], "parity": []}
-    for job in jobs(args.data_dir, args.epochs, args.device):
-        loaded = data.load(job.config).to(args.device)
+    with tempfile.TemporaryDirectory() as folder:
         if args.seeds:
-            rows["seeds"].append(_accuracies(job, loaded, args.seeds))
-        if args.parity_seeds:
-            rows["parity"] += _parity(job, loaded, args.steps, args.parity_seeds)
-    for name, found in rows.items():
-        if found:
-            head = record.header(name, "bench.train_proof", argv, args.device)
-            record.write(args.out / f"{name}.json", head | {"rows": found})
+            _seeds(args, argv, Path(folder))
+    rows = []
+    for job in jobs(args.data_dir, args.epochs, args.device) if args.parity_seeds else ():
+        loaded = data.load(job.config).to(args.device)
+        rows += _parity(job, loaded, args.steps, args.parity_seeds)
+    if rows:
+        head = record.header("parity", "bench.train_proof", argv, args.device)
+        record.write(args.out / "parity.json", head | {"rows": rows})
     return 0
 
 
-def _accuracies(job: Job, loaded: data.Data, seeds: int) -> dict:
-    found = {}
-    for way in (Ours(job, loaded), InMemory(job, loaded)):
-        found[way.name] = [way.run(seed) for seed in range(seeds)]
-        print(job.name, way.name, [f"{value:.4f}" for value in found[way.name]], flush=True)
-    (ours, plain) = found.values()
-    error = math.sqrt((statistics.variance(ours) + statistics.variance(plain)) / seeds)
-    gap = statistics.mean(ours) - statistics.mean(plain)
-    row = {"network": job.name, "seeds": seeds}
-    for name, values in (("fusedmlp", ours), ("PyTorch", plain)):
-        row[f"{name} mean"], row[f"{name} deviation"] = (
-            statistics.mean(values),
-            statistics.stdev(values),
-        )
-    return row | {"difference": gap, "difference in standard errors": gap / error}
+def _seeds(args: argparse.Namespace, argv: list[str] | None, folder: Path) -> None:
+    """One row for each network and way."""
+    path = args.out / "seeds.json"
+    found = record.read(path)["rows"] if args.resume and path.exists() else []
+    for job in jobs(args.data_dir, args.epochs, args.device):
+        loaded = data.load(job.config).to(args.device)
+        ways = [Ours(job, loaded), InMemory(job, loaded), ScikitLearn(job, loaded)]
+        for way in [*ways, DataLoaders(job, loaded, folder)]:
+            asked = args.ways is None or any(way.name.startswith(name) for name in args.ways)
+            if not asked or any(_is_of(row, job, way.name, args.seeds) for row in found):
+                continue
+            values = [way.run(seed) for seed in range(args.seeds)]
+            print(job.name, way.name, [f"{value:.4f}" for value in values], flush=True)
+            row = {"network": job.name, "way": way.name, "epochs": job.epochs, "seeds": len(values)}
+            row |= {"mean": statistics.mean(values), "deviation": statistics.stdev(values)}
+            found.append(row | {"lowest": min(values), "highest": max(values)})
+            _compare(found, Ours.name)
+            head = record.header("seeds", "bench.train_proof", argv, args.device)
+            record.write(path, head | {"rows": found})
+
+
+def _is_of(row: dict, job: Job, way: str, seeds: int) -> bool:
+    key = (row["network"], row["way"], row["epochs"], row["seeds"])
+    return key == (job.name, way, job.epochs, seeds)
+
+
+def _compare(rows: list[dict], name: str) -> None:
+    """Adds the distance of the mean of way `name` from each other way's, in standard errors."""
+    ours = {row["network"]: row for row in rows if row["way"] == name}
+    for row in rows:
+        us = ours.get(row["network"])
+        if us is not None and us is not row:
+            error = math.hypot(
+                us["deviation"] / math.sqrt(us["seeds"]), row["deviation"] / math.sqrt(row["seeds"])
+            )
+            row["ours off by"] = (us["mean"] - row["mean"]) / error
 
 
 class _Masked:

@@ -1,6 +1,7 @@
 """The benchmark harness: what it refuses to time, how it compares, that no table is typed."""
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import cases, check, providers, record, report, run, saved_bytes, timing
+from bench import cases, check, providers, record, report, run, saved_bytes, timing, train_proof
 from bench.cases import Case
 
 SMALL = Case("t", "bias_act_dropout", "fwd+bwd", 64, (48,), p=(0.5,))
@@ -266,14 +267,29 @@ def test_a_marker_without_its_twin_is_an_error(checkout):
         report.main(["--root", str(checkout)])
 
 
-def test_the_trainers_results_become_a_table(checkout):
-    row = {"network": "784-256-10", "way": "fusedmlp", "seconds": [2.0, 1.9, 2.2], "accuracy": 0.88}
-    found = record.header("train", "bench.train_step", []) | {"rows": [row]}
-    record.write(checkout / "bench" / "results" / "train.json", found)
+def test_times_and_accuracies_over_seeds_become_one_table(checkout):
+    times = {"seconds": [2.0, 1.9, 2.2], "time over fusedmlp's": [1.0, 1.0, 1.0], "rounds": 3}
+    scores = {"mean": 0.8456, "deviation": 0.0123, "seeds": 10}
+    for name, found in (("train", times), ("seeds", scores)):
+        row = {"network": "784-256-10", "way": "fusedmlp"} | found
+        head = record.header(name, f"bench.{name}", [])
+        record.write(checkout / "bench" / "results" / f"{name}.json", head | {"rows": [row]})
     (checkout / "README.md").write_text("<!-- bench:train -->\n<!-- /bench:train -->\n")
     report.main(["--root", str(checkout)])
     text = (checkout / "README.md").read_text()
-    assert "| 784-256-10 | fusedmlp | 2.00 (1.90–2.20) | 0.88 |" in text
+    cells = ["784-256-10", "fusedmlp", "2.00 (1.90–2.20)", "1.00 (1.00–1.00)", "3"]
+    assert "| " + " | ".join([*cells, "0.8456 ± 0.0123", "10"]) + " |" in text
+    assert "python -m bench.train" in text and "python -m bench.seeds" in text
+
+
+def test_seeds_are_compared_in_standard_errors():
+    rows = [
+        {"network": "n", "way": "fusedmlp", "mean": 0.84, "deviation": 0.03, "seeds": 9},
+        {"network": "n", "way": "other", "mean": 0.85, "deviation": 0.04, "seeds": 16},
+    ]
+    train_proof._compare(rows, "fusedmlp")
+    assert "ours off by" not in rows[0]
+    assert rows[1]["ours off by"] == pytest.approx(-0.01 / math.hypot(0.01, 0.01))
 
 
 def test_the_engines_results_become_a_table_a_group(checkout):

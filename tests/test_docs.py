@@ -63,6 +63,27 @@ def test_windows_of_a_whole_row_are_the_known_answers():
         assert shown in _between(DROPOUT, "known-answers")
 
 
+def test_the_files_that_contributing_names_are_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"`((?:fusedmlp|csrc|tests|bench)/[\w./]+)`", text)
+    assert len(named) > 20
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_every_file_that_knows_an_activation_is_in_contributing():
+    """A file that names one activation, by its constant or its string, knows activations."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    section = text[text.index("## Adding an activation") : text.index("## Adding an op")]
+    named = set(re.findall(r"`([\w./]+\.\w+)`", section))
+    knows = re.compile(r"activations\.SILU\b|\bkSilu\b|[Aa]ct\.SILU|\bSILU\b|\"silu\"")
+    found = set()
+    for folder, ends in (("fusedmlp", ".py"), ("csrc", (".h", ".cpp", ".cu", ".cuh"))):
+        for path in (ROOT / folder).rglob("*"):
+            if path.name.endswith(ends) and knows.search(path.read_text()):
+                found.add(path.relative_to(ROOT).as_posix())
+    assert found <= named, sorted(found - named)
+
+
 def test_the_readme_lists_every_environment_variable():
     readme = (ROOT / "README.md").read_text()
     used = set()
