@@ -153,10 +153,28 @@ def trained():
     return net, x, y
 
 
+def layers_by_themselves():
+    x, y = made()
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        fusedmlp.FusedLinear(20, 32, activation="prelu", dropout=0.1),
+        fusedmlp.FusedLinear(32, 16, activation="relu_squared"),
+        fusedmlp.FusedDropout(0.1),
+        fusedmlp.FusedLinear(16, 3),
+    )
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    for _ in range(100):
+        optimizer.zero_grad()
+        fusedmlp.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    return net, x, y
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_onnxruntime_runs_a_trained_model(tmp_path):
+@pytest.mark.parametrize("train", [trained, layers_by_themselves])
+def test_onnxruntime_runs_a_trained_model(tmp_path, train):
     onnxruntime = need("onnxruntime", "onnx", "onnxscript")
-    net, x, y = trained()
+    net, x, y = train()
     batch = torch.export.Dim("batch", min=2)
     torch.onnx.export(
         fusedmlp.unfuse(net).eval(), (x[:2],), tmp_path / "net.onnx", input_names=["x"],
