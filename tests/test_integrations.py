@@ -188,6 +188,29 @@ def test_onnxruntime_runs_a_trained_model(tmp_path, train):
     assert accuracy(net, x, y) > 0.9
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_peft_adapts_plain_layers_and_refuses_what_computes_more():
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
+    x, _ = made()
+
+    def change_by_merging(net, targets):
+        config = peft.LoraConfig(target_modules=targets, init_lora_weights=False, r=2)
+        adapted = peft.get_peft_model(net, config).eval()
+        before = adapted(x)
+        return (adapted.merge_and_unload()(x) - before).abs().max().item()
+
+    assert change_by_merging(fusedmlp.fuse(plain()), ["0", "3"]) < 1e-4
+
+    def fused():
+        layer = fusedmlp.FusedLinear(20, 32, activation="relu")
+        return nn.Sequential(layer, nn.Linear(32, 3))
+
+    with pytest.raises(ValueError, match="Target module FusedLinear.* is not supported"):
+        change_by_merging(fused(), ["0"])
+    assert change_by_merging(fused(), "all-linear") < 1e-4
+    assert change_by_merging(fusedmlp.unfuse(fused()), ["0.0"]) < 1e-4
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_grid_search_runs_on_dask():
