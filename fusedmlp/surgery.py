@@ -66,6 +66,9 @@ def unfuse(module: nn.Module, *, inplace: bool = False) -> nn.Module:
     FusedDropout               nn.Dropout
     what fuse(trace=True) made its class as it was written
 
+    ReLUSquared stays, and a prelu with a slope for each column becomes nn.layers.ColumnPReLU: torch
+    has no such modules, and these are made of its functions.
+
     Parameters and hooks stay the same objects, as in `fuse`; same arguments and errors. Keys stay
     but for those of a FusedLinear with an activation or dropout, 'fc.weight' becomes 'fc.0.weight':
     load a checkpoint before. Masks are PyTorch's.
