@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import activations, checks, differentiable, dispatch, dtypes, ops, rng
 from .autograd import BiasActDropout, LinearAct
@@ -248,6 +249,12 @@ def linear_act(
     returns     (..., N)  dtype of input
     raises      ValueError, TypeError for arguments; BackendError for a backend that cannot run it
     """
+    if has_torch_function_variadic(input, weight, bias, slope):
+        return handle_torch_function(
+            linear_act, (input, weight, bias, slope), input, weight, bias, activation,
+            slope=slope, p=p, training=training,
+            seed=seed, stream=stream, row_offset=row_offset, backend=backend,
+        )  # fmt: skip
     op = "linear_act"
     act = checks.activation(op, activation)
     if act == activations.PRELU or slope is not None:
@@ -295,6 +302,12 @@ def bias_act_dropout(
 
     The other arguments and the errors are those of `linear_act`.
     """
+    if has_torch_function_variadic(input, bias, slope):
+        return handle_torch_function(
+            bias_act_dropout, (input, bias, slope), input, bias, activation,
+            slope=slope, p=p, training=training,
+            seed=seed, stream=stream, row_offset=row_offset, backend=backend,
+        )  # fmt: skip
     op = "bias_act_dropout"
     act = checks.activation(op, activation)
     checks.elementwise(op, input, bias)
@@ -331,6 +344,11 @@ def dropout(
 
     The other arguments and the errors are those of `linear_act`.
     """
+    if has_torch_function_variadic(input):
+        return handle_torch_function(
+            dropout, (input,), input, p, training,
+            seed=seed, stream=stream, row_offset=row_offset, backend=backend,
+        )  # fmt: skip
     op = "dropout"
     checks.tensor(op, "input", input)
     p = checks.probability(op, p)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import activations, checks, dispatch, dtypes
 from .ops import BY_BACKEND
@@ -116,6 +117,11 @@ def cross_entropy(
 
     Class weights and class probabilities are left to F.cross_entropy. Differentiable twice.
     """
+    if has_torch_function_variadic(input, target):
+        return handle_torch_function(
+            cross_entropy, (input, target), input, target, label_smoothing=label_smoothing,
+            ignore_index=ignore_index, reduction=reduction, backend=backend,
+        )  # fmt: skip
     checks.classes(_OP, input, target)
     smoothing = checks.probability(_OP, label_smoothing, "label_smoothing")
     ignore_index = checks.int64(_OP, "ignore_index", ignore_index)

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, dtypes, nets
+from . import checks, dispatch, dtypes, flops, nets
 from .activations import SAVE_NOTHING, SAVE_Y, SAVE_Z, saves
 
 _EPILOGUE = (
@@ -274,3 +274,5 @@ BY_BACKEND = {
     )
     for b in dispatch.BACKENDS
 }
+
+flops.register()

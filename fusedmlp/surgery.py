@@ -1,8 +1,8 @@
-"""fuse and unfuse: every nn.Sequential of a model becomes a FusedSequential, and back.
+"""fuse makes every nn.Sequential of a model a FusedSequential; unfuse leaves plain modules only.
 
-Children are never copied or changed: parameters, hooks, optimisers and initialisers written for
-the plain model work on. Does not look at what is inside a container; nn/stretches.py does, in every
-call.
+Children of containers are never copied or changed: parameters, hooks, optimisers and initialisers
+written for the plain model work on. Does not look at what is inside a container; nn/stretches.py
+does, in every call.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ import types
 import torch
 from torch import nn
 
-from .nn import FusedMLP, FusedSequential
+from . import activations
+from .nn import FusedDropout, FusedLinear, FusedSequential
+from .nn.layers import ColumnPReLU
 from .nn.report import Report, of, why_left_alone
+from .nn.sequential import activation_module
 from .nn.stretches import Stretch, find, is_fused_module
 from .tracing import TracedForward, class_of
 
@@ -55,10 +58,23 @@ def fuse(module: nn.Module, *, inplace: bool = False, trace: bool = False) -> nn
 
 
 def unfuse(module: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """The inverse of `fuse`: every FusedSequential and FusedMLP becomes an nn.Sequential.
+    """The model without this package: plain modules of the same values and parameters.
 
-    Children, keys, parameters and hooks stay, as in `fuse`; same arguments and errors. FusedLinear
-    and FusedDropout are layers of their own, not containers, and stay what they are.
+    FusedSequential, FusedMLP  nn.Sequential of the same children
+    FusedLinear                nn.Sequential(nn.Linear, activation, nn.Dropout), without those that
+                               do nothing; if only the nn.Linear is left, that itself
+    FusedDropout               nn.Dropout
+    what fuse(trace=True) made its class as it was written
+
+    ReLUSquared stays, and a prelu with a slope for each column becomes nn.layers.ColumnPReLU: torch
+    has no such modules, and these are made of its functions.
+
+    Parameters and hooks stay the same objects, as in `fuse`; same arguments and errors. Keys stay
+    but for those of a FusedLinear with an activation or dropout, 'fc.weight' becomes 'fc.0.weight':
+    load a checkpoint before. Masks are PyTorch's.
+
+    raises  ValueError for a FusedLinear whose parameters are computed (pruned, parametrised), and
+            for a subclass of these classes that has a forward of its own
     """
     plain = _convert("unfuse", module, inplace, _to_plain)
     for m in plain.modules():
@@ -100,7 +116,9 @@ def _number(module: nn.Module, first: int, leaves: bool) -> int:
     def number(m: nn.Module, first: int) -> int:
         """As Masks counts in one forward of m."""
         seen.add(id(m))
-        if leaves or isinstance(m, FusedSequential | TracedForward):
+        if isinstance(m, TracedForward):
+            m.fused_first_layer = first
+        elif leaves or isinstance(m, FusedSequential):
             m.first_layer = first
         if not isinstance(m, FusedSequential):
             return first + m.layer_count()
@@ -136,28 +154,90 @@ def _to_fused_or_traced():
 
 
 def _to_plain(m: nn.Module) -> type | None:
-    if isinstance(m, TracedForward):
-        return type(m).plain_class
-    return nn.Sequential if type(m) in (FusedSequential, FusedMLP) else None
+    traced = isinstance(m, TracedForward)
+    if not isinstance(m, FusedSequential | FusedLinear | FusedDropout):
+        return type(m).plain_class if traced else None
+    if traced or not is_fused_module(m) or "forward" in m.__dict__:
+        raise ValueError(
+            f"unfuse: {type(m).__name__} must have the forward of this package to have a plain "
+            "form, got one with a forward of its own; let that hold a fused module instead"
+        )
+    if isinstance(m, FusedLinear):
+        return nn.Linear if m.act == activations.NONE and not m.p else nn.Sequential
+    return nn.Dropout if isinstance(m, FusedDropout) else nn.Sequential
 
 
 def _convert(op: str, module: nn.Module, inplace: bool, new_class) -> nn.Module:
     _check(op, module)
     if inplace:
-        for m in list(module.modules()):
-            cls = new_class(m)
+        found = [(m, new_class(m)) for m in module.modules()]
+        parts = {id(m): _parts_of(m) for m, cls in found if _leaves_a_layer(m, cls)}
+        for m, cls in found:
             if cls is not None:
+                _forget(m, type(m), cls)
                 m.__class__ = cls
-                _forget(m)
+                if id(m) in parts:
+                    _take(m, parts[id(m)])
         return module
     return _Copier(op, new_class).copy(module)
 
 
-def _forget(m: nn.Module) -> None:
-    m.__dict__.pop("_plan", None)
-    m.__dict__.pop("_traces", None)
-    if not isinstance(m, FusedSequential | TracedForward):
-        m.__dict__.pop("first_layer", None)
+def _forget(m: nn.Module, old: type, new: type) -> None:
+    """What modules of this package remember; other classes may use these names themselves."""
+    if issubclass(old, TracedForward):
+        m.__dict__.pop("_traces", None)
+        m.__dict__.pop("fused_first_layer", None)
+    elif hasattr(old, "fused_forward"):
+        for name in ("_plan", "_memo"):
+            m.__dict__.pop(name, None)
+        if not hasattr(new, "fused_forward"):
+            m.__dict__.pop("first_layer", None)
+
+
+def _leaves_a_layer(m: nn.Module, cls: type | None) -> bool:
+    return isinstance(m, FusedLinear) and cls is not None and not issubclass(cls, FusedLinear)
+
+
+def _parts_of(layer: FusedLinear) -> list[nn.Module]:
+    """nn.Linear, activation and nn.Dropout with the parameters of a FusedLinear."""
+    own = layer._parameters
+    if layer._modules or not {"weight", "bias", "slope"} <= own.keys():
+        raise ValueError(
+            "unfuse: a FusedLinear must have its weight, bias and slope as parameters, got one in "
+            "which they are computed; make that permanent before "
+            "(torch.nn.utils.parametrize.remove_parametrizations, prune.remove)"
+        )
+    linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
+    linear.weight, linear.bias = own["weight"], own["bias"]
+    parts = [linear]
+    if layer.act == activations.PRELU and own["slope"].numel() > 1:
+        parts.append(ColumnPReLU(own["slope"]))
+    elif layer.act != activations.NONE:
+        parts.append(activation_module(layer.act, "meta", None))
+        if layer.act == activations.PRELU:
+            parts[-1].weight = own["slope"]
+        elif layer.act == activations.LEAKY_RELU:
+            parts[-1].negative_slope = layer.negative_slope
+    if layer.p:
+        parts.append(nn.Dropout(layer.p))
+    for part in parts:
+        part.training = layer.training
+    return parts
+
+
+_OF_FUSED_LINEAR = ("act", "p", "negative_slope", "initial_slope")
+
+
+def _take(m: nn.Module, parts: list[nn.Module]) -> None:
+    """m, which was a FusedLinear and is an nn.Linear or nn.Sequential now, gets what that has."""
+    if type(m) is nn.Linear:
+        (linear,) = parts
+        names, m._parameters = _OF_FUSED_LINEAR, linear._parameters
+    else:
+        names, m._parameters = (*_OF_FUSED_LINEAR, "in_features", "out_features"), {}
+        m._modules = {str(i): part for i, part in enumerate(parts)}
+    for name in names:
+        del m.__dict__[name]
 
 
 class _Copier:
@@ -185,15 +265,18 @@ class _Copier:
             self.copies[id(m)] = m
             return m
         self._refuse_bound(m)
+        cls = self.new_class(m) or type(m)
         # Not copy.copy: a class may define what that does, DDP for one.
-        new = object.__new__(self.new_class(m) or type(m))
+        new = object.__new__(cls)
         self.copies[id(m)] = new
         new.__dict__.update(m.__dict__)
-        _forget(new)
+        _forget(new, type(m), cls)
         modules = type(m._modules)()
         for key, child in m._modules.items():
             modules[key] = self._copy(child)
         new.__dict__["_modules"] = modules
+        if _leaves_a_layer(m, cls):
+            _take(new, _parts_of(m))
         return new
 
     def _refuse_bound(self, m: nn.Module) -> None:

@@ -153,10 +153,28 @@ def trained():
     return net, x, y
 
 
+def layers_by_themselves():
+    x, y = made()
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        fusedmlp.FusedLinear(20, 32, activation="prelu", dropout=0.1),
+        fusedmlp.FusedLinear(32, 16, activation="relu_squared"),
+        fusedmlp.FusedDropout(0.1),
+        fusedmlp.FusedLinear(16, 3),
+    )
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    for _ in range(100):
+        optimizer.zero_grad()
+        fusedmlp.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    return net, x, y
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_onnxruntime_runs_a_trained_model(tmp_path):
+@pytest.mark.parametrize("train", [trained, layers_by_themselves])
+def test_onnxruntime_runs_a_trained_model(tmp_path, train):
     onnxruntime = need("onnxruntime", "onnx", "onnxscript")
-    net, x, y = trained()
+    net, x, y = train()
     batch = torch.export.Dim("batch", min=2)
     torch.onnx.export(
         fusedmlp.unfuse(net).eval(), (x[:2],), tmp_path / "net.onnx", input_names=["x"],
@@ -168,6 +186,29 @@ def test_onnxruntime_runs_a_trained_model(tmp_path):
         with torch.no_grad():
             np.testing.assert_allclose(found, net.eval()(x[:rows]).numpy(), atol=1e-4)
     assert accuracy(net, x, y) > 0.9
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_peft_adapts_plain_layers_and_refuses_what_computes_more():
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
+    x, _ = made()
+
+    def change_by_merging(net, targets):
+        config = peft.LoraConfig(target_modules=targets, init_lora_weights=False, r=2)
+        adapted = peft.get_peft_model(net, config).eval()
+        before = adapted(x)
+        return (adapted.merge_and_unload()(x) - before).abs().max().item()
+
+    assert change_by_merging(fusedmlp.fuse(plain()), ["0", "3"]) < 1e-4
+
+    def fused():
+        layer = fusedmlp.FusedLinear(20, 32, activation="relu")
+        return nn.Sequential(layer, nn.Linear(32, 3))
+
+    with pytest.raises(ValueError, match="Target module FusedLinear.* is not supported"):
+        change_by_merging(fused(), ["0"])
+    assert change_by_merging(fused(), "all-linear") < 1e-4
+    assert change_by_merging(fusedmlp.unfuse(fused()), ["0.0"]) < 1e-4
 
 
 @pytest.mark.slow

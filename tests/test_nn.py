@@ -51,15 +51,62 @@ def test_fused_linear_is_its_three_modules(activation, backend):
     torch.testing.assert_close(layer.eval()(x), plain.eval()(x))
 
 
-def test_fused_linear_has_the_keys_and_the_class_of_linear():
+def test_fused_linear_has_the_keys_of_linear_and_is_none():
+    """An activation inside is another meaning: what selects by isinstance must not take it."""
     layer = FusedLinear(6, 9)
-    assert isinstance(layer, nn.Linear)
+    assert not isinstance(layer, nn.Linear) and layer.activation == "none"
     layer.load_state_dict(nn.Linear(6, 9).state_dict(), strict=True)
     nn.Linear(6, 9).load_state_dict(layer.state_dict(), strict=True)
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
     assert list(FusedLinear(6, 9, activation="prelu").state_dict()) == ["weight", "bias", "slope"]
     bare = FusedLinear(6, 9, False, "meta", torch.bfloat16, activation="prelu")
     assert bare.bias is None and bare.slope.dtype == torch.bfloat16 and bare.slope.is_meta
     assert bare(torch.empty(2, 6, device="meta", dtype=torch.bfloat16)).shape == (2, 9)
+    assert repr(layer).startswith("FusedLinear(in_features=6, out_features=9, bias=True, activ")
+
+
+def test_a_fused_dropout_is_a_dropout():
+    """It computes what nn.Dropout does, so what looks for that is right to find it."""
+    net = nn.Sequential(FusedLinear(6, 6), FusedDropout(0.5)).eval()
+    for m in net.modules():
+        if isinstance(m, nn.Dropout):
+            m.train()
+    assert (net(torch.randn(50, 6)) == 0).any()
+
+
+@pytest.mark.parametrize("slope, wanted", [(None, 0.25), (0.5, 0.5)])
+def test_a_layer_made_without_memory_gets_all_its_values_from_reset_parameters(slope, wanted):
+    """The slope stayed what the memory held."""
+    kwargs = {"activation": "prelu", "slope": slope}
+    layer = FusedLinear(6, 9, device="meta", **kwargs).to_empty(device="cpu")
+    with torch.no_grad():
+        for t in layer.parameters():
+            t.fill_(float("nan"))
+    same_seed(layer.reset_parameters)
+    linear = same_seed(nn.Linear, 6, 9)
+    assert layer.slope.tolist() == [wanted]
+    assert layer.weight.equal(linear.weight) and layer.bias.equal(linear.bias)
+    skipped = nn.utils.skip_init(FusedLinear, 6, 9, **kwargs)
+    skipped.reset_parameters()
+    assert skipped.slope.tolist() == [wanted] and skipped.slope.requires_grad
+
+
+@pytest.mark.parametrize("activation", activations.NAMES)
+def test_every_parameter_and_buffer_is_reset_by_the_module_that_owns_it(activation):
+    """As FSDP does to a model that was made on the meta device."""
+    net = nn.Sequential(
+        FusedMLP(6, [9], 3, activation=activation, dropout=0.5, device="meta"),
+        FusedLinear(3, 3, activation=activation, device="meta"),
+    ).to_empty(device="cpu")
+    assert not list(net.buffers())
+    with torch.no_grad():
+        for t in net.parameters():
+            t.fill_(float("nan"))
+    for m in net.modules():
+        if list(m.parameters(recurse=False)):
+            m.reset_parameters()
+    assert all(t.isfinite().all() for t in net.parameters())
 
 
 def test_slopes():

@@ -257,7 +257,7 @@ def test_layers_go_on_counting_through_nested_containers(backend):
     hooked = fuse(nn.Sequential(flat[:3], flat[3:]))
     hooked[1].register_forward_hook(lambda *a: None)
     torch.testing.assert_close(in_state(hooked, x), by_hand(flat, x))
-    mixed = FusedSequential(FusedLinear(6, 16, dropout=0.5), *flat[3:])
+    mixed = FusedSequential(FusedLinear(6, 16, activation="relu", dropout=0.5), *flat[3:])
     mixed[0].load_state_dict(flat[0].state_dict(), strict=False)
     torch.testing.assert_close(in_state(mixed, x), by_hand(flat, x))
 

@@ -1,6 +1,6 @@
-"""Modules that are one op each: FusedLinear and FusedDropout; and ReLUSquared, which torch lacks.
+"""Modules that are one op each, FusedLinear and FusedDropout, and activations that torch lacks.
 
-Subclasses of PyTorch's own, with the same keys and the same initial values from the same seed.
+The same keys as PyTorch's own modules, and the same initial values from the same seed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from numbers import Real
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .. import activations, checks, dispatch, functional, rng
 from .masks import Masks, must_trace
@@ -26,7 +26,34 @@ class ReLUSquared(nn.Module):
         return F.relu(input).square()
 
 
-class FusedLinear(nn.Linear):
+class ColumnPReLU(nn.Module):
+    """PReLU with a slope for each column (..., N); nn.PReLU has one for each of dimension 1."""
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.where(input > 0, input, self.weight * input)
+
+
+def refuse_torchscript(module: nn.Module, *args, **kwargs):
+    """What torch.jit.trace and torch.jit.script call of a module of this package."""
+    raise TypeError(
+        "torch.jit: the model must be made of plain modules, as TorchScript does not keep fused "
+        f"ops, got a {type(module).__name__}; trace or script fusedmlp.unfuse(model) instead"
+    )
+
+
+def _leaf(module: nn.Module, x: object) -> fx.Proxy | None:
+    """The call of the module in the graph of torch.fx; None if x is no Proxy, or for the root."""
+    if not isinstance(x, fx.Proxy):
+        return None
+    path = x.tracer.path_of_module(module)
+    return x.tracer.create_proxy("call_module", path, (x,), {}) if path else None
+
+
+class FusedLinear(nn.Module):
     """Linear, activation and dropout as one op: nn.Sequential(nn.Linear, activation, nn.Dropout).
 
     in_features, out_features, bias, device, dtype  as in nn.Linear: same keys, same initial values
@@ -35,6 +62,10 @@ class FusedLinear(nn.Linear):
     slope       for leaky_relu its slope (0.01), later `negative_slope`; for prelu the initial value
                 (0.25) of the parameter `slope`, which has 1 element and may be replaced by one of N
     raises      ValueError, TypeError for arguments that no layer could have
+
+    No subclass of nn.Linear, since it computes more: what selects layers by isinstance(m,
+    nn.Linear) (LoRA, quantisation, wrap policies, an initialiser) leaves it alone. Name FusedLinear
+    there too, or fuse a network of plain modules, which stay what they are.
 
     first_layer (0) is added to the stream of the dropout state; `fusedmlp.surgery.number_layers`
     gives the layers of a model different ones.
@@ -52,21 +83,33 @@ class FusedLinear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        activation: str = "relu",
+        activation: str = "none",
         dropout: float = 0.0,
         slope: float | None = None,
     ):
         op = "FusedLinear"
-        self_act = checks.activation(op, activation)
+        act = checks.activation(op, activation)
         p = checks.probability(op, dropout, "dropout")
-        slope = _slope_value(op, self_act, slope)
-        super().__init__(in_features, out_features, bias, device, dtype)
-        self.act, self.p, self.negative_slope = self_act, p, 0.0
-        if self_act == activations.PRELU:
-            self.slope = nn.Parameter(torch.full((1,), slope, device=device, dtype=dtype))
-        else:
-            self.register_parameter("slope", None)
-            self.negative_slope = slope
+        slope = _slope_value(op, act, slope)
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.act, self.p = act, p
+        self.negative_slope = slope if act == activations.LEAKY_RELU else 0.0
+        self.initial_slope = slope if act == activations.PRELU else None
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.weight = parameter(out_features, in_features)
+        self.register_parameter("bias", parameter(out_features) if bias else None)
+        self.register_parameter("slope", parameter(1) if act == activations.PRELU else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """New values as nn.Linear draws them; the slope of prelu becomes its initial value."""
+        nn.Linear.reset_parameters(self)
+        if self.slope is not None:
+            nn.init.constant_(self.slope, self.initial_slope)
 
     @property
     def activation(self) -> str:
@@ -76,6 +119,7 @@ class FusedLinear(nn.Linear):
         return self.run_fused(input, Masks(self.first_layer, must_trace()))
 
     fused_forward = forward
+    _slow_forward = __prepare_scriptable__ = refuse_torchscript
 
     @staticmethod
     def layer_count() -> int:
@@ -83,9 +127,10 @@ class FusedLinear(nn.Linear):
 
     def run_fused(self, x: Tensor, masks: Masks) -> Tensor:
         """forward, with the masks of the container that this layer is in."""
-        checks.tensor(_LINEAR, "input", x)
         layer = masks.layer
         masks.layer = layer + 1
+        if not isinstance(x, Tensor):
+            return self._on_other(x, layer)
         # Not self.weight, which is a search in Python; functional_call may have put it elsewhere.
         own = self._parameters
         w = own["weight"] if "weight" in own else self.weight
@@ -108,6 +153,24 @@ class FusedLinear(nn.Linear):
             return functional.run_linear_act(x, w, b, slope, state, *numbers, named)
         return functional.linear_act_on(route, (x, w, b, slope, state, *numbers))
 
+    def _on_other(self, x: object, layer: int):
+        """forward of what is no tensor: torch.fx takes this layer as a leaf, as it does nn.Linear;
+        others with a __torch_function__ are asked for the function."""
+        node = _leaf(self, x)
+        if node is not None:
+            return node
+        slope = self.negative_slope if self.act == activations.LEAKY_RELU else self.slope
+        return functional.linear_act(
+            x,
+            self.weight,
+            self.bias,
+            self.activation,
+            slope=slope,
+            p=self.p,
+            training=self.training,
+            stream=layer,
+        )
+
     def _check(self, w: Tensor, slope: Tensor | None, p: float) -> tuple[int, float]:
         if slope is not None:
             checks.slope(_LINEAR, self.act, slope, w.shape[0])
@@ -125,7 +188,7 @@ class FusedLinear(nn.Linear):
         return route, threshold, scale
 
     def extra_repr(self) -> str:
-        text = f"{super().extra_repr()}, activation={self.activation!r}, dropout={self.p}"
+        text = f"{nn.Linear.extra_repr(self)}, activation={self.activation!r}, dropout={self.p}"
         if self.act == activations.LEAKY_RELU:
             text += f", slope={self.negative_slope}"
         return text
@@ -152,6 +215,9 @@ def _slope_value(op: str, act: int, slope: object) -> float:
 class FusedDropout(nn.Dropout):
     """nn.Dropout with this package's mask: nothing but the seed is kept for backward.
 
+    A subclass of nn.Dropout, since it computes what that does: what switches all dropout of a model
+    on or off by isinstance(m, nn.Dropout) is right about this one too.
+
     p        probability of dropping in training mode
     inplace  the result is also written into the input, as by nn.Dropout; that is one pass more here
     raises   ValueError, TypeError for a p outside of [0, 1]
@@ -167,6 +233,7 @@ class FusedDropout(nn.Dropout):
         return self.run_fused(input, Masks(self.first_layer, must_trace()))
 
     fused_forward = forward
+    _slow_forward = __prepare_scriptable__ = refuse_torchscript
 
     @staticmethod
     def layer_count() -> int:
@@ -175,9 +242,11 @@ class FusedDropout(nn.Dropout):
     def run_fused(self, x: Tensor, masks: Masks) -> Tensor:
         """forward, with the masks of the container that this layer is in."""
         op, act = "dropout", activations.NONE
-        checks.tensor(op, "input", x)
         layer = masks.layer
         masks.layer = layer + 1
+        if not isinstance(x, Tensor):
+            return self._on_other(x, layer)
+        checks.tensor(op, "input", x)
         if not self.training or self.p == 0:
             return x
         threshold, scale = rng.threshold_and_scale(checks.probability(op, self.p))
@@ -199,6 +268,14 @@ class FusedDropout(nn.Dropout):
                 )
                 memo = self.__dict__["_memo"] = key, route
             y = functional.bias_act_dropout_on(memo[1], args)
+        return x.copy_(y) if self.inplace else y
+
+    def _on_other(self, x: object, layer: int):
+        """As FusedLinear._on_other."""
+        node = _leaf(self, x)
+        if node is not None:
+            return node
+        y = functional.dropout(x, self.p, self.training, stream=layer)
         return x.copy_(y) if self.inplace else y
 
     def __getstate__(self):

@@ -94,7 +94,7 @@ def of(module: nn.Module, input=None) -> Report:
             else:
                 notes.append(f"{name or 'the module itself'}: {reason or 'call fusedmlp.fuse'}")
         elif hasattr(type(m), "fused_parts"):
-            containers[name], layer = [], m.first_layer
+            containers[name], layer = [], m.fused_first_layer
             for container in m.fused_parts():
                 containers[name] += _parts(name, container, layer)
                 covered.update(id(child) for child in container.children())

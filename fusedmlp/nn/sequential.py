@@ -16,7 +16,7 @@ from torch.nn.modules import module as torch_module
 
 from .. import activations, checks
 from . import report, runner
-from .layers import ReLUSquared
+from .layers import ReLUSquared, refuse_torchscript
 from .masks import Masks
 from .plan import Plan
 from .stretches import find
@@ -30,8 +30,8 @@ class FusedSequential(nn.Sequential):
     does, writing into the result before backward raises (write `out = out + x`, not `out += x`).
 
     A child that has hooks, is a subclass, is parametrised, or has parameters that no op has, runs
-    through its own __call__; `report()` says which and why. torch.jit does not know this class:
-    `fusedmlp.unfuse` first.
+    through its own __call__; `report()` says which and why. torch.fx traces through it, to the
+    children, as it does with nn.Sequential. torch.jit refuses it: `fusedmlp.unfuse` first.
 
     first_layer (0) is the number of the first stretch, added to the stream of the dropout state.
     """
@@ -47,6 +47,7 @@ class FusedSequential(nn.Sequential):
         return self._present_plan().run(input, self.first_layer)
 
     fused_forward = forward
+    _slow_forward = __prepare_scriptable__ = refuse_torchscript
 
     def run_fused(self, x, masks: Masks):
         """forward, with the masks of the container that this one is in."""
@@ -105,7 +106,8 @@ _MODULES = {
 }
 
 
-def _activation_module(act: int, device, dtype) -> nn.Module | None:
+def activation_module(act: int, device, dtype) -> nn.Module | None:
+    """A new module of an activation, None for 'none'."""
     if act == activations.NONE:
         return None
     if act == activations.GELU_TANH:
@@ -155,7 +157,7 @@ class FusedMLP(FusedSequential):
         modules, width = [], in_features
         for size, p in zip(hidden, ps, strict=True):
             modules.append(nn.Linear(width, size, bias, device, dtype))
-            act_module = _activation_module(act, device, dtype)
+            act_module = activation_module(act, device, dtype)
             if act_module is not None:
                 modules.append(act_module)
             if p > 0:

@@ -216,6 +216,8 @@ def why_not(m: nn.Module | None, alone: str) -> str:
         return (objection(m) if objection is not None else None) or alone
     if parametrize.is_parametrized(m):
         return "it is parametrised"
+    if hasattr(cls, "fused_forward"):
+        return f"{cls.__name__} has a forward of its own"
     for base in CANDIDATES:
         if isinstance(m, base):
             return f"{cls.__name__} is a subclass of {base.__name__}"

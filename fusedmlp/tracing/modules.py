@@ -12,11 +12,13 @@ import copyreg
 import functools
 import operator
 import threading
+import types
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx, nn
 
+from ..nn.layers import refuse_torchscript
 from ..nn.masks import Masks, must_trace
 from ..nn.stretches import find, is_candidate
 from .checks import Seen, Untraceable, Watch, required_arguments
@@ -116,7 +118,8 @@ def _in_a_line(error: Exception) -> str:
 class TracedForward:
     """Mixed in before the class of a module: its forward runs fused where a trace holds."""
 
-    first_layer = 0
+    # As first_layer of the other fused modules, a name that a user's class may have itself.
+    fused_first_layer = 0
     plain_class: type  # what unfuse gives back
     plain_forward: Callable
 
@@ -124,9 +127,10 @@ class TracedForward:
         trace, inputs = _trace_for(self, args, kwargs)
         if trace is None:
             return self.plain_forward(*args, **kwargs)
-        return trace.run(self, *inputs, Masks(self.first_layer, must_trace()))
+        return trace.run(self, *inputs, Masks(self.fused_first_layer, must_trace()))
 
     fused_forward = forward
+    _slow_forward = __prepare_scriptable__ = refuse_torchscript
 
     def run_fused(self, x, masks: Masks):
         """forward, with the masks of the container that this module is in."""
@@ -206,10 +210,19 @@ class _GivenUp:
 _GIVEN_UP = _GivenUp()
 
 
+def _with_signature_of(plain: Callable) -> Callable:
+    """TracedForward.forward for a class, with the signature that torch.fx and others look at."""
+    own = TracedForward.forward
+    return functools.update_wrapper(types.FunctionType(own.__code__, own.__globals__), plain)
+
+
 @functools.cache
 def _class_for(cls: type) -> type:
     """The class of a traced module: FusedNet for Net."""
+    forward = _with_signature_of(cls.forward)
     members = {
+        "forward": forward,
+        "fused_forward": forward,
         "plain_class": cls,
         "plain_forward": cls.forward,
         "__module__": cls.__module__,

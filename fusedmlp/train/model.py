@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import activations
-from ..nn import FusedMLP
+from ..nn import FusedLinear, FusedMLP
 from ..nn.stretches import activation_of
 from .config import TrainConfig
 from .data import Data, Scaling, seeded
@@ -51,7 +51,7 @@ def make(shape: dict, init: str = "default", init_std: float = 0.01, seed: int =
 
 def dims_of(model: nn.Module) -> list[int]:
     """[in, hidden, ..., out] of the linear layers of any model, as far as they form a chain."""
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | FusedLinear)]
     if not layers or any(a.out_features != b.in_features for a, b in pairwise(layers)):
         return []
     return [layers[0].in_features, *(layer.out_features for layer in layers)]
