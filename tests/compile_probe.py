@@ -1,14 +1,17 @@
 """Run by test_triton_compile.py in a process of its own: every kernel through Triton's front end,
 for sizes that it compiles apart. What is 1 is a number of Python's there, not of the kernel's.
 
-Prints, as JSON, what failed and which kernels were made.
+Prints, as JSON, what failed, which kernels were made, and which approximations the machine code of
+fp32 activations has.
 """
 
 import itertools
 import json
+import re
 import sys
 
 import torch
+import triton
 from triton._C.libtriton import ir
 from triton.compiler.compiler import make_backend
 
@@ -80,6 +83,24 @@ def calls(m, n, k, dtype):
     yield "column_sum", lambda: epilogue.column_sum(partial, empty(n))
 
 
+def approximations(act) -> set[str]:
+    """Of PTX, in the elementwise kernels of an activation, forward and backward, in fp32."""
+    x, b = (torch.empty(shape, device="meta") for shape in ((16, 16), (16,)))
+    numbers = None, None, activations.IDS[act], 0.0, 0, 1.0, 0, 0
+    saves = activations.saves(activations.IDS[act], 0.0, torch.float32, False)
+    found: set[str] = set()
+    for call in (
+        lambda: epilogue.bias_act_dropout_fwd(x, b, *numbers),
+        lambda: epilogue.bias_act_dropout_bwd(x, x, b, *numbers, saves, False, False),
+    ):
+        (launch,) = triton_build.launches_of(TARGET, call)
+        options = dict(num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=True)
+        target = triton_build.TARGETS[TARGET]
+        made = triton.compile(triton_build.source(launch), target=target, options=options)
+        found |= set(re.findall(r"\b\w+\.(?:approx|full)[\w.]*", made.asm["ptx"]))
+    return found
+
+
 failed, kernels = {}, set()
 for (m, n, k), dtype in itertools.product(SIZES, DTYPES):
     for name, call in calls(m, n, k, dtype):
@@ -89,4 +110,6 @@ for (m, n, k), dtype in itertools.product(SIZES, DTYPES):
                 to_triton_ir(launch)
             except Exception as error:
                 failed[f"{name} {m}x{n}x{k} {dtype}"] = str(error).splitlines()[-1]
-json.dump({"failed": failed, "kernels": sorted(kernels)}, sys.stdout)
+approximate = {act: sorted(approximations(act)) for act in activations.NAMES if act != "prelu"}
+found = {"failed": failed, "kernels": sorted(kernels), "approximations": approximate}
+json.dump(found, sys.stdout)
