@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU: bash bench/gpu.sh [all|build|test|sanitize|bench|tune] (make gpu).
 # Runs with $PYTHON as it is: installs nothing and needs no network; a missing package skips what
-# needs it. Leaves 8 files in $RESULTS: machine.json, build.txt, test.txt, sanitize.txt, bench.txt,
-# steps.json, ops.json and summary.tsv, which the closing table is made from. Each part ends within
+# needs it. Leaves 9 files in $RESULTS: machine.json, build.txt, test.txt, junit.xml, sanitize.txt,
+# bench.txt, steps.json, ops.json and summary.tsv, which the closing table is made from; what lies there
+# from an earlier call stays. Each part ends within
 # 8 minutes and can be called alone; 1 is returned when one of those called failed. Not in `all`, as it
 # takes several calls: `tune` times tiles for the layers that bench.run times, which then takes them;
 # each call goes on where the last one was cut off.
@@ -75,12 +76,20 @@ part_build() {  # for the present architecture only, in place
     return 1
 }
 
-part_test() {  # first what needs the GPU, then the rest, several at a time
+part_test() {  # first what needs the GPU, the most important files first, then the rest
     has pytest || { echo "gpu: $PYTHON has no pytest: no test was run"; return 1; }
-    local status=0 workers=()
-    has xdist && workers=(-n 4)
-    limited 280 "$PYTHON" -m pytest -m gpu -rs -q || status=1
-    limited 180 "$PYTHON" -m pytest -m "not gpu and not slow" -rs -q "${workers[@]}" || status=1
+    local status=0 name file files=() options=(--continue-on-collection-errors --tb=line -q)
+    local workers=$(($(nproc) < 12 ? $(nproc) : 12))
+    has xdist && options+=(-n "$workers" --dist worksteal)
+    has pytest_timeout && options+=(--timeout 60)
+    for name in cuda_extension triton "graph_*" ops mlp_op corners cross_entropy "*"; do
+        for file in tests/test_$name.py; do
+            [[ " ${files[*]} " == *" $file "* ]] || files+=("$file")
+        done
+    done
+    limited 280 "$PYTHON" -m pytest -m gpu "${options[@]}" -rfE --junitxml "$RESULTS/junit.xml" \
+        "${files[@]}" || status=1
+    limited 180 "$PYTHON" -m pytest -m "not gpu and not slow" "${options[@]}" -rfE || status=1
     return $status
 }
 
@@ -93,8 +102,8 @@ part_sanitize() {  # the tests marked sanitize: one small case a kernel
         echo "== $tool"
         # without torch's caching, so that each tensor has bounds of its own
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited 110 compute-sanitizer --tool "$tool" \
-            --target-processes all --error-exitcode 9 "$PYTHON" -m pytest -m sanitize -q -x \
-            -p no:cacheprovider || status=1
+            --target-processes all --error-exitcode 9 "$PYTHON" -m pytest -m sanitize -q \
+            --continue-on-collection-errors -p no:cacheprovider || status=1
     done
     return $status
 }

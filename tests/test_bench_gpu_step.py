@@ -85,6 +85,18 @@ def test_a_way_that_is_wrong_gets_no_time(monkeypatch):
     assert all(row["left out"] and "us a step" not in row for row in rows)
 
 
+def test_steps_without_a_graph_are_not_called_a_graph(monkeypatch):
+    def steps(self, order):
+        self.engine.name = "graph, call by call"  # as the engine does where a capture fails
+
+    monkeypatch.setattr(step_ways, "WAYS", {"graph": step_ways.Ours})
+    monkeypatch.setattr(step_ways.Checker, "wrong", lambda self, way: None)
+    monkeypatch.setattr(step_ways.Ours, "steps", steps)
+    case = Case((12, 16, 3), (), "fp32", batch=16)
+    (row,) = gpu_step.step_rows(case, gpu_step.made(64, 1, 12, 3), 2, 0.0)
+    assert row["way"] == "graph, call by call" and row["us a step"]
+
+
 def test_a_gpus_results_become_two_tables(results, tmp_path):
     folder = tmp_path / "bench" / "results"
     found = results | {"name": "gpu_steps"}

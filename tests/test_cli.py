@@ -18,11 +18,12 @@ import pytest
 import torch
 
 from fusedmlp import cli
-from fusedmlp.train import TrainConfig, checkpoint, commands, data, fetch, idx
+from fusedmlp.train import TrainConfig, checkpoint, data, fetch, idx
 
 from . import made_data
 
 made_data.need(*made_data.TRAIN_EXTRA, "sklearn")
+from fusedmlp.train import commands  # noqa: E402
 
 QUICK = ("--device", "cpu", "--epochs", "2")
 

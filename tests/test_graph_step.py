@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -286,37 +285,6 @@ def test_explain_names_the_engine_and_the_reasons_of_the_others():
     assert "it computes in fp32, --precision is bf16" in native
     assert graph == "graph: it runs on a CUDA GPU, the device is cpu"
     assert autograd == "autograd: taken"
-
-
-def test_what_runs_outside_of_a_graph_and_when_graphs_are_made(monkeypatch):
-    """The first call of a kind as it is, then as a graph; here a graph that runs its calls."""
-    events = []
-
-    def captured(self, calls):
-        events.append("capture")
-        return SimpleNamespace(replay=lambda: events.append("replay") or calls())
-
-    monkeypatch.setattr(Graph, "_captured", captured)
-    monkeypatch.setattr(Graph, "_outside", lambda self, calls: events.append("outside") or calls())
-    data, engines = made_data.pictures(rows=400), []
-    order = torch.arange(8 * (STEPS + 5) + 3)  # graphs of 16, 4 and 1 steps, and of 3 rows
-    x, y = data.x_test, data.y_test
-    for captures in (True, False):
-        engine = on("cpu", data, OPTIMIZERS["adamw"])
-        engine.captures = captures
-        for _ in range(3):
-            engine.steps(order, 8)
-            engine.judge(x, y)
-        other = copy.deepcopy(engine.task.optimizer.state_dict())
-        engine.task.optimizer.load_state_dict(other)
-        engine.steps(order, 8)
-        engine.judge(x, y)
-        engine.steps(torch.arange(300).repeat(2), 400)  # more rows than there are data
-        engines.append(engine)
-    once = ["capture", "replay"] * 5  # with the graph of the evaluation
-    assert events == ["outside"] * 5 + once + ["replay"] * 5 + once + ["outside"] * 2
-    assert state_equal(engines[0].task.model, engines[1].task.model)
-    assert engines[0].read() == engines[1].read()
 
 
 # on a GPU

@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import fusedmlp.functional as FF
 from fusedmlp import rng
@@ -30,33 +28,6 @@ RANDOM123 = [
 def test_philox_gives_the_published_words(counter, key, words):
     counter, key = ([torch.tensor(w) for w in ws] for ws in (counter, key))
     assert tuple(int(w) for w in rng.philox(counter, key)) == words
-
-
-def _scalar_window(seed: int, stream: int, row: int, column: int) -> int:
-    """docs/dropout.md in Python integers, written apart from rng.py."""
-    low = 0xFFFFFFFF
-    c = [column // 8, row, stream & low, (stream >> 32) & low]
-    k = [seed & low, (seed >> 32) & low]
-    for _ in range(10):
-        a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
-        c = [(b >> 32) ^ c[1] ^ k[0], b & low, (a >> 32) ^ c[3] ^ k[1], a & low]
-        k = [(k[0] + 0x9E3779B9) & low, (k[1] + 0xBB67AE85) & low]
-    i = column % 8 // 2
-    return c[i] if column % 2 == 0 else (c[i] >> 16 | c[(i + 1) % 4] << 16) & low
-
-
-_INT64 = st.integers(-(2**63), 2**63 - 1)
-
-
-@settings(max_examples=60, deadline=None)
-@given(_INT64, _INT64, st.integers(0, 2**32 - 4), st.integers(0, 40))
-def test_windows_are_those_of_the_specification(seed, stream, row_offset, columns):
-    state = torch.tensor([seed, stream])
-    got = rng.windows(state, 0, 3, columns, row_offset)
-    expected = [
-        [_scalar_window(seed, stream, row_offset + r, c) for c in range(columns)] for r in range(3)
-    ]
-    assert got.tolist() == expected
 
 
 def test_layer_adds_to_the_stream_and_wraps():

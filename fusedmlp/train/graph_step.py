@@ -8,6 +8,7 @@ On other devices the same calls are made one by one, which is how they are teste
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ from .network import against_data, against_optimizer, against_parameters, agains
 
 if TYPE_CHECKING:
     from .step import Task
+
+log = logging.getLogger("fusedmlp")
 
 STEPS = 16  # of one graph, where as many of the same size follow each other
 SIZES = (STEPS, 4, 1)  # of the graphs that the steps of a call are made up of
@@ -125,15 +128,34 @@ class Graph:
 
     def _go(self, key: tuple, calls: Callable[[], None]) -> None:
         """Calls that are the same for each key: the first time as they are, then as a graph."""
-        if not self.captures:
-            calls()
-        elif key not in self.tried:
+        if self.captures and key not in self.tried:
             self._outside(calls)
             self.tried.add(key)
-        else:
-            if key not in self.graphs:
+            return
+        if self.captures and key not in self.graphs:
+            try:
                 self.graphs[key] = self._captured(calls)
+            except Exception as error:  # nothing of a capture was run: the calls follow below
+                self._capture_no_more(error)
+        if self.captures:
             self.graphs[key].replay()
+        else:
+            calls()
+
+    def _capture_no_more(self, error: BaseException) -> None:
+        """Goes on call by call, which gives the same steps. An error of the calls comes again."""
+        while error.__context__ is not None:
+            error = (
+                error.__context__
+            )  # what ended the capture, before the end of the capture failed
+        log.warning(
+            "engine graph: a CUDA graph could not be captured, so the steps of this run go on call "
+            "by call, which gives the same results but takes longer: %s: %s",
+            type(error).__name__,
+            error,
+        )
+        self.captures, self.name = False, "graph, call by call"
+        self.graphs.clear()
 
     def _outside(self, calls: Callable[[], None]) -> None:
         """Part of the run, on a stream of its own: libraries and kernels load themselves, are
@@ -145,9 +167,17 @@ class Graph:
         torch.cuda.current_stream().wait_stream(side)
 
     def _captured(self, calls: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            calls()
+        """As torch.cuda.graph does it, which also waits for the device and gives its cached memory
+        back: the next allocations would then wait as well."""
+        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            graph.capture_begin(pool=self.pool)
+            try:
+                calls()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(side)
         return graph
 
     def read(self) -> tuple[float, float, int]:
