@@ -79,7 +79,8 @@ class RunFolder:
 
 def _remove_files(path: Path) -> None:
     for name in FILES:
-        (path / name).unlink(missing_ok=True)
+        for file in (path / name, *path.glob(f".{name}-*")):  # what a killed run was writing
+            file.unlink(missing_ok=True)
 
 
 def create(out: Path | None, parent: Path | None, overwrite: bool, config_json: str) -> RunFolder:
@@ -139,7 +140,7 @@ def _named(path: Path, overwrite: bool) -> RunFolder:
 def _claim(folder: RunFolder, config_json: str) -> None:
     path = folder.file("config.json")
     try:
-        with open(path, "x") as file:
+        with open(path, "x", encoding="utf-8") as file:
             file.write(config_json)
     except FileExistsError as error:
         raise TrainError(
