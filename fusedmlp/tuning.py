@@ -65,16 +65,13 @@ def _parser() -> argparse.ArgumentParser:
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[str], None]]]:
     """(after each tile, to say a line): a bar on a terminal where rich is installed."""
-    from .train.progress import Output
-
-    output = Output()
     try:
         from rich.console import Console
         from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     except ImportError:
-        yield (lambda line: None), (lambda line: print(line, file=output, flush=True))
+        yield (lambda line: None), (lambda line: print(line, flush=True))
         return
-    console = Console(highlight=False, soft_wrap=True, file=output)
+    console = Console(highlight=False, soft_wrap=True)
     columns = TextColumn("tiles"), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as p:
         task = p.add_task("", total=total)

@@ -66,7 +66,7 @@ def summary(run) -> dict:
         "samples_per_second": round(position.total_rows / position.total_seconds, 1)
         if position.total_seconds
         else None,
-        "batch_size": config.batch_size,
+        "batch_size": config.batch_size if run.task.x is not None else None,  # a loader decides
         "precision": config.precision,
         "backend": _backend(run),
         "engine": run.engine.name,

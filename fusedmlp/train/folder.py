@@ -77,9 +77,21 @@ class RunFolder:
                 pass
 
 
+def reopen(path: Path) -> RunFolder:
+    """The folder of a run that goes on; what that run was writing when it was killed is removed."""
+    _remove_unfinished(path)
+    return RunFolder(path, is_new=False)
+
+
 def _remove_files(path: Path) -> None:
     for name in FILES:
-        for file in (path / name, *path.glob(f".{name}-*")):  # what a killed run was writing
+        (path / name).unlink(missing_ok=True)
+    _remove_unfinished(path)
+
+
+def _remove_unfinished(path: Path) -> None:
+    for name in FILES:
+        for file in path.glob(f".{name}-*"):
             file.unlink(missing_ok=True)
 
 

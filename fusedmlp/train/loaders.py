@@ -66,6 +66,7 @@ class Batches:
         if first is _NOTHING:
             raise TrainError(f"{name} must give at least one batch, got none")
         self.first = self._pair(first, 1)
+        check_pair(*self.first, f"x of batch 1 of {name}", f"y of batch 1 of {name}")
         self.rows = self.first[0].shape[1:]
         self.last = 1, self.rows  # number of the last batch, and the shape of its rows
         self.started = _going_on(first, iterator)
@@ -153,7 +154,6 @@ def of_loader(
     train = Batches(loaders.train, "the loader")
     test = None if loaders.test is None else Batches(loaders.test, "the test loader")
     x, y = train.first
-    check_pair(x, y, "x of batch 1 of the loader", "y of batch 1 of the loader")
     loss = loss_for(y, config)
     is_bytes = x.dtype == torch.uint8
     scaling = Scaling(255.0 if is_bytes else 1.0, dtype=dtype_of(model))

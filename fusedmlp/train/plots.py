@@ -74,7 +74,7 @@ def import_matplotlib():
     return matplotlib
 
 
-def shown(name: str) -> str:
+def readable(name: str) -> str:
     """A name of the user's as a label: cut short, what the font lacks as an escape, and a dollar
     sign as such, which to matplotlib begins a formula."""
     from matplotlib import font_manager
@@ -136,7 +136,7 @@ def images(data: Data, outputs: Tensor) -> bytes:
             cmap="gray_r",
             interpolation="nearest",
         )
-        names = shown(data.classes[predicted[index]]), shown(data.classes[true[index]])
+        names = readable(data.classes[predicted[index]]), readable(data.classes[true[index]])
         is_right = predicted[index] == true[index]
         title = names[0] if is_right else f"{names[0]}\n(true: {names[1]})"
         axis.set_title(title, fontsize=9, color=RIGHT if is_right else WRONG)
@@ -148,7 +148,7 @@ def images(data: Data, outputs: Tensor) -> bytes:
     share = (true == predicted).float().mean().item()
     mistakes = len(shown) - len(first)
     figure.suptitle(
-        f"{shown(data.name)}: the first {len(first)} test images"
+        f"{readable(data.name)}: the first {len(first)} test images"
         + (f", then the first {mistakes} mistakes after them" if mistakes else "")
         + f"\npredicted names; {share:.2%} of {len(true)} are right, wrong ones are red"
     )
@@ -168,7 +168,7 @@ def confidence(data: Data, outputs: Tensor) -> bytes:
     axis.set(
         xlabel="probability of the predicted class",
         ylabel="test rows",
-        title=f"{shown(data.name)}: predictions",
+        title=f"{readable(data.name)}: predictions",
     )
     axis.legend()
     return png(figure)
@@ -188,10 +188,10 @@ def confusion(data: Data, outputs: Tensor) -> bytes:
     axis.set(
         xlabel="predicted",
         ylabel="true",
-        title=f"{shown(data.name)}: {int(table.diagonal().sum())} of {len(true)} right",
+        title=f"{readable(data.name)}: {int(table.diagonal().sum())} of {len(true)} right",
     )
     if count <= 40:
-        names = [shown(name) for name in data.classes]
+        names = [readable(name) for name in data.classes]
         axis.set_xticks(range(count), names, rotation=45, ha="right")
         axis.set_yticks(range(count), names)
     if count <= 20:
@@ -232,11 +232,11 @@ def scatter(data: Data, outputs: Tensor) -> bytes:
     ends = [float(true.min()), float(true.max())]
     axis.plot(ends, ends, color="black", linewidth=1)
     error = (true - predicted).square().mean().sqrt()
-    name = shown(data.target or "target")
+    name = readable(data.target or "target")
     axis.set(
         xlabel=f"true {name}",
         ylabel=f"predicted {name}",
-        title=f"{shown(data.name)}: RMS error {error:.4g}",
+        title=f"{readable(data.name)}: RMS error {error:.4g}",
     )
     if 1 < true.shape[1] <= 10:
         axis.legend()
@@ -251,6 +251,6 @@ def residuals(data: Data, outputs: Tensor) -> bytes:
     axis = axes[0, 0]
     axis.hist((predicted - true).flatten().numpy(), bins=40, color=PARTS["train"])
     axis.axvline(0, color="black", linewidth=1)
-    axis.set(xlabel="predicted - true", ylabel="test rows", title=f"{shown(data.name)}: errors")
+    axis.set(xlabel="predicted - true", ylabel="test rows", title=f"{readable(data.name)}: errors")
     axis.grid(alpha=0.3)
     return png(figure)

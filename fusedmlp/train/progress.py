@@ -93,8 +93,9 @@ class Console(Quiet):
             f"{sum(p.numel() for p in task.model.parameters())} parameters"
         )
         self.say(
-            f"{config.epochs} epochs of batches of {config.batch_size} on {task.device}, "
-            f"{config.precision}, "
+            f"{config.epochs} epochs"
+            + (f" of batches of {config.batch_size}" if self.rows else "")
+            + f" on {task.device}, {config.precision}, "
             f"engine {run.engine.name}, seed {config.seed}"
             + (f", {run.world.size} processes" if run.world.size > 1 else "")
         )

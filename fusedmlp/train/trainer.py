@@ -16,7 +16,7 @@ from .config import TrainConfig
 from .data import Data, permutation, resolved
 from .distributed import World
 from .errors import TrainError, UsageError, WriteError
-from .folder import RunFolder, create
+from .folder import create, reopen
 from .model import evaluate, evaluate_batches, optimizer_for
 from .progress import Quiet
 from .state import Run, check_loss, kept, restore, rng_seed, save, set_rng
@@ -180,7 +180,7 @@ def _open(run: Run, saved: dict | None, parent: Path | None) -> None:
     config, world = run.config, run.world
     if saved is not None:
         restore(run, saved)
-        run.folder = RunFolder(Path(config.resume), is_new=False)
+        run.folder = world.lead(lambda: reopen(Path(config.resume)))
     elif config.out is not None or parent is not None:
         finish.need_packages()
         text = finish.config_json(config)
