@@ -17,6 +17,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from fusedmlp.train import TrainError, plots
+
 from . import engine_tables, kernel_tables, record
 from .run import NEVER_BELOW, grid_summary, key
 
@@ -296,11 +298,6 @@ _PLOTTED_BY = ("device", "op", "mode", "dtype", "act")
 
 def plot(results: dict[Path, dict], folder: Path) -> list[Path]:
     """One log-x plot an op, mode and dtype that was timed at 3 sizes or more."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     folder.mkdir(parents=True, exist_ok=True)
     made = []
     for found in results.values():
@@ -312,7 +309,7 @@ def plot(results: dict[Path, dict], folder: Path) -> list[Path]:
         for what, providers in series.items():
             if len({row["M"] * row["N"] for row in providers.get("eager", [])}) < 3:
                 continue
-            figure, axes = plt.subplots(figsize=(6, 4))
+            figure, ((axes,),) = plots.new_figure(6, 4)
             for provider, rows in providers.items():
                 rows.sort(key=lambda row: row["M"] * row["N"])
                 x = [row["M"] * row["N"] for row in rows]
@@ -323,11 +320,9 @@ def plot(results: dict[Path, dict], folder: Path) -> list[Path]:
             axes.set(xscale="log", yscale="log", xlabel="elements of the output", ylabel="ms")
             axes.set_title(f"{op}, {act}, p = {p}, {mode}, {dtype}\n{_words(found['machine'])}")
             axes.legend()
-            figure.tight_layout()
             name = "-".join(str(part) for part in what).replace("/", "_").replace("+", "_")
             made.append(folder / f"{name}.png")
-            figure.savefig(made[-1], dpi=110)
-            plt.close(figure)
+            made[-1].write_bytes(plots.png(figure))
     return made
 
 
@@ -354,8 +349,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.plots and not args.check:
         try:
             print(f"report: {len(plot(results, args.plots))} plots in {args.plots}")
-        except ImportError:
-            print("report: plots need matplotlib (pip install fusedmlp[bench])", file=sys.stderr)
+        except TrainError as error:
+            print(f"report: {error}", file=sys.stderr)
             return 1
     told = "differs from the results files; python -m bench.report" if args.check else "written"
     for path in stale:

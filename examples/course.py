@@ -3,9 +3,7 @@
 import argparse
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
-from fusedmlp.train import TrainConfig
+from fusedmlp.train import TrainConfig, plots
 from fusedmlp.train import data as datasets
 
 BLUE, RED, GREEN, GREY = "#1f6fb4", "#c0261c", "#1a7f37", "#808080"
@@ -49,6 +47,9 @@ def order(args, epoch, rows):
 
 
 def figure(width, height):
+    plots.import_matplotlib()
+    from matplotlib.figure import Figure
+
     return Figure((width, height), layout="constrained")
 
 

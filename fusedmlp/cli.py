@@ -4,6 +4,7 @@ an exit code.
 Imports nothing that a command does not need: `info`, `verify` and `tune` need no extra.
 """
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -22,8 +23,8 @@ USAGE = """usage: fusedmlp COMMAND [...]
 fusedmlp COMMAND --help lists the command's flags; fusedmlp --version shows the version."""
 
 NEEDS = {  # packages of the train extra
-    "train": ("tyro", "safetensors", "matplotlib"),
-    "crossval": ("tyro", "rich", "safetensors", "matplotlib", "sklearn"),
+    "train": ("tyro", "safetensors"),
+    "crossval": ("tyro", "rich", "safetensors", "sklearn"),
     "evaluate": ("tyro", "safetensors"),
     "predict": ("tyro", "safetensors"),
 }
@@ -34,7 +35,56 @@ FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    _open_streams()
+    code = None
+    try:
+        code = _guarded(list(sys.argv[1:] if argv is None else argv))
+    finally:  # of SystemExit as well: what a parser said is still to be written
+        code = _flushed(code)
+    return code
+
+
+def _open_streams() -> None:
+    """Characters that a terminal lacks become escapes, and what is closed takes everything."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", errors="backslashreplace"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _flushed(code: int | None) -> int | None:
+    """The exit code, once all output is out: of what cannot go out Python would complain when it
+    ends."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        _discard_output()
+        if code == 0 and not isinstance(error, BrokenPipeError):
+            return _say(f"cannot write to standard output: {error.strerror}", FAILED)
+    return code
+
+
+def _discard_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _guarded(argv: list[str]) -> int:
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        return _say("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        _discard_output()  # its reader has gone (head)
+        return FAILED
+    except Exception as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        return _failed(error)
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0 if argv else MISUSED
@@ -52,37 +102,17 @@ def main(argv: list[str] | None = None) -> int:
             f"{command} needs {missing[0]}, which is not installed: pip install 'fusedmlp[train]'",
             FAILED,
         )
-    return _guarded(command, rest)
-
-
-def _guarded(command: str, argv: list[str]) -> int:
-    try:
-        return _run(command, argv)
-    except KeyboardInterrupt:
-        return _say("interrupted", INTERRUPTED)
-    except BrokenPipeError:
-        # The reader of the output has gone (head); Python would complain once more when it closes
-        # stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
-    except Exception as error:
-        if "--debug" in argv:
-            traceback.print_exc()
-        return _failed(error)
-
-
-def _run(command: str, argv: list[str]) -> int:
     if command in ("info", "verify"):
         from . import info
 
-        return getattr(info, f"{command}_command")(argv)
+        return getattr(info, f"{command}_command")(rest)
     if command == "tune":
         from . import tuning
 
-        return tuning.command(argv)
+        return tuning.command(rest)
     from .train import commands
 
-    return getattr(commands, command)(argv)
+    return getattr(commands, command)(rest)
 
 
 def _failed(error: Exception) -> int:
@@ -101,5 +131,6 @@ def _failed(error: Exception) -> int:
 def _say(text: str, code: int) -> int:
     # Of several processes started by torchrun, one does the talking.
     if os.environ.get("RANK", "0") == "0":
-        print(f"fusedmlp: {text}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(f"fusedmlp: {text}", file=sys.stderr, flush=True)
     return code

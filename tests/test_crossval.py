@@ -249,4 +249,4 @@ def test_settings_that_python_may_get_wrong():
         with pytest.raises(UsageError, match="crossval: "):
             crossval(QUICK, compared)
     with pytest.raises(TypeError, match="in memory"):
-        crossval(QUICK, data=[iter([])])
+        crossval(QUICK, data=iter([]))

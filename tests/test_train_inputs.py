@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -149,6 +151,14 @@ def _blob_tensors(**changes):
     return parts["x"], parts["y"]
 
 
+def _four(**changes):
+    data = made_data.blobs()
+    parts = {"x": data.x_train, "y": data.y_train, "x_test": data.x_test, "y_test": data.y_test}
+    for name, change in changes.items():
+        parts[name] = change(parts[name])
+    return tuple(parts.values())
+
+
 MISTAKES = {
     "other_rows": (lambda: _blob_tensors(y=lambda y: y[:-1]), TrainError, "one target a row"),
     "no_rows": (lambda: _blob_tensors(x=lambda x: x[:0], y=lambda y: y[:0]), TrainError, "one row"),
@@ -159,9 +169,55 @@ MISTAKES = {
         "at least 8 outputs for classes 0 to 7, got 3",
     ),
     "negative_class": (lambda: _blob_tensors(y=lambda y: y - 1), TrainError, "classes from 0 on"),
-    "other_width": (lambda: _blob_tensors(x=lambda x: x[:, :5]), TrainError, "cannot take a row"),
+    "other_width": (lambda: _blob_tensors(x=lambda x: x[:, :5]), TrainError, "cannot take rows"),
+    "infinite_test": (lambda: _four(x_test=lambda x: x / 0), TrainError, "x_test must hold finite"),
+    "other_test_rows": (
+        lambda: _four(y_test=lambda y: y[1:]),
+        TrainError,
+        "y_test must have one target a row of x_test",
+    ),
+    "test_of_other_width": (
+        lambda: _four(x_test=lambda x: x[:, :5]),
+        TrainError,
+        r"x_test must have rows of \(12,\), as x has, got \(5,\)",
+    ),
+    "test_of_bytes": (
+        lambda: _four(x_test=lambda x: x.byte()),
+        TrainError,
+        "x_test must be torch.float32, as x is, got torch.uint8",
+    ),
+    "test_of_floats": (
+        lambda: _four(y_test=lambda y: y + 0.5),
+        TrainError,
+        "y_test must hold integer classes, got torch.float32",
+    ),
+    "test_class_too_large": (
+        lambda: _four(y_test=lambda y: y + 5),
+        TrainError,
+        "y_test must hold classes 0 to 2, as the model has outputs, got 7",
+    ),
+    "test_of_other_targets": (
+        lambda: (torch.ones(4, 12), torch.ones(4, 3), torch.ones(4, 12), torch.ones(4, 2)),
+        TrainError,
+        "y_test must have 3 values a row, as y has",
+    ),
+    "class_beyond_the_names": (
+        lambda: replace(made_data.blobs(), y_train=made_data.blobs().y_train + 5),
+        TrainError,
+        "y_train must hold classes 0 to 2",
+    ),
+    "data_of_other_rows": (
+        lambda: replace(made_data.blobs(), y_train=made_data.blobs().y_train[:9]),
+        TrainError,
+        "y must have one target a row",
+    ),
+    "data_of_nan": (
+        lambda: replace(made_data.blobs(), x_train=made_data.blobs().x_train / 0),
+        TrainError,
+        "x must hold finite",
+    ),
     "not_data": (lambda: 3, TypeError, "data must be"),
-    "empty_loader": (lambda: [[]], TrainError, "at least one batch"),
+    "empty_loader": (lambda: [], TrainError, "at least one batch"),
     "loader_of_one": (lambda: DataLoader(torch.ones(8, 12)), TypeError, r"\(x, y\) batches"),
 }
 

@@ -7,13 +7,14 @@ A checkpoint holds plain values and tensors only, so it loads with weights_only=
 import errno
 import io
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 import torch
 
 from .config import TrainConfig
-from .errors import TrainError, UsageError
+from .errors import TrainError, UsageError, WriteError
 
 FORMAT = 1
 # May differ between a run and its continuation; everything else would make it another run.
@@ -34,12 +35,21 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        way_out = "; make room and go on with --resume" if full else ""
-        raise TrainError(f"cannot write {path}: {error.strerror}{way_out}") from error
+        room = _room(error, path, len(content))
+        raise WriteError(f"cannot write {path}: {error.strerror}{room}") from error
     finally:
         if temporary is not None:
             _remove(temporary)
+
+
+def _room(error: OSError, path: Path, size: int) -> str:
+    """What it takes, where room is what lacks."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ""
+    told = f"; it takes {size:,} bytes"
+    if error.errno == errno.ENOSPC:  # a quota and a largest size are not the disk's
+        told += f", and {shutil.disk_usage(path.parent).free:,} are free there"
+    return told
 
 
 def _umask() -> int:

@@ -4,9 +4,9 @@ summary.json and the chosen network."""
 import csv
 import io
 import math
+from collections.abc import Callable
 
 from . import finish
-from .checkpoint import write_atomically
 from .compare import shown
 from .folder import RunFolder
 from .plots import PARTS, RIGHT, new_figure, png
@@ -81,7 +81,8 @@ class Report(Console):
                 style="bold" if is_best else None,
             )
         # A pipe has no width: lines must not be folded there.
-        rich = self.rich if self.is_terminal else Rich(width=1000, highlight=False)
+        wide = Rich(width=1000, highlight=False, file=self.output)
+        rich = self.rich if self.is_terminal else wide
         rich.print(table)
         self.say(f"chosen: {result.best.label}; trained again on all training rows")
         if result.test is not None:
@@ -97,9 +98,10 @@ class Report(Console):
             self.say(f"written  {path}")
 
 
-def write(result, place: RunFolder, about: dict) -> None:
-    """All files of the run; the summary last: a folder that has one is complete. config.json is
-    that of the chosen network, so that `evaluate` and `predict` take the folder."""
+def write(result, place: RunFolder, about: dict, warn: Callable[[str], None]) -> None:
+    """All results of the run, the summary last: a folder that has one is complete; and then the
+    picture, if it can be drawn. config.json is that of the chosen network, so that `evaluate` and
+    `predict` take the folder."""
     config = result.best.config.replace(out=place.path)
     place.write("config.json", finish.config_json(config))
     place.write("results.csv", results_csv(result))
@@ -107,8 +109,8 @@ def write(result, place: RunFolder, about: dict) -> None:
         [{"seconds": None, **row} for row in result.refit],
     )
     place.write("model.safetensors", finish.model_bytes(result.model, about))
-    write_atomically(place.file("crossval.png"), picture(result))
     place.write_json("summary.json", summary(result))
+    finish.write_pictures(place, {"crossval.png": lambda: picture(result)}, warn)
 
 
 def results_csv(result) -> str:

@@ -24,6 +24,7 @@ from .data import SPLIT_SEED, Data
 from .ensemble import Member, fit_many
 from .errors import TrainError, UsageError
 from .job import with_whole_paths
+from .progress import Quiet
 from .step import judge
 from .surroundings import borrowed, pick_device
 from .trainer import fit
@@ -151,7 +152,7 @@ def _crossval(config, compare, folds, data, progress, parent) -> CrossvalResult:
             from . import crossval_report
 
             result.folder = place.path
-            crossval_report.write(result, place, about)
+            crossval_report.write(result, place, about, (progress or Quiet()).warn)
             result.paths = place.paths()
     except BaseException:
         if place is not None:

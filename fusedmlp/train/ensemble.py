@@ -22,6 +22,7 @@ from .errors import UsageError
 from .model import optimizer_for
 from .native_many import NativeMany, Share
 from .native_step import Native
+from .rows import kinds
 from .state import rng_seed
 from .surroundings import borrowed, pick_device, seed_generators
 
@@ -245,6 +246,8 @@ def _against(tasks: list[tuple[TrainConfig, step.Task]]) -> list[str]:
 def _check(members: Sequence[Member], x: Tensor, y: Tensor, loss: str) -> None:
     if loss not in LOSSES:
         raise UsageError(f"fit_many: loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        raise TypeError(f"fit_many: x and y must be tensors, got {kinds((x, y))}")
     if x.dim() < 1 or y.dim() < 1 or len(x) != len(y) or len(x) == 0:
         raise UsageError(
             f"fit_many: y must have one target a row of x {tuple(x.shape)}, got {tuple(y.shape)}"

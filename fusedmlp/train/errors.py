@@ -1,4 +1,4 @@
-"""The trainer's two kinds of failure. Both carry one message that is meant to be shown as it is."""
+"""The trainer's kinds of failure. Each carries one message that is meant to be shown as it is."""
 
 
 class UsageError(ValueError):
@@ -7,3 +7,7 @@ class UsageError(ValueError):
 
 class TrainError(RuntimeError):
     """Data, files, devices or numbers that stop a run: the command line ends with exit code 1."""
+
+
+class WriteError(TrainError):
+    """A file of a run that could not be written, for want of room or of permission."""

@@ -1,32 +1,31 @@
-"""The end of a run: summary, model file, pictures. Also what the run folder says about itself at
-its start."""
+"""The end of a run: model file, summary, and then pictures. Also what the run folder says about
+itself at its start."""
 
+import functools
 import importlib.util
 import json
 import platform
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from .. import activations, dispatch
 from ..nn import FusedMLP
-from .checkpoint import write_atomically
+from . import plots
 from .config import TrainConfig
 from .data import Data
 from .errors import TrainError
+from .folder import RunFolder
 from .model import dims_of, predict, shape_of
-
-PACKAGES = ("safetensors", "matplotlib")
 
 
 def need_packages() -> None:
-    """Raise at the start of a run, not at its end, when a package is missing that its last lines
+    """Raise at the start of a run, not at its end, when a package is missing that its results
     need."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
+    if importlib.util.find_spec("safetensors") is None:
         raise TrainError(
-            f"a run folder needs {missing[0]}, which is not installed: pip install "
-            "'fusedmlp[train]'"
+            "a run folder needs safetensors, which is not installed: pip install 'fusedmlp[train]'"
         )
 
 
@@ -67,7 +66,7 @@ def summary(run) -> dict:
         "samples_per_second": round(position.total_rows / position.total_seconds, 1)
         if position.total_seconds
         else None,
-        "batch_size": config.batch_size,
+        "batch_size": config.batch_size if run.task.x is not None else None,  # a loader decides
         "precision": config.precision,
         "backend": _backend(run),
         "engine": run.engine.name,
@@ -112,26 +111,43 @@ def _device_name(device: torch.device) -> str:
 
 
 def write(run, content: dict) -> None:
-    """Model, pictures, and last of all the summary: a folder that has one is complete."""
-    from . import plots
-
+    """The results, and last of all the summary: a folder that has one is complete."""
     folder = run.folder
     folder.write("config.json", config_json(run.config.replace(out=folder.path)))
     folder.write_metrics(run.history)
     folder.write("model.safetensors", model_bytes(run.task.model, run.about))
-    outputs = None
-    if isinstance(run.data, Data) and run.data.x_test is not None:
-        outputs = predict(
-            run.task.model, run.data.x_test, run.task.scaling, run.task.precision
-        ).cpu()
-    for name, picture in plots.all_of(run.history, run.data, outputs).items():
-        write_atomically(folder.file(name), picture)
     folder.write_json("summary.json", content)
+
+
+def draw(run) -> None:
+    """The pictures of a run whose results are written."""
+    task, data = run.task, run.data
+    outputs = None
+    if isinstance(data, Data) and data.x_test is not None:
+        outputs = functools.cache(
+            lambda: predict(task.model, data.x_test, task.scaling, task.precision).cpu()
+        )
+    write_pictures(run.folder, plots.all_of(run.history, data, outputs), run.progress.warn)
+
+
+def write_pictures(
+    folder: RunFolder, pictures: dict[str, Callable[[], bytes]], warn: Callable[[str], None]
+) -> None:
+    """Those that can be drawn, and a line of warning about those that cannot."""
+    failed: dict[str, list[str]] = {}
+    for name, picture in pictures.items():
+        try:
+            folder.write(name, picture())
+        except Exception as error:  # whatever it is, it costs a picture and not the run
+            lines = str(error).strip().splitlines()
+            failed.setdefault(lines[0] if lines else type(error).__name__, []).append(name)
+    for reason, names in failed.items():
+        warn(f"{folder.path}: no {', '.join(names)}: {reason}")
 
 
 def model_bytes(model: nn.Module, about: dict) -> bytes:
     """The weights under the plain nn.Sequential's names; what the model and its data are goes
-    into the metadata."""
+    into the metadata. The same bytes for the same weights."""
     from safetensors.torch import save
 
     weights, seen = {}, {}
@@ -140,4 +156,14 @@ def model_bytes(model: nn.Module, about: dict) -> bytes:
             tensor = tensor.clone()  # shared weights: the format wants each name to own its bytes
         seen[tensor.data_ptr()] = name
         weights[name] = tensor.detach().cpu().contiguous()
-    return save(weights, metadata={"format": "pt", "fusedmlp": json.dumps(about)})
+    return _ordered(save(weights, metadata={"format": "pt", "fusedmlp": json.dumps(about)}))
+
+
+def _ordered(content: bytes) -> bytes:
+    """A safetensors file with its header in one order: the library leaves the order of metadata to
+    chance. The header is JSON after its length in 8 bytes, filled up with spaces to a multiple of
+    8."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[end:]

@@ -77,9 +77,22 @@ class RunFolder:
                 pass
 
 
+def reopen(path: Path) -> RunFolder:
+    """The folder of a run that goes on; what that run was writing when it was killed is removed."""
+    _remove_unfinished(path)
+    return RunFolder(path, is_new=False)
+
+
 def _remove_files(path: Path) -> None:
     for name in FILES:
         (path / name).unlink(missing_ok=True)
+    _remove_unfinished(path)
+
+
+def _remove_unfinished(path: Path) -> None:
+    for name in FILES:
+        for file in path.glob(f".{name}-*"):
+            file.unlink(missing_ok=True)
 
 
 def create(out: Path | None, parent: Path | None, overwrite: bool, config_json: str) -> RunFolder:
@@ -139,7 +152,7 @@ def _named(path: Path, overwrite: bool) -> RunFolder:
 def _claim(folder: RunFolder, config_json: str) -> None:
     path = folder.file("config.json")
     try:
-        with open(path, "x") as file:
+        with open(path, "x", encoding="utf-8") as file:
             file.write(config_json)
     except FileExistsError as error:
         raise TrainError(

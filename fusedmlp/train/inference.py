@@ -72,7 +72,7 @@ def _config(folder: Path) -> TrainConfig:
     if not path.is_file():
         raise TrainError(f"{folder} must be a run folder, but it has no config.json")
     try:
-        return TrainConfig.from_dict(json.loads(path.read_text()))
+        return TrainConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise TrainError(
             f"{path} is truncated, corrupted or no config of a run ({error})"

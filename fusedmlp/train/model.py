@@ -11,6 +11,7 @@ from ..nn import FusedLinear, FusedMLP
 from ..nn.stretches import activation_of
 from .config import TrainConfig
 from .data import Data, Scaling, seeded
+from .rows import check_pair
 from .step import autocast, judge
 
 EVAL_ROWS = 4096  # rows a forward pass without gradients
@@ -103,7 +104,9 @@ def predict(model: nn.Module, x: Tensor, scaling: Scaling, precision: str = "fp3
             outputs = [_at_least_fp32(model(scaling(rows))) for rows in x.split(EVAL_ROWS)]
     finally:
         model.train(was_training)
-    return torch.cat(outputs)
+    # A model that squeezes its outputs loses the dimension of a single row.
+    row = outputs[0].shape[1:]
+    return torch.cat([part.reshape(-1, *row) for part in outputs])
 
 
 def _at_least_fp32(outputs: Tensor) -> Tensor:
@@ -122,6 +125,7 @@ def evaluate(
 ) -> tuple[float, float | None]:
     """(loss, accuracy) over rows x, y; accuracy is None for regression. Each process takes its
     share."""
+    check_pair(x, y, "x", "y", looks=False)
     first, last = world.rows(len(x)) if world is not None else (0, len(x))
     total = torch.zeros(3, dtype=torch.float64, device=x.device)
     if last > first:

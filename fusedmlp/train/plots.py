@@ -1,49 +1,90 @@
 """Pictures of a run as PNG bytes: learning curves, predictions, and where they go wrong. Draws
-off screen, writes nothing."""
+off screen, writes nothing, and needs matplotlib only when it draws."""
 
+import contextlib
 import io
+import os
+import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .data import Data
+from .errors import TrainError
 
 SHOWN, MISTAKES = (
     24,
     16,
 )  # images on the prediction sheet: the first of the test set, then the first mistakes
 COLUMNS = 8
+NAME = 40  # characters of a name
 RIGHT, WRONG = "#1a7f37", "#c0261c"
 PARTS = {"train": "#1f6fb4", "val": "#b8860b", "test": "#c0261c"}
 
 
-def all_of(history: list[dict], data, outputs: Tensor | None) -> dict[str, bytes]:
-    """{file name: PNG}; outputs (n, C) of the test rows on the CPU, or None where there are
-    none."""
-    pictures = {"curves.png": curves(history)}
+def all_of(
+    history: list[dict], data, outputs: Callable[[], Tensor] | None
+) -> dict[str, Callable[[], bytes]]:
+    """{file name: what draws it}; outputs gives (n, C) of the test rows on the CPU, and is None
+    where there are none."""
+    pictures = {"curves.png": lambda: curves(history)}
     if outputs is None:
         return pictures
     if not data.is_classes:
         return pictures | {
-            "predictions.png": scatter(data, outputs),
-            "residuals.png": residuals(data, outputs),
+            "predictions.png": lambda: scatter(data, outputs()),
+            "residuals.png": lambda: residuals(data, outputs()),
         }
     sheet = images if data.image_shape is not None else confidence
     return pictures | {
-        "predictions.png": sheet(data, outputs),
-        "confusion.png": confusion(data, outputs),
+        "predictions.png": lambda: sheet(data, outputs()),
+        "confusion.png": lambda: confusion(data, outputs()),
     }
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
     """(figure, array of axes) without pyplot, whose state and window system belong to the
     caller."""
+    import_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def import_matplotlib():
+    """matplotlib, whatever MPLBACKEND says: where that names a backend which is not here, as in a
+    shell that a notebook started, matplotlib refuses to be imported at all."""
+    named = None
+    if "matplotlib" not in sys.modules:
+        named = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise TrainError(f"{error}: pip install 'fusedmlp[train]'") from error
+    finally:
+        if named is not None:
+            os.environ["MPLBACKEND"] = named
+    if named:
+        with contextlib.suppress(ValueError):  # for pyplot, which the caller may use later
+            matplotlib.rcParams["backend"] = named
+    return matplotlib
+
+
+def readable(name: str) -> str:
+    """A name of the user's as a label: cut short, what the font lacks as an escape, and a dollar
+    sign as such, which to matplotlib begins a formula."""
+    from matplotlib import font_manager
+
+    font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
+    name = name if len(name) <= NAME else name[: NAME - 3] + "..."
+    there = (
+        c if font.get_char_index(ord(c)) else c.encode("unicode_escape").decode() for c in name
+    )
+    return "".join(there).replace("$", r"\$")
 
 
 def png(figure) -> bytes:
@@ -95,8 +136,8 @@ def images(data: Data, outputs: Tensor) -> bytes:
             cmap="gray_r",
             interpolation="nearest",
         )
-        names = data.classes[predicted[index]], data.classes[true[index]]
-        is_right = names[0] == names[1]
+        names = readable(data.classes[predicted[index]]), readable(data.classes[true[index]])
+        is_right = predicted[index] == true[index]
         title = names[0] if is_right else f"{names[0]}\n(true: {names[1]})"
         axis.set_title(title, fontsize=9, color=RIGHT if is_right else WRONG)
         if not is_right:
@@ -107,7 +148,7 @@ def images(data: Data, outputs: Tensor) -> bytes:
     share = (true == predicted).float().mean().item()
     mistakes = len(shown) - len(first)
     figure.suptitle(
-        f"{data.name}: the first {len(first)} test images"
+        f"{readable(data.name)}: the first {len(first)} test images"
         + (f", then the first {mistakes} mistakes after them" if mistakes else "")
         + f"\npredicted names; {share:.2%} of {len(true)} are right, wrong ones are red"
     )
@@ -127,7 +168,7 @@ def confidence(data: Data, outputs: Tensor) -> bytes:
     axis.set(
         xlabel="probability of the predicted class",
         ylabel="test rows",
-        title=f"{data.name}: predictions",
+        title=f"{readable(data.name)}: predictions",
     )
     axis.legend()
     return png(figure)
@@ -147,11 +188,12 @@ def confusion(data: Data, outputs: Tensor) -> bytes:
     axis.set(
         xlabel="predicted",
         ylabel="true",
-        title=f"{data.name}: {int(table.diagonal().sum())} of {len(true)} right",
+        title=f"{readable(data.name)}: {int(table.diagonal().sum())} of {len(true)} right",
     )
     if count <= 40:
-        axis.set_xticks(range(count), data.classes, rotation=45, ha="right")
-        axis.set_yticks(range(count), data.classes)
+        names = [readable(name) for name in data.classes]
+        axis.set_xticks(range(count), names, rotation=45, ha="right")
+        axis.set_yticks(range(count), names)
     if count <= 20:
         for row, column in torch.nonzero(table).tolist():
             colour = "white" if share[row, column] > 0.5 else "black"
@@ -190,11 +232,11 @@ def scatter(data: Data, outputs: Tensor) -> bytes:
     ends = [float(true.min()), float(true.max())]
     axis.plot(ends, ends, color="black", linewidth=1)
     error = (true - predicted).square().mean().sqrt()
-    name = data.target or "target"
+    name = readable(data.target or "target")
     axis.set(
         xlabel=f"true {name}",
         ylabel=f"predicted {name}",
-        title=f"{data.name}: RMS error {error:.4g}",
+        title=f"{readable(data.name)}: RMS error {error:.4g}",
     )
     if 1 < true.shape[1] <= 10:
         axis.legend()
@@ -209,6 +251,6 @@ def residuals(data: Data, outputs: Tensor) -> bytes:
     axis = axes[0, 0]
     axis.hist((predicted - true).flatten().numpy(), bins=40, color=PARTS["train"])
     axis.axvline(0, color="black", linewidth=1)
-    axis.set(xlabel="predicted - true", ylabel="test rows", title=f"{data.name}: errors")
+    axis.set(xlabel="predicted - true", ylabel="test rows", title=f"{readable(data.name)}: errors")
     axis.grid(alpha=0.3)
     return png(figure)

@@ -1,7 +1,38 @@
 """What a run says while it goes: nothing (Quiet), or lines and, on a terminal, a bar (Console)."""
 
+import logging
 import sys
 import time
+
+
+class Output:
+    """Standard output for a run, which does not end for it: characters that it lacks become
+    escapes, and when it is closed or full or its reader is gone, no more is said."""
+
+    def __init__(self):
+        # A bar of rich's that is under way stands in for the stream.
+        self.stream = getattr(sys.stdout, "rich_proxied_file", sys.stdout)
+
+    @property
+    def encoding(self) -> str:
+        return getattr(self.stream, "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        return self._try(lambda stream: stream.isatty()) or False
+
+    def write(self, text: str) -> int:
+        there = text.encode(self.encoding, "backslashreplace").decode(self.encoding)
+        self._try(lambda stream: stream.write(there))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(lambda stream: stream.flush())
+
+    def _try(self, do):
+        try:
+            return None if self.stream is None else do(self.stream)
+        except (OSError, ValueError):  # ValueError: it has been closed
+            self.stream = None
 
 
 class Quiet:
@@ -9,6 +40,9 @@ class Quiet:
 
     def start(self, run) -> None: ...
     def note(self, text: str) -> None: ...
+    def warn(self, text: str) -> None:
+        logging.getLogger("fusedmlp").warning(text)
+
     def steps(self, position, steps: int | None) -> None: ...
     def epoch(self, row: dict) -> None: ...
     def finish(self, result) -> None: ...
@@ -20,12 +54,13 @@ class Console(Quiet):
     end."""
 
     def __init__(self):
+        self.output = Output()
         try:
             from rich.console import Console as Rich
         except ImportError:
             self.rich = None
         else:
-            self.rich = Rich(highlight=False, soft_wrap=True)
+            self.rich = Rich(highlight=False, soft_wrap=True, file=self.output)
         self.bar = self.job = None
         self.epochs = 0
         self.rows = 0
@@ -39,10 +74,13 @@ class Console(Quiet):
         if self.rich is not None:
             self.rich.print(text, markup=False)
         else:
-            print(text, flush=True)
+            print(text, file=self.output, flush=True)
 
     def note(self, text: str) -> None:
         self.say(f"note: {text}")
+
+    def warn(self, text: str) -> None:
+        self.say(f"warning: {text}")
 
     def start(self, run) -> None:
         config, task = run.config, run.task
@@ -55,8 +93,9 @@ class Console(Quiet):
             f"{sum(p.numel() for p in task.model.parameters())} parameters"
         )
         self.say(
-            f"{config.epochs} epochs of batches of {config.batch_size} on {task.device}, "
-            f"{config.precision}, "
+            f"{config.epochs} epochs"
+            + (f" of batches of {config.batch_size}" if self.rows else "")
+            + f" on {task.device}, {config.precision}, "
             f"engine {run.engine.name}, seed {config.seed}"
             + (f", {run.world.size} processes" if run.world.size > 1 else "")
         )
@@ -177,7 +216,6 @@ class Console(Quiet):
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
-        sys.stdout.flush()
 
 
 def _settings(config) -> str:

@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 from torch import Tensor
 
-from . import checkpoint, source, step
+from . import checkpoint, step
 from .config import TrainConfig
 from .data import Data, seeded
 from .distributed import World
 from .errors import TrainError
 from .folder import RunFolder
+from .loaders import Loaders
 from .progress import Quiet
 from .surroundings import StopRequest
 
@@ -54,7 +55,7 @@ class Run:
     world: World
     task: step.Task
     engine: object
-    data: Data | source.Loaders
+    data: Data | Loaders
     progress: Quiet
     stop: StopRequest
     about: dict  # what evaluate and predict need later
@@ -124,6 +125,17 @@ def save(run: Run) -> None:
 
     run.world.lead(write)
     run.saved_at, run.saved_step = time.monotonic(), run.position.global_step
+
+
+def kept(run: Run) -> str:
+    """What there is on the disk to go on from, as the end of a message."""
+    folder = run.folder.path
+    try:
+        position = Position(**checkpoint.load(folder)["position"])
+    except TrainError:
+        return "there is no checkpoint yet, so the run has to be started anew"
+    place = f"epoch {position.epoch}" + (f", step {position.step}" if position.step else "")
+    return f"its checkpoint of {place} is kept: go on with --resume {folder}"
 
 
 def check_loss(run: Run, loss: float) -> None:

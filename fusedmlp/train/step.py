@@ -89,6 +89,21 @@ def loss_of(
     return loss if reduction == "mean" else loss / max(1, targets[0].numel() if len(targets) else 1)
 
 
+def aligned(kind: str, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Outputs in the shape that the loss takes: a model that squeezes them loses the dimension of
+    a single row, and (B,) against (B, 1) would be the loss of all pairs."""
+    if kind == "cross_entropy":
+        return outputs if outputs.dim() > 1 else outputs.reshape(len(targets), -1)
+    if outputs.shape == targets.shape:
+        return outputs
+    if outputs.numel() != targets.numel():
+        raise TrainError(
+            f"the model must return {tuple(targets.shape)} to match the targets, got "
+            f"{tuple(outputs.shape)}"
+        )
+    return outputs.reshape(targets.shape)
+
+
 class Meter:
     """Losses and hits on the device. Outputs are kept as they are and judged many steps at a time:
     argmax, comparison and sums of each step would cost 2 % of a step of 784-256-10 on a CPU."""
@@ -123,6 +138,7 @@ class Meter:
 def judge(loss: str, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
     """(sum of losses, number right, rows) in fp64: the grouping of rows leaves no trace in it."""
     with torch.no_grad():
+        outputs = aligned(loss, outputs, targets)
         if outputs.dtype in (torch.float16, torch.bfloat16):
             outputs = outputs.float()
         if loss == "cross_entropy":
@@ -207,7 +223,7 @@ class Autograd:
             self._set_rates(task.schedule.factor(self.number))
         with self._masks(first_row):
             with autocast(task.device, task.precision):
-                outputs = self.forward(inputs)
+                outputs = aligned(task.loss, self.forward(inputs), targets)
                 if task.world.size == 1:
                     loss = loss_of(task.loss, outputs, targets, "mean", task.label_smoothing)
                 else:

@@ -11,15 +11,15 @@ from pathlib import Path
 
 from torch import nn
 
-from . import checkpoint, distributed, finish, schedule, source, step
+from . import checkpoint, distributed, finish, loaders, schedule, source, step
 from .config import TrainConfig
 from .data import Data, permutation, resolved
 from .distributed import World
-from .errors import TrainError, UsageError
-from .folder import RunFolder, create
+from .errors import TrainError, UsageError, WriteError
+from .folder import create, reopen
 from .model import evaluate, evaluate_batches, optimizer_for
 from .progress import Quiet
-from .state import Run, check_loss, restore, rng_seed, save, set_rng
+from .state import Run, check_loss, kept, restore, rng_seed, save, set_rng
 from .surroundings import borrowed, pick_device, seed_generators, surroundings
 
 READ_SECONDS = 0.1  # between two reads of the losses; each waits for the device
@@ -46,8 +46,8 @@ def fit(
 
     model    any nn.Module that maps (B, ...) inputs to (B, classes), or to the targets' shape
     data     (x, y) or (x, y, x_test, y_test): tensors of n rows, integer classes or float targets;
-             or a Data; or, for data larger than memory, a loader of (x, y) batches or a pair
-             (loader, test_loader)
+             or a Data; or, for data larger than memory, a loader of (x, y) batches (any iterable,
+             gone through once an epoch) or a pair (loader, test_loader)
     config   a TrainConfig. Its dataset, hidden, activation, dropout and init describe what is
              here already and are not read. A run folder is written where `out` or `resume` is set
     returns  a Result; Ctrl-C ends the loop after the step under way and returns what there is
@@ -77,14 +77,17 @@ def _fit(
     world = distributed.current()
     _check_world(config, world, given)
     with surroundings(config, device) as stop:
-        run = _prepare(model, given, config, device, world, stop, progress)
-        _open(run, saved, parent)
+        epoch = 0 if saved is None else saved["position"]["epoch"]
+        run = _prepare(model, given, config, device, world, stop, progress, epoch)
         try:
+            _open(run, saved, parent)
             _loop(run, saved)
             return _close(run)
-        except BaseException:
+        except BaseException as error:
             if run.folder is not None and world.is_lead:
                 run.folder.discard()
+            if isinstance(error, WriteError):
+                raise TrainError(f"{error}; {kept(run)}") from error
             raise
         finally:
             run.progress.close()
@@ -104,10 +107,9 @@ def _resolved(config: TrainConfig, data, saved: dict | None) -> TrainConfig:
             f"--lr-schedule {was.lr_schedule} ends there"
         )
     done = saved["position"]["epoch"]
-    # A run that was cut off while it wrote its pictures has no summary yet, and gets them now.
-    if config.epochs < done or (
-        config.epochs == done and (config.resume / "summary.json").exists()
-    ):
+    # A run that was cut off before its end, or has no picture, gets what is missing now.
+    last_files = [config.resume / name for name in ("summary.json", "curves.png")]
+    if config.epochs < done or (config.epochs == done and all(f.exists() for f in last_files)):
         way_on = f"--epochs above {done} goes on from there"
         if was.lr_schedule != "constant":
             way_on = f"its --lr-schedule {was.lr_schedule} has ended"
@@ -123,7 +125,7 @@ def _check_world(config: TrainConfig, world: World, data) -> None:
             f"--batch-size must be at least the number of processes, {world.size}, got "
             f"{config.batch_size}"
         )
-    if isinstance(data, source.Loaders):
+    if isinstance(data, loaders.Loaders):
         raise UsageError("fit: a loader works in one process; for several pass tensors")
 
 
@@ -141,15 +143,19 @@ def explain(model: nn.Module, data, config: TrainConfig | None = None) -> str:
         return "\n".join(step.why(config.engine, task))
 
 
-def _task(model, given, config, device, world) -> tuple[step.Task, Data | source.Loaders]:
-    """The task, and the data on its device."""
+def _task(
+    model, given, config, device, world, epoch: int = 0
+) -> tuple[step.Task, Data | loaders.Loaders]:
+    """The task, and the data on its device. A loader is opened here, with the generators as they
+    are in the epoch that is the first to be run."""
     model.to(device)
     data = given
     if isinstance(given, Data):
         data = source.on_device(given, model, device)
         loss, scaling = "cross_entropy" if data.is_classes else "mse", data.scaling
     else:
-        scaling, loss = source.of_loader(given, model, config)
+        seed_generators(rng_seed(config, world, epoch), device)
+        data, scaling, loss = loaders.of_loader(given, model, config, device)
     task = step.Task(model, optimizer_for(model, config, loss), loss, device, scaling=scaling)
     task.precision, task.seed, task.world = config.precision, config.seed, world
     task.label_smoothing, task.clip_norm = config.label_smoothing, config.clip_norm
@@ -162,8 +168,8 @@ def _task(model, given, config, device, world) -> tuple[step.Task, Data | source
     return task, data
 
 
-def _prepare(model, given, config, device, world, stop, progress) -> Run:
-    task, data = _task(model, given, config, device, world)
+def _prepare(model, given, config, device, world, stop, progress, epoch) -> Run:
+    task, data = _task(model, given, config, device, world, epoch)
     seed_generators(rng_seed(config, world, 0), device)
     about = finish.describe(model, data)
     return Run(config, world, task, step.choose(config.engine, task), data, progress, stop, about)
@@ -174,7 +180,7 @@ def _open(run: Run, saved: dict | None, parent: Path | None) -> None:
     config, world = run.config, run.world
     if saved is not None:
         restore(run, saved)
-        run.folder = RunFolder(Path(config.resume), is_new=False)
+        run.folder = world.lead(lambda: reopen(Path(config.resume)))
     elif config.out is not None or parent is not None:
         finish.need_packages()
         text = finish.config_json(config)
@@ -238,16 +244,19 @@ def _train_epoch(run: Run, rng: dict | None) -> bool:
 
 def _train_loader(run: Run, rng: dict | None) -> bool:
     """As _train_epoch, for batches that come from an iterable."""
-    position, task = run.position, run.task
+    position = run.position
     skip, read_at = position.step, time.perf_counter()
     pending = 0
-    for number, batch in enumerate(run.data.train):
+    for number, (inputs, targets) in enumerate(run.data.train):
         if number < skip:
             continue  # of a resumed epoch: the loader has to run through what was seen
         if number == skip and rng is not None:
             set_rng(run, rng)
-        inputs, targets = source.batch_on(batch, task)
-        run.engine.step_on(inputs, targets)
+        try:
+            run.engine.step_on(inputs, targets)
+        except RuntimeError as error:
+            run.data.train.blame(error)
+            raise
         pending += 1
         seconds = time.perf_counter() - read_at
         if seconds >= READ_SECONDS or run.stop.asked:
@@ -260,8 +269,6 @@ def _train_loader(run: Run, rng: dict | None) -> bool:
     if pending:
         seconds = time.perf_counter() - read_at
         position.advance(pending, *_read_checked(run), seconds)
-    if position.rows == 0:
-        raise TrainError("fit: the loader must give at least one batch, got none")
     return True
 
 
@@ -295,10 +302,14 @@ def _row(run: Run) -> dict:
 
 def _evaluate(run: Run, part: str) -> tuple[float | None, float | None]:
     task, data = run.task, run.data
-    if isinstance(data, source.Loaders):
+    if isinstance(data, loaders.Loaders):
         if part == "val" or data.test is None:
             return None, None
-        return evaluate_batches(task, (source.batch_on(b, task) for b in data.test))
+        try:
+            return evaluate_batches(task, data.test)
+        except RuntimeError as error:
+            data.test.blame(error)
+            raise
     x, y = getattr(data, f"x_{part}"), getattr(data, f"y_{part}")
     if x is None:
         return None, None
@@ -319,6 +330,7 @@ def _close(run: Run) -> Result:
         result.folder = run.folder.path
         if not interrupted:
             run.world.lead(lambda: finish.write(run, result.summary))
+            run.world.lead(lambda: finish.draw(run))
         result.paths = run.folder.paths()
     run.progress.finish(result)
     return result
