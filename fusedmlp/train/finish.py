@@ -14,7 +14,7 @@ from .checkpoint import write_atomically
 from .config import TrainConfig
 from .data import Data
 from .errors import TrainError
-from .model import dims_of, predict, shape_of
+from .model import dims_of, predict, regression, shape_of
 
 PACKAGES = ("safetensors", "matplotlib")
 
@@ -68,6 +68,9 @@ def summary(run) -> dict:
         if position.total_seconds
         else None,
         "batch_size": config.batch_size,
+        "optimizer": config.optimizer,
+        "lr": config.lr,
+        "standardize": config.standardize,
         "precision": config.precision,
         "backend": _backend(run),
         "engine": run.engine.name,
@@ -76,7 +79,15 @@ def summary(run) -> dict:
         "processes": run.world.size,
         "torch": str(torch.__version__),
     }
-    return content
+    return content | _regression(run)
+
+
+def _regression(run) -> dict:
+    """{"test_rmse", "test_r2"} where there is a target to predict and rows to test it on."""
+    if not isinstance(run.data, Data) or run.data.is_classes or run.data.x_test is None:
+        return {}
+    outputs = predict(run.task.model, run.data.x_test, run.task.scaling, run.task.precision)
+    return regression(outputs, run.data)
 
 
 def _backend(run) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import TrainConfig
-from .data import Data, Scaling, standardized, with_validation
+from .data import Data, Scaling, in_fp32, standardized, with_validation
 from .errors import TrainError, UsageError
 
 
@@ -85,7 +85,7 @@ def _tensors(arrays: list[Tensor], config: TrainConfig) -> Data:
             raise TrainError(f"fit: y must be (n,) integer classes, got {_shape(y)}")
         if int(y.min()) < 0:
             raise TrainError(f"fit: y must hold classes from 0 on, got {int(y.min())}")
-    cast = (lambda t: t.long()) if is_classes else (lambda t: t.float().reshape(len(t), -1))
+    cast = (lambda t: t.long()) if is_classes else (lambda t: _floats(t).reshape(len(t), -1))
     data = Data(
         "tensors",
         x,
@@ -98,6 +98,11 @@ def _tensors(arrays: list[Tensor], config: TrainConfig) -> Data:
     )
     data = with_validation(data, config.val_split)
     return standardized(data) if config.standardize else data
+
+
+def _floats(targets: Tensor) -> Tensor:
+    """In fp64 what is not in fp32: the digits are needed until the targets are scaled."""
+    return targets if targets.dtype == torch.float32 else targets.double()
 
 
 def of_loader(loaders: Loaders, model: nn.Module, config: TrainConfig) -> tuple[Scaling, str]:
@@ -143,6 +148,8 @@ def on_device(data: Data, model: nn.Module, device: torch.device) -> Data:
             "pass fit a DataLoader, or take device cpu"
         ) from error
     data = replace(data, scaling=replace(data.scaling.to(device), dtype=dtype))
+    if dtype != torch.float64:
+        data = in_fp32(data)
     if not data.is_classes:
         casted = {
             n: t.to(dtype)
