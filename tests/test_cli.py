@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from fusedmlp import cli
-from fusedmlp.train import TrainConfig, checkpoint, data, fetch, idx
+from fusedmlp.train import TrainConfig, checkpoint, fetch, idx
 
 from . import made_data
 
@@ -78,15 +78,6 @@ def test_digits_are_learned_with_the_defaults(flags, wanted, seed, tmp_path):
     assert run("train", "--dataset", "digits", "--seed", seed, *flags) == 0
     summary = json.loads((tmp_path / "runs" / "0001" / "summary.json").read_text())
     assert summary["test_accuracy"] >= wanted and summary["epochs"] == 30
-
-
-def test_the_defaults_are_the_first_mlp():
-    made = TrainConfig()
-    assert made.hidden == (256,) and made.activation == "relu" and made.dropout == (0.0,)
-    assert made.optimizer == "sgd" and made.learning_rate("cross_entropy") == 0.1
-    assert made.init == "normal" and made.init_std == 0.01 and made.dataset == "auto"
-    images = data.resolved(made, made_data.pictures())
-    assert (images.batch_size, images.epochs) == (256, 10)
 
 
 def test_every_flag_is_a_field_with_help(capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import sys
 from dataclasses import replace
 
@@ -226,17 +227,47 @@ def test_standardized_inputs_have_mean_0_and_deviation_1():
         torch.testing.assert_close(std, torch.ones_like(std))
 
 
-def test_a_constant_feature_stays_finite_when_standardized():
-    made = made_data.blobs()
-    made.x_train[:, 0] = 3.0
-    scaled = data.standardized(made)
-    assert torch.isfinite(scaled.scaling(scaled.x_train)).all()
+def test_tables_are_scaled_as_standardscaler_does_in_fp64():
+    """Time stamps keep their distinct values, and what rounding leaves of a constant stays 0."""
+    from sklearn.preprocessing import StandardScaler
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(160, 5, generator=generator, dtype=torch.float64)
+    x[:, 0] = 1.7e9 + torch.arange(160).double()
+    x[:, 1] = 0.1
+    x[:, 2] *= 1e-12
+    x[:, 3] = 1e6 - x[:, 3]
+    y = (3e7 + torch.arange(160).double() / 7).reshape(-1, 1)
+    made = data.Data("table", x[:120], y[:120], x[120:], y[120:])
+    found = data.standardized(made)
+    for part, given in (("x", x), ("y", y)):
+        wanted = torch.from_numpy(StandardScaler().fit(given[:120]).transform(given))
+        both = torch.cat([getattr(found, f"{part}_train"), getattr(found, f"{part}_test")])
+        torch.testing.assert_close(both, wanted, rtol=1e-9, atol=1e-9)
+    narrow = data.prepared(made, True)
+    assert narrow.x_train.dtype == narrow.y_train.dtype == torch.float32
+    assert len(narrow.x_train[:, 0].unique()) == 120
+    torch.testing.assert_close(
+        narrow.target_scaling.undo(narrow.y_test), y[120:], rtol=1e-9, atol=0
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.int32])
+def test_rows_of_any_type_are_scaled_in_fp64(dtype):
+    x = (1_000_000 + torch.arange(300).reshape(100, 3)).to(dtype)
+    found = data.standardized(data.Data("rows", x, torch.arange(100) % 2, classes=("a", "b")))
+    wide = x.double()
+    wanted = (wide - wide.mean(0)) / wide.std(0, correction=0)
+    torch.testing.assert_close(found.scaling(found.x_train).double(), wanted, atol=1e-6, rtol=0)
 
 
 def test_scaling_survives_its_way_through_json():
-    made = data.standardized(made_data.blobs())
-    again = data.Scaling.from_dict(made.scaling.to_dict())
-    assert torch.equal(again(made.x_train), made.scaling(made.x_train))
+    for made in (made_data.blobs(), made_data.pictures()):
+        found = data.standardized(made)
+        listed = json.loads(json.dumps(found.describe()))
+        again = data.Scaling.from_dict(listed["scaling"])
+        assert torch.equal(again(made.x_train), found.scaling(found.x_train))
+        assert listed["digest"] == made.digest()
 
 
 def test_pixels_are_scaled_as_torchvision_does():

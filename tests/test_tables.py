@@ -1,11 +1,11 @@
-"""npz and csv files: what is read, and what every bad one is told."""
+"""npz files: what is read, and what every bad one is told."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from fusedmlp.train import TrainConfig, TrainError, UsageError, data, tables
+from fusedmlp.train import TrainConfig, TrainError, data
 
 from . import made_data
 
@@ -60,6 +60,11 @@ BAD_NPZ = {
         r"rows of x_test must be \(2,\)",
     ),
     "no_rows": (dict(x_train=_X[:0], y_train=_Y[:0]), "at least one row"),
+    "one_label": (dict(x_train=_X, y_train=np.int64(3)), "6 rows to match x_train, got a single"),
+    "other_labels": (
+        dict(x_train=_X, y_train=_Y, x_test=_X, y_test=np.array(list("012345"))),
+        "classes of the training rows, got 2 in row 2",
+    ),
 }
 
 
@@ -79,60 +84,46 @@ def test_missing_truncated_and_foreign_npz_files_are_clear_errors(tmp_path):
     with pytest.raises(TrainError, match="truncated, corrupted or no .npz"):
         load(dataset=str(whole))
     (tmp_path / "text.npz").write_text("hello")
-    with pytest.raises(TrainError):
+    with pytest.raises(TrainError, match="truncated, corrupted or no .npz"):
         load(dataset=str(tmp_path / "text.npz"))
 
 
-def _csv(tmp_path, text: str) -> str:
-    path = tmp_path / "a.csv"
-    path.write_text(text)
-    return str(path)
+def test_an_array_in_an_archives_name_is_said_to_be_one(tmp_path):
+    path = tmp_path / "OK.NPZ"
+    np.save(tmp_path / "a.npy", _X)
+    (tmp_path / "a.npy").rename(path)
+    with pytest.raises(TrainError, match=r"it is an .npy file: one array of shape \(6, 2\)"):
+        load(dataset=str(path))
 
 
-def _lines(target: str) -> str:
-    return "".join(f"{i},{i * 0.5},{target.format(i=i)}\n" for i in range(20))
+def test_the_case_of_a_files_name_does_not_matter(tmp_path):
+    whole = _npz(tmp_path / "a.npz", x_train=_X, y_train=_Y)
+    (tmp_path / "OK.NPZ").write_bytes((tmp_path / "a.npz").read_bytes())
+    assert torch.equal(load(dataset=str(tmp_path / "OK.NPZ")).x_train, load(dataset=whole).x_train)
 
 
-def test_csv_targets_are_classes_or_numbers(tmp_path):
-    floats = load(dataset=_csv(tmp_path, "a,b,price\n" + _lines("{i}.5")))
-    assert not floats.is_classes and floats.target == "price" and floats.features == ("a", "b")
-    text = "".join(f"{i},{'xy'[i % 2]}\n" for i in range(20))
-    assert load(dataset=_csv(tmp_path, "a,kind\n" + text)).classes == ("x", "y")
-    whole = _csv(tmp_path, "a,b,n\n" + _lines("{i}"))
-    assert load(dataset=whole).is_classes
-    assert not load(dataset=whole, loss="mse").is_classes
-    named = load(dataset=whole, target="b")
-    assert named.features == ("a", "n") and not named.is_classes
+def test_labels_of_bytes_are_their_text(tmp_path):
+    y = np.array([b"j", b"k", b"j", b"k", b"j", "\u00fc".encode()])
+    found = load(dataset=_npz(tmp_path / "a.npz", x_train=_X, y_train=y, x_test=_X, y_test=y))
+    assert found.classes == ("j", "k", "\u00fc") and found.y_test.tolist() == [0, 1, 0, 1, 0, 2]
 
 
-BAD_CSV = {
-    "empty": ("", "must start with a header line"),
-    "only_a_header": ("a,b\n", "must have rows below"),
-    "no_header": ("1,2\n3,4\n", "line of column names"),
-    "nan": ("a,b\n1,2\nnan,3\n", "column 'a' must hold finite fp32 numbers, got nan in row 2"),
-    "hole": ("a,b\n1,2\n,3\n", "column 'a' must hold numbers, got an empty cell in row 2"),
-    "word": ("a,b\n1,2\nhello,3\n", "column 'a' must hold numbers, got hello in row 2"),
-    "short_row": ("a,b\n1,2\n3\n", "line 3: a row must have 2 values as the header, got 1"),
-    "twice": ("a,a\n1,2\n", "name each column once, got 'a' twice"),
-    "one_column": ("a\n1\n2\n", "must have a column besides"),
-    "hole_in_target": ("a,b\n1,2\n3,\n", "column 'b' must have a value in every row"),
-    "bytes": ("a,b\n\0\0", "must|csv"),
-}
+def test_labels_larger_than_int64_are_classes(tmp_path):
+    y = np.array([2**64 - 1, 10**19, 7] * 2, dtype=np.uint64)
+    file = _npz(tmp_path / "a.npz", x_train=_X, y_train=y, x_test=_X, y_test=y)
+    found = load(dataset=file)
+    assert found.classes == ("7", str(10**19), str(2**64 - 1))
+    assert found.y_test.tolist() == [2, 1, 0, 2, 1, 0]
 
 
-@pytest.mark.parametrize("case", BAD_CSV)
-def test_a_bad_csv_is_a_clear_error(tmp_path, case):
-    text, message = BAD_CSV[case]
-    with pytest.raises(TrainError, match=message):
-        load(dataset=_csv(tmp_path, text))
-
-
-def test_an_unknown_target_column_is_a_usage_error(tmp_path):
-    with pytest.raises(UsageError, match="--target must be a column of .*: a, b; got 'c'"):
-        load(dataset=_csv(tmp_path, "a,b\n1,2\n"), target="c")
-
-
-def test_integers_without_end_are_no_classes(tmp_path):
-    text = "a,n\n" + "".join(f"{i},{i * 7}\n" for i in range(2000))
-    with pytest.raises(TrainError, match="2000 different integers; .*--loss mse"):
-        tables.read_csv(_csv(tmp_path, text), None)
+def test_integers_without_end_are_a_number_to_predict(tmp_path):
+    x, y = np.random.rand(2000, 2), np.arange(2000) * 7
+    file = _npz(tmp_path / "a.npz", x_train=x, y_train=y)
+    found = load(dataset=file, standardize=False)
+    assert not found.is_classes and set(found.y_train.flatten().tolist()) <= set(y.tolist())
+    assert "2000 different integers and is predicted as a number" in found.notes[0]
+    with pytest.raises(TrainError, match="2000 different integers, more than 1000 classes"):
+        load(dataset=file, loss="cross_entropy")
+    few = _npz(tmp_path / "b.npz", x_train=x, y_train=y % 300)
+    found = load(dataset=few)
+    assert len(found.classes) == 300 and "taken for classes; --loss mse" in found.notes[0]

@@ -5,6 +5,7 @@ import contextlib
 import csv
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -52,6 +53,7 @@ class PredictArgs:
 
 def _parse(kind: type, name: str, argv: list[str], default=None):
     """Flags -> kind; a mistake is shown by tyro and ends with exit code 2."""
+    argv = list(_with_values(argv))
     with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
         if distributed.is_quiet_process():
             stack.enter_context(contextlib.redirect_stderr(nowhere))
@@ -59,6 +61,18 @@ def _parse(kind: type, name: str, argv: list[str], default=None):
         settings = (tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands)
         extra = {} if default is None else {"default": default}
         return tyro.cli(kind, prog=f"fusedmlp {name}", args=argv, config=settings, **extra)
+
+
+def _with_values(argv: list[str]) -> Iterator[str]:
+    """tyro wants a value for a setting that is True, False or left to the data."""
+    for place, word in enumerate(argv):
+        following = argv[place + 1] if place + 1 < len(argv) else ""
+        if word == "--no-standardize":
+            yield from ("--standardize", "False")
+        elif word == "--standardize" and following not in ("True", "False", "None"):
+            yield from (word, "True")
+        else:
+            yield word
 
 
 def parse_train(argv: list[str]) -> TrainConfig:
@@ -111,9 +125,10 @@ def evaluate(argv: list[str]) -> int:
     data = inference.test_data(trained, args.data_dir)
     result = inference.evaluate(trained, data)
     print(f"{data.name}: {result['rows']} test rows, loss {result['test_loss']:.6g}", end="")
-    print(
-        f", accuracy {result['test_accuracy']:.4f}" if result["test_accuracy"] is not None else ""
-    )
+    if data.is_classes:
+        print(f", accuracy {result['test_accuracy']:.4f}")
+    else:
+        print(f", RMSE {result['test_rmse']:.6g}, R2 {result['test_r2']:.4f}")
     width = max((len(name) for name in result["per_class"]), default=0)
     for name, (right, rows) in result["per_class"].items():
         print(f"  {name:<{width}}  {right:>5} of {rows:<5} {right / rows if rows else 0:.4f}")
@@ -141,7 +156,7 @@ def predict(argv: list[str]) -> int:
     x, y = data.x_test[:count], data.y_test[:count]
     names = [str(i) for i in range(count)]
     if trained.classes is None:
-        _write_numbers(trained, data, names, x, y)
+        _write_numbers(trained, names, x, y)
     else:
         _write_classes(trained, names, "row", x, y)
     return 0
@@ -159,15 +174,13 @@ def _write_classes(trained, names, heading, rows, targets) -> None:
         )
 
 
-def _write_numbers(trained, data, names, rows, targets) -> None:
-    outputs = trained.outputs(rows)
-    if data.target_scaling is not None:
-        mean, std = data.target_scaling.mean, data.target_scaling.std
-        outputs, targets = outputs * std + mean, targets * std + mean
+def _write_numbers(trained, names, rows, targets) -> None:
+    """In the target's own units, as the targets are."""
+    outputs = trained.target_scaling.undo(trained.outputs(rows))
     writer = csv.writer(sys.stdout, lineterminator="\n")
     columns = range(outputs.shape[1])
     suffix = [""] if len(columns) == 1 else [f"_{i}" for i in columns]
     writer.writerow(["row", *(f"predicted{s}" for s in suffix), *(f"true{s}" for s in suffix)])
     for index, name in enumerate(names):
         values = [*outputs[index].tolist(), *targets[index].tolist()]
-        writer.writerow([name, *(f"{value:.6g}" for value in values)])
+        writer.writerow([name, *(f"{value:.9g}" for value in values)])

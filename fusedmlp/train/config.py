@@ -32,12 +32,13 @@ class TrainConfig:
     """activation of the hidden layers"""
     dropout: tuple[float, ...] = (0.0,)
     """dropout after the hidden layers: one number, or one for each"""
-    init: Literal["normal", "default"] = "normal"
-    """normal: weights of deviation --init-std, biases 0; default: PyTorch's own"""
-    init_std: float = 0.01
-    """deviation of the initial weights with --init normal"""
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    """update rule"""
+    init: Literal["normal", "default"] | None = None
+    """normal: weights of deviation --init-std, biases 0; default: PyTorch's own. Unset it is normal
+    with --init-std, and for image sets with one hidden layer or 256 256; else default"""
+    init_std: float | None = None
+    """deviation of the initial weights with --init normal; default 0.01"""
+    optimizer: Literal["sgd", "adam", "adamw"] | None = None
+    """update rule; default sgd, for tables adam"""
     lr: float | None = None
     """learning rate; default 0.1 for sgd (0.01 with mse), 0.001 for adam and adamw"""
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
@@ -56,12 +57,15 @@ class TrainConfig:
     """largest norm of all gradients together, longer ones are shortened to it; 0: any"""
     val_split: float = 0.0
     """share of the training rows held out for validation"""
-    standardize: bool = False
-    """scale inputs, and a float target, to mean 0 and deviation 1 over the training rows"""
+    standardize: bool | None = None
+    """--standardize or --no-standardize: scale inputs, and a float target, to mean 0 and deviation
+    1 over the training rows; default: tables are scaled"""
     epochs: int | None = None
-    """passes over the training rows; default 10, for digits 30"""
+    """passes over the training rows; default 10, for digits 30, for tables 50, and 30 from 10,000
+    rows on"""
     batch_size: int | None = None
-    """rows a step, over all processes; default 256, for digits 32"""
+    """rows a step, over all processes; default 256, for digits 32, for tables a power of 2 near a
+    50th of the rows, from 16 to 256"""
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     """of the arithmetic; bf16 and fp16 keep fp32 weights"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -104,7 +108,14 @@ class TrainConfig:
         """loss: cross_entropy, or mse, whose gradient grows with the error."""
         if self.lr is not None:
             return self.lr
-        return {"cross_entropy": 0.1, "mse": 0.01}[loss] if self.optimizer == "sgd" else 1e-3
+        if self.optimizer in ("sgd", None):
+            return {"cross_entropy": 0.1, "mse": 0.01}[loss]
+        return 1e-3
+
+    def filled_from(self, other: "TrainConfig") -> "TrainConfig":
+        """Settings that are None as they are in the other."""
+        unset = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is None]
+        return self.replace(**{name: getattr(other, name) for name in unset})
 
     def replace(self, **changes) -> "TrainConfig":
         return dataclasses.replace(self, **changes)
@@ -169,7 +180,8 @@ def _check_numbers(config: TrainConfig) -> None:
     )
     for name in ("momentum", "weight_decay", "init_std", "clip_norm", "warmup_epochs"):
         value = getattr(config, name)
-        need(name, value, math.isfinite(value) and value >= 0, "a number of at least 0")
+        holds = value is None or (math.isfinite(value) and value >= 0)
+        need(name, value, holds, "a number of at least 0")
     smoothing = config.label_smoothing
     need("label_smoothing", smoothing, 0.0 <= smoothing <= 1.0, "between 0 and 1")
     need("val_split", config.val_split, 0.0 <= config.val_split < 1.0, "at least 0 and below 1")
@@ -179,7 +191,7 @@ def _check_numbers(config: TrainConfig) -> None:
 
 
 def _check_contradictions(config: TrainConfig) -> None:
-    if config.optimizer != "sgd" and config.momentum:
+    if config.optimizer not in ("sgd", None) and config.momentum:
         raise UsageError(f"--momentum belongs to --optimizer sgd; {config.optimizer} has none")
     if config.loss == "mse" and config.label_smoothing:
         raise UsageError("--label-smoothing belongs to --loss cross_entropy; mse has no labels")
@@ -188,9 +200,9 @@ def _check_contradictions(config: TrainConfig) -> None:
             f"--warmup-epochs must be at most --epochs, {config.epochs}, got "
             f"{config.warmup_epochs:g}"
         )
-    if config.init == "default" and config.init_std != TrainConfig.init_std:
+    if config.init == "default" and config.init_std is not None:
         raise UsageError("--init-std belongs to --init normal; --init default is PyTorch's own")
-    if config.target is not None and not str(config.dataset).endswith(".csv"):
+    if config.target is not None and not str(config.dataset).lower().endswith(".csv"):
         raise UsageError(
             f"--target names a column of a csv file, but --dataset is {config.dataset}"
         )

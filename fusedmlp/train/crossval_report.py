@@ -89,6 +89,7 @@ class Report(Console):
             self.say(
                 f"test {measure(result)}, looked at once: "
                 f"{_figure_of(result.test.error, is_classes)}"
+                + ("" if result.test_r2 is None else f", R2 {result.test_r2:.4f}")
             )
         self.say(
             f"{result.seconds['search']:.2f} s for all folds, {result.seconds['refit']:.2f} s for "
@@ -152,6 +153,7 @@ def summary(result) -> dict:
         "best": numbers(result.best),
         "test_error": None if result.test is None else result.test.error,
         "test_loss": None if result.test is None else result.test.loss,
+        "test_r2": result.test_r2,
         "search_seconds": round(result.seconds["search"], 4),
         "refit_seconds": round(result.seconds["refit"], 4),
         "candidates": [numbers(candidate) for candidate in result.candidates],

@@ -82,6 +82,7 @@ class CrossvalResult:
     seconds: dict[str, float]  # search, refit
     folder: Path | None = None
     paths: dict[str, Path] = field(default_factory=dict)
+    test_r2: float | None = None  # of a regression
 
 
 def crossval(
@@ -103,6 +104,7 @@ def crossval(
     progress  a crossval_report.Report, or None for silence
     raises    UsageError (a ValueError), TrainError (a RuntimeError)
 
+    Settings that are None follow from the data, as in `fusedmlp train`; tensors count as images do.
     Best is the lowest mean validation error, of equal ones the lower loss. Inputs and targets that
     are standardized are so by the training rows of each fold alone. The test rows are seen once,
     by the network that is returned.
@@ -145,9 +147,10 @@ def _crossval(config, compare, folds, data, progress, parent) -> CrossvalResult:
         _search(found, given, splits, device, progress)
         best = _best(found)
         searched = time.perf_counter()
-        model, history, test, about = _refit(best, given, device)
+        model, history, test, r2, about = _refit(best, given, device)
         seconds = {"search": searched - started, "refit": time.perf_counter() - searched}
         result = CrossvalResult(found, best, model, test, history, folds, given, seconds)
+        result.test_r2 = r2
         if place is not None:
             from . import crossval_report
 
@@ -178,11 +181,10 @@ def _check(config: TrainConfig, folds: int) -> None:
 
 
 def _loaded(config: TrainConfig, data) -> Data:
-    """The data before standardizing, which each fold does for itself."""
-    plain = config.replace(standardize=False)
+    """The data before they are scaled, which each fold does for itself."""
     if data is None:
-        return data_sets.load(plain)
-    given = source.of(data, plain)
+        return data_sets.read(config)
+    given = source.of(data, config.replace(standardize=False))
     if not isinstance(given, Data):
         raise TypeError("crossval: data must be in memory, tensors or a Data, got a loader")
     return given
@@ -230,8 +232,8 @@ def _search(found: list[Candidate], data: Data, splits, device, progress) -> Non
     total = sum(c.config.epochs for c in found) * len(splits)
     done = 0
     for group in _groups(found, len(splits)):
-        fold = group[0][1] if found[0].config.standardize else None
-        seen = _standardized(data, splits[fold][0]) if fold is not None else data
+        first, fold = group[0]
+        seen = data_sets.prepared(data, first.config.standardize, splits[fold][0])
         members = [
             Member(models.build(candidate.config, data), candidate.config, splits[number][0])
             for candidate, number in group
@@ -309,20 +311,6 @@ def _scores(left, splits, data: Data, device) -> Iterator[tuple[Score, Score]]:
         )
 
 
-def _standardized(data: Data, kept: Tensor) -> Data:
-    """The data, scaled by the kept rows alone."""
-    kept = kept.to(data.x_train.device)
-    part = replace(data, x_train=data.x_train[kept], y_train=data.y_train[kept], notes=())
-    part = data_sets.standardized(part)
-    y = data.y_train if part.target_scaling is None else part.target_scaling(data.y_train)
-    return replace(
-        data,
-        scaling=part.scaling.to(data.x_train.device),
-        target_scaling=part.target_scaling,
-        y_train=y,
-    )
-
-
 def _score(model, x: Tensor, y: Tensor, data: Data, config: TrainConfig, device) -> Score:
     """x, y: rows and targets, scaled as `data` says."""
     loss = "cross_entropy" if data.is_classes else "mse"
@@ -332,7 +320,7 @@ def _score(model, x: Tensor, y: Tensor, data: Data, config: TrainConfig, device)
     loss_sum, right, rows = judge(loss, outputs, y).tolist()
     if data.is_classes:
         return Score(1.0 - right / rows, loss_sum / rows)
-    difference = (outputs - y).double()
+    difference = outputs.double() - y
     if data.target_scaling is not None:
         difference = difference * data.target_scaling.std.to(device)
     return Score(float(difference.square().mean()), loss_sum / rows)
@@ -346,14 +334,18 @@ def _best(found: list[Candidate]) -> Candidate:
 
 
 def _refit(best: Candidate, data: Data, device: torch.device):
-    """(model, history, test score or None, what model.safetensors says of it)."""
-    whole = data_sets.standardized(data) if best.config.standardize else data
+    """(model, history, test score or None, R2 or None, what model.safetensors says of it)."""
+    whole = data_sets.prepared(data, best.config.standardize)
     model = models.build(best.config, whole)
     config = best.config.replace(out=None, overwrite=False, standardize=False)
     history = fit(model, replace(whole, x_test=None, y_test=None), config).history
     about = finish.describe(model, whole)
     if whole.x_test is None:
-        return model, history, None, about
+        return model, history, None, None, about
     seen = whole.to(device)
     score = _score(model, seen.x_test, seen.y_test, seen, best.config, device)
-    return model, history, score, about
+    if seen.is_classes:
+        return model, history, score, None, about
+    with borrowed(best.config, device):
+        outputs = models.predict(model, seen.x_test, seen.scaling, best.config.precision)
+    return model, history, score, models.regression(outputs, seen)["test_r2"], about

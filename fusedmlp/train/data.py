@@ -1,7 +1,8 @@
 """Data: a data set as tensors, how its rows become inputs, and how rows are held out.
 
-Rows stay as they came (uint8 images stay uint8); `Scaling` makes float inputs of a gathered batch.
-Reading files is in idx.py (images) and tables.py (npz, csv), the download in fetch.py.
+uint8 rows stay uint8, and `Scaling` makes float inputs of a gathered batch. Other rows are scaled
+once, in fp64, before they are cut to fp32: a column may have an offset that fp32 has no digits for.
+Reading files is in idx.py (images), tables.py (npz) and csv_table.py, the download in fetch.py.
 """
 
 import hashlib
@@ -11,52 +12,16 @@ import torch
 from torch import Tensor
 
 from .errors import TrainError, UsageError
+from .scaling import Scaling
 
 SPLIT_SEED = 20  # of held-out rows: the same for every run seed, so that runs can be compared
 TEST_SHARE = 0.2  # of a file that brings no test rows
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """rows (B, ...) as stored -> inputs (B, ...) of dtype: (rows / divisor - mean) / std."""
-
-    divisor: float = 1.0
-    mean: Tensor | None = None  # () or the shape of one row
-    std: Tensor | None = None
-    dtype: torch.dtype = torch.float32
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        if self.divisor == 1.0 and self.mean is None:
-            # Integers that need no scaling are indices, for a model that begins with an embedding.
-            return rows.to(self.dtype) if rows.is_floating_point() else rows
-        inputs = rows.to(self.dtype, copy=True)
-        if self.divisor != 1.0:
-            inputs.div_(self.divisor)
-        return inputs if self.mean is None else inputs.sub_(self.mean).div_(self.std)
-
-    def to(self, device) -> "Scaling":
-        return (
-            self
-            if self.mean is None
-            else replace(self, mean=self.mean.to(device), std=self.std.to(device))
-        )
-
-    def to_dict(self) -> dict:
-        listed = {"divisor": self.divisor}
-        if self.mean is not None:
-            listed |= {"mean": self.mean.tolist(), "std": self.std.tolist()}
-        return listed
-
-    @classmethod
-    def from_dict(cls, listed: dict) -> "Scaling":
-        if "mean" not in listed:
-            return cls(listed["divisor"])
-        return cls(listed["divisor"], torch.tensor(listed["mean"]), torch.tensor(listed["std"]))
+COURSE_HIDDEN = (256, 256)  # the one network of several hidden layers with the course's weights
 
 
 @dataclass(frozen=True)
 class Data:
-    """A data set. Targets: int64 (n,) for classes; float32 (n, k) for regression."""
+    """A data set. Targets: int64 (n,) for classes; float (n, k) for regression."""
 
     name: str
     x_train: Tensor  # (n, ...)
@@ -67,11 +32,14 @@ class Data:
     y_val: Tensor | None = None
     classes: tuple[str, ...] | None = None  # None: regression
     image_shape: tuple[int, int] | None = None
-    scaling: Scaling = field(default_factory=Scaling)
-    target_scaling: Scaling | None = None  # of a standardised float target
+    scaling: Scaling = field(default_factory=Scaling)  # of the rows as they are here
+    row_scaling: Scaling | None = None  # that the rows have gone through already
+    target_scaling: Scaling | None = None  # that a float target has gone through
     features: tuple[str, ...] | None = None  # column names of a csv
     target: str | None = None
     notes: tuple[str, ...] = ()  # one line each, for whoever started the run
+    is_table: bool = False  # of a file with a number in each column: decides about defaults
+    fingerprint: str | None = None  # of the rows before they were scaled
 
     @property
     def in_features(self) -> int:
@@ -99,7 +67,7 @@ class Data:
             "name": self.name,
             "classes": list(self.classes) if self.classes is not None else None,
             "image_shape": list(self.image_shape) if self.image_shape else None,
-            "scaling": self.scaling.to_dict(),
+            "scaling": (self.row_scaling or self.scaling).to_dict(),
             "target_scaling": self.target_scaling.to_dict() if self.target_scaling else None,
             "features": list(self.features) if self.features else None,
             "target": self.target,
@@ -113,6 +81,8 @@ class Data:
         64 rows spread over the set, all targets and the sizes: 2 ms instead of 100 for
         Fashion-MNIST.
         """
+        if self.fingerprint is not None:
+            return self.fingerprint
         picked = self.x_train[
             torch.linspace(0, len(self.x_train) - 1, 64, device=self.x_train.device).long()
         ]
@@ -193,61 +163,74 @@ def with_test(data: Data) -> Data:
     )
 
 
-def standardized(data: Data) -> Data:
-    """Inputs, and a float target, of mean 0 and deviation 1 over the training rows.
+def standardized(data: Data, rows: Tensor | None = None) -> Data:
+    """Inputs, and a float target, of mean 0 and deviation 1 over the training rows, or over those
+    of them that `rows` numbers.
 
     Images have one pair of numbers, tables one for each feature.
     """
-    rows = data.x_train
-    if data.image_shape is not None:
-        counts = (
-            torch.bincount(rows.flatten(), minlength=256).double()
-            if rows.dtype == torch.uint8
-            else None
-        )
-        if counts is not None:
-            values = torch.arange(len(counts), dtype=torch.float64) / data.scaling.divisor
-            mean = (counts * values).sum() / counts.sum()
-            std = ((counts * (values - mean) ** 2).sum() / counts.sum()).sqrt()
-        else:
-            scaled = rows.double() / data.scaling.divisor
-            mean, std = scaled.mean(), scaled.std(correction=0)
+    x, y = data.x_train, data.y_train
+    if rows is not None:
+        x, y = x[rows], y[rows]
+    scaling = Scaling.of(x, data.scaling.divisor, each=data.image_shape is None)
+    return scaled(data, scaling, None if data.is_classes else Scaling.of(y))
+
+
+def scaled(data: Data, scaling: Scaling, target_scaling: Scaling | None) -> Data:
+    """The data with bytes to be scaled as they are gathered, other rows and targets scaled."""
+
+    def through(scaling: Scaling, rows: Tensor | None) -> Tensor | None:
+        if rows is None:
+            return None
+        # A model in fp64 gets what there is.
+        wide = rows.dtype in (torch.float64, torch.int64)
+        return replace(scaling, dtype=torch.float64 if wide else torch.float32)(rows)
+
+    parts = ("train", "test", "val")
+    data = replace(data, fingerprint=data.digest())
+    if data.x_train.dtype == torch.uint8:
+        data = replace(data, scaling=scaling.to(dtype=torch.float32))
     else:
-        scaled = rows.double() / data.scaling.divisor
-        mean, std = scaled.mean(0), scaled.std(0, correction=0)
-    data = replace(data, scaling=_scaling(data.scaling.divisor, mean, std))
-    if data.is_classes:
+        inputs = {f"x_{part}": through(scaling, getattr(data, f"x_{part}")) for part in parts}
+        data = replace(data, scaling=Scaling(), row_scaling=scaling, **inputs)
+    if target_scaling is None:
         return data
-    target = data.y_train.double()
-    scaling = _scaling(1.0, target.mean(0), target.std(0, correction=0))
-    return replace(
-        data,
-        target_scaling=scaling,
-        y_train=scaling(data.y_train),
-        y_test=None if data.y_test is None else scaling(data.y_test),
-        y_val=None if data.y_val is None else scaling(data.y_val),
-        notes=(
-            *data.notes,
-            f"losses are in units of the variance of {data.target or 'the target'}",
-        ),
-    )
+    targets = {f"y_{part}": through(target_scaling, getattr(data, f"y_{part}")) for part in parts}
+    note = f"losses are in units of the variance of {data.target or 'the target'}"
+    return replace(data, target_scaling=target_scaling, notes=(*data.notes, note), **targets)
 
 
-def _scaling(divisor: float, mean: Tensor, std: Tensor) -> Scaling:
-    return Scaling(
-        divisor, mean.float(), torch.where(std > 0, std, 1.0).float()
-    )  # a constant feature stays finite
+def in_fp32(data: Data) -> Data:
+    """The data with fp64 rows and targets cut to fp32, which the engines read."""
+    narrow = {
+        name: tensor.float()
+        for part in ("train", "test", "val")
+        for name in (f"x_{part}", f"y_{part}")
+        if (tensor := getattr(data, name)) is not None and tensor.dtype == torch.float64
+    }
+    return replace(data, fingerprint=data.digest(), **narrow) if narrow else data
+
+
+def prepared(data: Data, standardize: bool, rows: Tensor | None = None) -> Data:
+    """What `read` gives, as networks are trained on it."""
+    return in_fp32(standardized(data, rows) if standardize else data)
 
 
 def load(config) -> Data:
     """The data set that the config names, split and scaled as it says, on the CPU."""
-    from . import idx, tables
+    data = read(config)
+    return prepared(data, resolved(config, data).standardize)
+
+
+def read(config) -> Data:
+    """The data set that the config names, split as it says, not yet scaled: tables in fp64."""
+    from . import csv_table, idx, tables
 
     name = str(config.dataset)
-    if name.endswith(".npz"):
+    if name.lower().endswith(".npz"):
         data = tables.read_npz(name, config.loss)
-    elif name.endswith(".csv"):
-        data = tables.read_csv(name, config.target, config.loss)
+    elif name.lower().endswith(".csv"):
+        data = csv_table.read_csv(name, config.target, config.loss)
     elif name in SETS:
         data = SETS[name](config)
     elif name in ("auto", *idx.IMAGE_SETS):
@@ -272,8 +255,7 @@ def load(config) -> Data:
             f"--loss cross_entropy needs classes, but the target of {data.name} is a float; "
             "take --loss mse"
         )
-    data = with_validation(with_test(data), config.val_split)
-    return standardized(data) if config.standardize else data
+    return with_validation(with_test(data), config.val_split)
 
 
 def digits(config, notes: tuple[str, ...] = ()) -> Data:
@@ -310,15 +292,54 @@ def synthetic(config) -> Data:
     x = centres[labels, cluster] + torch.randn(12_000, 20, generator=generator)
     classes = tuple(f"class {i}" for i in range(10))
     return Data(
-        "synthetic", x[:10_000], labels[:10_000], x[10_000:], labels[10_000:], classes=classes
+        "synthetic",
+        x[:10_000],
+        labels[:10_000],
+        x[10_000:],
+        labels[10_000:],
+        classes=classes,
+        is_table=True,
     )
 
 
 SETS = {"digits": digits, "synthetic": synthetic}
-DEFAULTS = {"digits": (32, 30)}  # (batch size, epochs) where they are left unset
 
 
-def resolved(config, data: Data):
-    """The config with batch size and epochs filled in from the data set."""
-    batch, epochs = DEFAULTS.get(data.name, (256, 10))
-    return config.replace(batch_size=config.batch_size or batch, epochs=config.epochs or epochs)
+def resolved(config, data):
+    """The config with all that was left to the data filled in.
+
+    data  a Data, or Loaders, which are taken as images are
+    """
+    is_table = isinstance(data, Data) and data.is_table
+    if is_table and config.momentum and config.optimizer is None:
+        raise UsageError(
+            f"--momentum belongs to --optimizer sgd, and for a table as {data.name} the default is "
+            "adam; give --optimizer sgd too"
+        )
+    batch, epochs = 256, 10
+    if is_table:
+        batch, epochs = _table_lengths(len(data.x_train))
+    elif data.name == "digits":
+        batch, epochs = 32, 30
+    init = config.init
+    if init is None:
+        is_normal = not is_table and (len(config.hidden) < 2 or config.hidden == COURSE_HIDDEN)
+        init = "normal" if is_normal or config.init_std is not None else "default"
+    config = config.replace(
+        batch_size=config.batch_size or batch,
+        epochs=config.epochs or epochs,
+        optimizer=config.optimizer or ("adam" if is_table else "sgd"),
+        standardize=is_table if config.standardize is None else config.standardize,
+        init=init,
+        init_std=0.01 if init == "normal" and config.init_std is None else config.init_std,
+    )
+    if config.lr is None and isinstance(data, Data):
+        loss = "cross_entropy" if data.is_classes else "mse"
+        config = config.replace(lr=config.learning_rate(loss))
+    return config.check()
+
+
+def _table_lengths(rows: int) -> tuple[int, int]:
+    """(batch size, epochs) of a table. Small ones take small steps: about 60 an epoch."""
+    batch = min(256, max(16, 1 << (rows // 64).bit_length()))
+    return batch, 50 if rows < 10_000 else 30

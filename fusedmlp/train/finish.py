@@ -17,7 +17,7 @@ from .config import TrainConfig
 from .data import Data
 from .errors import TrainError
 from .folder import RunFolder
-from .model import dims_of, predict, shape_of
+from .model import dims_of, predict, regression, shape_of
 
 
 def need_packages() -> None:
@@ -67,6 +67,9 @@ def summary(run) -> dict:
         if position.total_seconds
         else None,
         "batch_size": config.batch_size if run.task.x is not None else None,  # a loader decides
+        "optimizer": config.optimizer,
+        "lr": config.lr,
+        "standardize": config.standardize,
         "precision": config.precision,
         "backend": _backend(run),
         "engine": run.engine.name,
@@ -75,7 +78,15 @@ def summary(run) -> dict:
         "processes": run.world.size,
         "torch": str(torch.__version__),
     }
-    return content
+    return content | _regression(run)
+
+
+def _regression(run) -> dict:
+    """{"test_rmse", "test_r2"} where there is a target to predict and rows to test it on."""
+    if not isinstance(run.data, Data) or run.data.is_classes or run.data.x_test is None:
+        return {}
+    outputs = predict(run.task.model, run.data.x_test, run.task.scaling, run.task.precision)
+    return regression(outputs, run.data)
 
 
 def _backend(run) -> str:

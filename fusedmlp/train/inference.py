@@ -26,7 +26,10 @@ class Trained:
     model: FusedMLP
     config: TrainConfig
     about: dict
-    scaling: Scaling
+    scaling: Scaling  # of rows as they are in the file
+    target_scaling: (
+        Scaling  # of a target as it is in the file; does nothing where it was not scaled
+    )
 
     @property
     def classes(self) -> list[str] | None:
@@ -62,9 +65,9 @@ def load(folder: Path, device: torch.device | str = "cpu") -> Trained:
     check_same_model(network, weights, str(folder))
     network.load_state_dict(weights)
     network.to(device).eval()
-    return Trained(
-        folder, network, config, about, Scaling.from_dict(about["data"]["scaling"]).to(device)
-    )
+    scaling = Scaling.from_dict(about["data"]["scaling"]).to(device)
+    of_target = Scaling.from_dict(about["data"]["target_scaling"] or {"divisor": 1.0})
+    return Trained(folder, network, config, about, scaling, of_target)
 
 
 def _config(folder: Path) -> TrainConfig:
@@ -106,14 +109,14 @@ def _weights(folder: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def test_data(trained: Trained, data_dir: Path | None = None) -> Data:
-    """The data set that the run was trained on, split as it was then."""
+    """The data set that the run was trained on, split as it was then, and not scaled."""
     config = trained.config
     if config.dataset == "tensors" or trained.about["data"].get("digest") is None:
         raise TrainError(
             f"{trained.folder} was trained on data of its caller's, which only the caller can load"
         )
     config = config.replace(data_dir=data_dir) if data_dir is not None else config
-    loaded = data_sets.load(config)
+    loaded = data_sets.read(config)
     if loaded.digest() != trained.about["data"]["digest"]:
         raise TrainError(
             f"the data must be those that {trained.folder} was trained on, but {config.dataset} "
@@ -123,17 +126,22 @@ def test_data(trained: Trained, data_dir: Path | None = None) -> Data:
 
 
 def evaluate(trained: Trained, data: Data) -> dict:
-    """{rows, test_loss, test_accuracy, per_class: {name: (right, rows)}} over the test rows."""
+    """{rows, test_loss, test_accuracy, test_rmse, test_r2, per_class: {name: (right, rows)}} over
+    the test rows of data that are not scaled; the loss is in the units of training."""
     loss = "cross_entropy" if data.is_classes else "mse"
     outputs = trained.outputs(data.x_test)
-    total = models.judge(loss, outputs, data.y_test)
-    loss_sum, right, rows = total.tolist()
+    y = data.y_test if data.is_classes else trained.target_scaling(data.y_test)
+    loss_sum, right, rows = models.judge(loss, outputs, y).tolist()
     result = {
         "rows": int(rows),
         "test_loss": loss_sum / rows,
         "test_accuracy": None,
+        "test_rmse": None,
+        "test_r2": None,
         "per_class": {},
     }
+    if not data.is_classes:
+        result |= models.regression(trained.target_scaling.undo(outputs), data)
     if data.is_classes:
         result["test_accuracy"] = right / rows
         hits = outputs.argmax(1) == data.y_test

@@ -21,11 +21,13 @@ def run(config: TrainConfig, progress: Quiet | None = None) -> Result:
         def load_first() -> str:
             # Rank 0 before the others: the one download, and the choice of a data set, are for all.
             nonlocal loaded
-            loaded = data.load(config)
+            loaded = data.read(config)
             return loaded.name if config.dataset == "auto" else config.dataset
 
         config = config.replace(dataset=world.lead(load_first))
-        loaded = loaded or data.load(config)
+        loaded = loaded or data.read(config)
+        config = data.resolved(config, loaded)
+        loaded = data.prepared(loaded, config.standardize)
         if world.is_lead:
             for note in loaded.notes:
                 progress.note(note)
@@ -38,7 +40,7 @@ def run(config: TrainConfig, progress: Quiet | None = None) -> Result:
 
 def with_whole_paths(config: TrainConfig) -> TrainConfig:
     """So that a run can be resumed and evaluated from another working folder."""
-    if config.dataset.endswith((".npz", ".csv")):
+    if config.dataset.lower().endswith((".npz", ".csv")):
         config = config.replace(dataset=str(Path(config.dataset).absolute()))
     if config.data_dir is not None:
         config = config.replace(data_dir=config.data_dir.absolute())

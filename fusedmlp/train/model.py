@@ -1,6 +1,7 @@
 """The network of a config, its first weights, its optimiser, and what it says about rows it has
 not seen."""
 
+import math
 from itertools import pairwise
 
 import torch
@@ -10,7 +11,7 @@ from .. import activations
 from ..nn import FusedLinear, FusedMLP
 from ..nn.stretches import activation_of
 from .config import TrainConfig
-from .data import Data, Scaling, seeded
+from .data import Data, Scaling, resolved, seeded
 from .rows import check_pair
 from .step import autocast, judge
 
@@ -20,6 +21,7 @@ EVAL_ROWS = 4096  # rows a forward pass without gradients
 def build(config: TrainConfig, data: Data) -> FusedMLP:
     """On the CPU; the weights depend on the seed alone and the global generator is left as it
     was."""
+    config = resolved(config, data)
     return make(describe(config, data), config.init, config.init_std, config.seed)
 
 
@@ -32,7 +34,9 @@ def describe(config: TrainConfig, data: Data) -> dict:
     }
 
 
-def make(shape: dict, init: str = "default", init_std: float = 0.01, seed: int = 0) -> FusedMLP:
+def make(
+    shape: dict, init: str = "default", init_std: float | None = None, seed: int = 0
+) -> FusedMLP:
     first, *hidden, last = shape["dims"]
     generator = seeded("init", seed)
     with torch.random.fork_rng(devices=[]):
@@ -92,6 +96,22 @@ def optimizer_for(model: nn.Module, config: TrainConfig, loss: str) -> torch.opt
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, **settings)
     return torch.optim.SGD(parameters, momentum=config.momentum, **settings)
+
+
+def regression(outputs: Tensor, data: Data) -> dict[str, float]:
+    """{"test_rmse", "test_r2"} of outputs (n, ...) for the test rows: the root of the mean squared
+    error in the target's own units, and the mean of each target's coefficient of determination, as
+    r2_score of scikit-learn has it."""
+    scaling = data.target_scaling or Scaling()
+    true = scaling.undo(data.y_test.reshape(len(outputs), -1))
+    squares = (scaling.undo(outputs.reshape(len(outputs), -1)) - true).square()
+    error, spread = squares.sum(0), (true - true.mean(0)).square().sum(0)
+    # A target without spread is met exactly or not at all.
+    share = torch.where(spread > 0, error / spread, (error > 0).double())
+    return {
+        "test_rmse": float(squares.mean().sqrt()),
+        "test_r2": float(1 - share.mean()) if len(true) > 1 else math.nan,
+    }
 
 
 def predict(model: nn.Module, x: Tensor, scaling: Scaling, precision: str = "fp32") -> Tensor:

@@ -171,17 +171,19 @@ class Console(Quiet):
         rows = [
             (
                 name.replace("_", " "),
-                f"{summary[name]:.4f}" if isinstance(summary[name], float) else str(summary[name]),
+                _figure(summary[name]),
             )
             for name in (
                 "test_accuracy",
+                "test_r2",
+                "test_rmse",
                 "test_loss",
                 "val_accuracy",
                 "val_loss",
                 "train_accuracy",
                 "train_loss",
             )
-            if summary[name] is not None
+            if summary.get(name) is not None
         ]
         rows += [
             ("training time", f"{summary['train_seconds']:.2f} s"),
@@ -222,6 +224,13 @@ def _settings(config) -> str:
     return "  ".join(
         f"{name}={_plain(value)}" for name, value in config.to_dict().items() if value is not None
     )
+
+
+def _figure(value) -> str:
+    """Shares and losses with four decimals, what has units of its own with six digits."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4f}" if abs(value) < 100 else f"{value:.6g}"
 
 
 def _plain(value) -> str:

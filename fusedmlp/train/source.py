@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import TrainConfig
-from .data import Data, Scaling, standardized, with_validation
+from .data import Data, Scaling, in_fp32, standardized, with_validation
 from .errors import TrainError, UsageError
 from .loaders import Loaders
 from .rows import (
@@ -97,10 +97,10 @@ def _check_parts(parts: list[tuple[Tensor, Tensor, str]], is_classes: bool) -> N
 
 
 def _tensors(arrays: list[Tensor], config: TrainConfig) -> Data:
-    x, y, *test = arrays
+    x, y, *test = (a.detach() for a in arrays)
     is_classes = loss_for(y, config) == "cross_entropy"
     _check_parts([(x, y, ""), *([(*test, "_test")] if test else [])], is_classes)
-    cast = (lambda t: t.long()) if is_classes else (lambda t: t.float().reshape(len(t), -1))
+    cast = (lambda t: t.long()) if is_classes else (lambda t: _floats(t).reshape(len(t), -1))
     data = Data(
         "tensors",
         x,
@@ -113,6 +113,11 @@ def _tensors(arrays: list[Tensor], config: TrainConfig) -> Data:
     )
     data = with_validation(data, config.val_split)
     return standardized(data) if config.standardize else data
+
+
+def _floats(targets: Tensor) -> Tensor:
+    """In fp64 what is not in fp32: the digits are needed until the targets are scaled."""
+    return targets if targets.dtype == torch.float32 else targets.double()
 
 
 def on_device(data: Data, model: nn.Module, device: torch.device) -> Data:
@@ -128,6 +133,8 @@ def on_device(data: Data, model: nn.Module, device: torch.device) -> Data:
             "pass fit a DataLoader, or take device cpu"
         ) from error
     data = replace(data, scaling=replace(data.scaling.to(device), dtype=dtype))
+    if dtype != torch.float64:
+        data = in_fp32(data)
     if not data.is_classes:
         casted = {
             n: t.to(dtype)

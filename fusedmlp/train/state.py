@@ -144,9 +144,9 @@ def check_loss(run: Run, loss: float) -> None:
     kept = ""
     if run.folder is not None and run.saved_step >= 0:
         kept = f"; the last good checkpoint, of step {run.saved_step}, is in {run.folder.path}"
+    other = "" if run.config.standardize else ", or --standardize"
     raise TrainError(
         f"the loss is no longer finite in epoch {run.position.epoch + 1}, by step "
         f"{run.position.global_step}; "
-        f"take a smaller --lr than {run.config.learning_rate(run.task.loss):g}, or "
-        f"--standardize{kept}"
+        f"take a smaller --lr than {run.config.learning_rate(run.task.loss):g}{other}{kept}"
     )

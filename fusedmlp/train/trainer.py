@@ -49,7 +49,8 @@ def fit(
              or a Data; or, for data larger than memory, a loader of (x, y) batches (any iterable,
              gone through once an epoch) or a pair (loader, test_loader)
     config   a TrainConfig. Its dataset, hidden, activation, dropout and init describe what is
-             here already and are not read. A run folder is written where `out` or `resume` is set
+             here already and are not read. What it leaves to the data is as for image sets: SGD,
+             no scaling. A run folder is written where `out` or `resume` is set
     returns  a Result; Ctrl-C ends the loop after the step under way and returns what there is
     raises   UsageError (a ValueError), TrainError (a RuntimeError), TypeError
 
@@ -71,6 +72,8 @@ def _fit(
     if not any(p.requires_grad for p in model.parameters()):
         raise UsageError("fit: the model must have parameters that require gradients, got none")
     saved = checkpoint.load(config.resume) if config.resume is not None else None
+    if saved is not None:
+        config = config.filled_from(checkpoint.config_of(saved))
     given = source.of(data, config)
     config = _resolved(config, given, saved)
     device = pick_device(config)
@@ -97,9 +100,6 @@ def _resolved(config: TrainConfig, data, saved: dict | None) -> TrainConfig:
     if saved is None:
         return resolved(config, data)
     was = checkpoint.config_of(saved)
-    config = config.replace(
-        epochs=config.epochs or was.epochs, batch_size=config.batch_size or was.batch_size
-    )
     checkpoint.check_same_run(config, was)
     if was.lr_schedule != "constant" and config.epochs != was.epochs:
         raise UsageError(
