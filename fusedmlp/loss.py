@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import activations, checks, dispatch, dtypes
+from .autograd import is_watched
 from .ops import BY_BACKEND
 
 _OP = "cross_entropy"
@@ -48,7 +49,7 @@ class CrossEntropy(torch.autograd.Function):
         g = torch.where(target == ignore_index, 0.0, dlosses)[:, None]
         if torch.compiler.is_compiling():
             dz = (dlogits * g).to(logits.dtype)
-        elif torch.is_grad_enabled():
+        elif is_watched(dlosses):
             p = F.softmax(logits.to(dlosses.dtype), dim=1)
             q = _shares(target, logits.shape[1], smoothing, p.dtype)
             known = (target >= 0) & (target < logits.shape[1]) | (target == ignore_index)

@@ -10,7 +10,7 @@ import torch
 
 import fusedmlp
 import fusedmlp.functional as FF
-from fusedmlp import BackendError, dispatch
+from fusedmlp import BackendError, context, dispatch
 
 
 @pytest.fixture
@@ -80,16 +80,16 @@ def test_argument_beats_context_beats_environment(monkeypatch):
 
 
 def test_use_backend_is_a_setter_and_a_context():
-    before = dispatch._forced
+    before = context.now().backend
     try:
         fusedmlp.use_backend("reference")
-        assert dispatch._forced == "reference"
+        assert dispatch.explicit(None) == "reference"
         with fusedmlp.use_backend("native"):
-            assert dispatch._forced == "native"
-        assert dispatch._forced == "reference"
+            assert dispatch.explicit(None) == "native"
+        assert dispatch.explicit(None) == "reference"
         with pytest.raises(ValueError, match="use_backend: unknown backend 'x'; known: native"):
             fusedmlp.use_backend("x")
-        assert dispatch._forced == "reference"
+        assert dispatch.explicit(None) == "reference"
     finally:
         fusedmlp.use_backend(before)
 

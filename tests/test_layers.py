@@ -9,13 +9,14 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fusedmlp"
 
-LEAVES = {"activations", "rng", "dtypes", "checks", "nets", "policy", "_version"}
+LEAVES = {"activations", "rng", "dtypes", "checks", "nets", "policy", "context", "_version"}
 # module -> what it may import from the package, besides the leaves
 ALLOWED = {
     "activations": set(),
     "rng": set(),
     "dtypes": set(),
     "policy": set(),
+    "context": set(),
     "checks": set(),
     "kernels": set(),
     "differentiable": set(),
