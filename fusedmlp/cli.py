@@ -9,6 +9,8 @@ import os
 import sys
 import traceback
 
+from . import environment
+
 USAGE = """usage: fusedmlp COMMAND [...]
 
   train      train an MLP: fusedmlp train --dataset fashion_mnist --hidden 256
@@ -57,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _guarded(command: str, argv: list[str]) -> int:
     try:
-        return _run(command, argv)
+        wrong = [] if command == "info" else environment.problems()
+        return _say(wrong[0], MISUSED) if wrong else _run(command, argv)
     except KeyboardInterrupt:
         return _say("interrupted", INTERRUPTED)
     except BrokenPipeError:

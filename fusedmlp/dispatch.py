@@ -18,7 +18,7 @@ from types import ModuleType
 
 import torch
 
-from . import checks, context, dtypes, policy
+from . import checks, context, dtypes, environment, policy
 
 log = logging.getLogger("fusedmlp")
 
@@ -159,7 +159,7 @@ def backends() -> tuple[str, ...]:
     return tuple(_BY_NAME)
 
 
-_logged: set[tuple[str, str, str]] = set()
+_logged: set[object] = set()
 
 
 def _log_once(op: str, backend: str, reason: str) -> None:
@@ -201,6 +201,9 @@ def _resolve(
     """The named backend, or the first of `order` that can run the call."""
     if named is not None:
         return require(named, device_type, dtype, op)
+    if device_type not in ("cpu", "meta") and device_type not in _logged:
+        _logged.add(device_type)
+        log.info("%s", policy.unmeasured(device_type))
     for name in order:
         if name == EAGER:
             if not dropout:
@@ -225,7 +228,7 @@ def explicit(backend: str | None) -> str | None:
 def named_in(settings: context.Settings) -> str | None:
     """The backend that the settings of a context, or else the environment, name."""
     if settings.backend is None and _from_environment is not None:
-        return _known(_from_environment, "FUSEDMLP_BACKEND")
+        return environment.check("FUSEDMLP_BACKEND", _from_environment)
     return settings.backend
 
 
@@ -252,7 +255,7 @@ def select(
     named = explicit(backend)
     if named is not None or torch.compiler.is_compiling():
         # Compiled, sizes may be symbolic: choosing by them would compile once per size class.
-        order = policy.order(device_type, op)
+        order = policy.order(device_type)
     else:
         order = policy.choose(
             device_type,
@@ -266,6 +269,15 @@ def select(
             torch.is_grad_enabled(),
         )
     return _resolve(order, named, op, device_type, dtype, dropout)
+
+
+def named_for_engine(device_type: str, dtype: torch.dtype, op: str) -> str | None:
+    """The backend of an engine that was itself asked for by name: what the user has named, or else
+    on a GPU fused kernels, where they run, as that is what such an engine is for."""
+    named = explicit(None)
+    if named is None and device_type != "cpu" and _is_usable("triton", device_type, dtype, op):
+        return "triton"
+    return named
 
 
 def select_mlp(
@@ -373,7 +385,7 @@ def explain(
     first = policy.choose(
         device_type, op, dtype, act, dropout, rows, k, out_features, torch.is_grad_enabled()
     )[0]
-    why = policy.why(choice, first, act)
+    why = policy.why(choice, first, act, device_type)
     if choice in refusals:
         refusals.pop(choice)
     return Explanation(op, call, choice, why, refusals)

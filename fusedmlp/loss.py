@@ -85,9 +85,12 @@ def _route(x: Tensor, backend: str | None, transformed: bool) -> str:
     if named is None and x.device.type == "cpu":
         return dispatch.EAGER  # PyTorch's own two kernels: no other one here is faster
     rows, classes = x.shape
-    return dispatch.select(
+    route = dispatch.select(
         _OP, x.device.type, x.dtype, activations.NONE, False, rows, 0, classes, backend
     )
+    # Plain PyTorch too, and it gives NaN for a target that is no class, which ends the process of
+    # F.cross_entropy on a GPU.
+    return "reference" if route == dispatch.EAGER else route
 
 
 def cross_entropy(
