@@ -13,6 +13,7 @@ from .gemm import column_parts
 
 NONE = tl.constexpr(table.NONE)
 RELU = tl.constexpr(table.RELU)
+RELU_SQUARED = tl.constexpr(table.RELU_SQUARED)
 SAVE_Y = tl.constexpr(table.SAVE_Y)
 SAVE_Z = tl.constexpr(table.SAVE_Z)
 
@@ -143,6 +144,9 @@ def pre_activation_grad(
         else:
             a = saved * (1.0 / scale) if DROPOUT != KEEP_ALL else saved
             dz = g * act_grad_y(a, slope, ACT)
+            if ACT == RELU_SQUARED:
+                # An infinite y may be a large z squared, whose derivative is finite.
+                dz = tl.where((g == 0) & (a == float("inf")), g, dz)
     else:
         tl.static_assert(ACT == NONE, "this derivative needs a saved tensor")
         dz = g
