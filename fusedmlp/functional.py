@@ -114,9 +114,9 @@ TENSORS = frozenset({Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor})
 
 
 def is_foreign(*tensors: Tensor | None) -> bool:
-    """True if one of them is of another class than TENSORS."""
+    """True if one of them is a tensor of another class than TENSORS."""
     for t in tensors:
-        if t is not None and type(t) not in TENSORS:
+        if t is not None and type(t) not in TENSORS and isinstance(t, Tensor):
             return True
     return False
 
@@ -265,7 +265,8 @@ def linear_act(
     bias        (N,)      dtype of input or fp32, or None
     activation  a name of activations.NAMES
     slope       a number for leaky_relu (0.01), a tensor of 1 or N elements for prelu
-    p           probability of dropping, in [0, 1]; nothing is dropped unless `training`
+    p           probability of dropping, a number in [0, 1] (a tensor without dimensions is one);
+                nothing is dropped unless `training`
     seed        int64; None draws one from torch's generator of the device, or takes the state of
                 `dropout_state`
     stream      int64, added to the stream of the state
