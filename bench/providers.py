@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fusedmlp
-from fusedmlp import activations, dispatch, ops, rng
+from fusedmlp import activations, context, dispatch, ops, rng
 from fusedmlp import functional as FF
 
 from .cases import Case
@@ -203,7 +203,7 @@ class Problem:
         drawn = {}
 
         def run():
-            scope = FF._scope
+            scope = context.now().scopes
             if scope not in drawn:
                 drawn[scope] = FF.draw_state(x)[0] if p else None
             return call(*tensors, None, drawn[scope], *numbers)

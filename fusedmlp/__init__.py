@@ -3,6 +3,8 @@
 Importing this package imports torch and nothing else; a backend is loaded when it is first chosen.
 """
 
+import importlib
+
 from . import functional
 from ._version import __version__
 from .dispatch import BackendError, backends, explain, use_backend
@@ -27,3 +29,15 @@ __all__ = [
     "unfuse",
     "use_backend",
 ]
+
+_LATER = ("sklearn", "train")  # imported when they are first used: they need packages of the extras
+
+
+def __getattr__(name: str):
+    if name in _LATER:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LATER])

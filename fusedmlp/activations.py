@@ -98,6 +98,15 @@ def _relu_squared_derivative_y(y: Tensor, slope: Tensor | float) -> Tensor:
     return torch.where(positive, 2 * torch.where(positive, y, 1.0).sqrt(), 0.0)
 
 
+def times_from_y(act: int, g: Tensor, y: Tensor, slope: Tensor | float) -> Tensor:
+    """g * act'(z), read off y = act(z)."""
+    dz = g * TABLE[act].from_y(y, slope)
+    if act == RELU_SQUARED:
+        # An infinite y may be a large z squared, whose derivative is finite.
+        dz = torch.where((g == 0) & (y == math.inf), g, dz)
+    return dz
+
+
 TABLE: tuple[Activation, ...] = (
     Activation(0, "none", lambda z, s: z, lambda z, s: torch.ones_like(z)),
     Activation(1, "relu", lambda z, s: F.relu(z), _relu_derivative, _relu_derivative),

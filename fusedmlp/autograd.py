@@ -17,9 +17,19 @@ from .ops import BY_BACKEND
 _NO_MORE = (None,) * 8  # the backend's name, the state and the numbers have no gradients
 
 
-def wants_graph() -> bool:
-    """True inside backward(create_graph=True). A compiled backward is never differentiated."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+def is_batched(dy: Tensor) -> bool:
+    """True inside a backward that is mapped over many gradients: by torch.func.vmap, or by the
+    older machinery of is_grads_batched and jacobian(vectorize=True)."""
+    functorch = torch._C._functorch
+    return functorch.maybe_current_level() is not None or functorch.is_legacy_batchedtensor(dy)
+
+
+def is_watched(dy: Tensor) -> bool:
+    """True inside a backward whose own steps PyTorch has to see: backward(create_graph=True), and
+    one that is batched. A compiled backward is neither."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or is_batched(dy)
 
 
 def _matmul_grads(dz: Tensor, x: Tensor | None, w: Tensor | None):
@@ -83,7 +93,7 @@ class LinearAct(torch.autograd.Function):
     def _backward(ctx, dy):
         x, w, b, slope, state, saved = ctx.saved_tensors
         need_x, need_w, need_b, need_slope = ctx.needs_input_grad[:4]
-        if wants_graph():
+        if is_watched(dy):
             dz, db, dslope = differentiable.linear_act_bwd(
                 dy, x, w, b, slope, state, saved, ctx.kind, *ctx.numbers
             )
@@ -125,7 +135,7 @@ class BiasActDropout(torch.autograd.Function):
     def _backward(ctx, dy):
         b, slope, state, saved = ctx.saved_tensors
         need_x, need_b, need_slope = ctx.needs_input_grad[:3]
-        if wants_graph():
+        if is_watched(dy):
             dz, db, dslope = differentiable.bias_act_dropout_bwd(
                 dy, b, slope, state, saved, ctx.kind, *ctx.numbers
             )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import differentiable, nets
 from .activations import SAVE_Y, SAVE_Z, saves
-from .autograd import wants_graph
+from .autograd import is_batched, is_watched
 from .ops import BY_BACKEND
 
 _NO_GRADIENTS = (None, None, None)  # of state, row_offset and net
@@ -101,6 +101,7 @@ class Mlp(torch.autograd.Function):
             needs[4:] != net.trainable
             or torch.is_grad_enabled()
             or torch._C._is_any_autocast_enabled()
+            or is_batched(dy)
         ):
             return _backward(ctx, dy)
         # The usual case, without the host cost of the general one.
@@ -114,7 +115,7 @@ class Mlp(torch.autograd.Function):
 
 
 def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Mlp.backward with frozen parameters, under autocast, or to be differentiated again."""
+    """Mlp.backward with frozen parameters, under autocast, or watched by PyTorch."""
     net, first, needs = ctx.net, ctx.first, ctx.needs_input_grad
     x, state, *rest = ctx.saved_tensors
     skipped = nets.count_params(net.ints[: nets.INTS * first])
@@ -123,7 +124,7 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     ints, numbers = net.ints[nets.INTS * first :], net.numbers[nets.NUMBERS * first :]
     wanted = needs[4 + skipped :]
     with torch.autocast(dy.device.type, enabled=False):
-        if wants_graph():
+        if is_watched(dy):
             asked = needs[0], *wanted
             grads = _with_graph(dy, x, params, state, ints, numbers, ctx.row_offset, asked)
         else:
@@ -136,6 +137,7 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 def _with_graph(dy, x, params, state, ints, numbers, row_offset, asked) -> list[Tensor | None]:
     """dx and the gradients of params, differentiable; None where not asked for."""
+    again = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views: a weight that serves two layers has a gradient from each.
         tensors = [t.view_as(t) for t in (x, *params)]
@@ -143,5 +145,5 @@ def _with_graph(dy, x, params, state, ints, numbers, row_offset, asked) -> list[
         for layer in nets.layers(tensors[1:], ints, numbers):
             y = differentiable.linear_act(y, layer.w, *layer.epilogue(state, row_offset))
     wanted = [t for t, need in zip(tensors, asked, strict=True) if need]
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=again))
     return [next(found) if need else None for need in asked]

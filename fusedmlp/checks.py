@@ -35,8 +35,9 @@ def tensor(op: str, name: str, value: object) -> Tensor:
     """A dense, strided, floating tensor of a supported dtype, or an error."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{op}: {name} must be a dense (strided) tensor, got layout {value.layout}")
+    if value.layout != torch.strided or value.is_nested:
+        got = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{op}: {name} must be a dense (strided) tensor, got {got}")
     if value.dtype not in dtypes.SUPPORTED:
         wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes.SUPPORTED)
         raise TypeError(f"{op}: {name} must be one of {wanted}, got {value.dtype}")
@@ -56,11 +57,20 @@ def activation(op: str, name: object) -> int:
     return act
 
 
+def is_number(value: object) -> bool:
+    """True for a real number, also one that is a tensor or an array without dimensions."""
+    if isinstance(value, torch.Tensor):
+        return value.dim() == 0 and value.dtype != torch.bool and not value.is_complex()
+    if getattr(value, "shape", None) == () and hasattr(value, "dtype"):  # NumPy, not imported here
+        return value.dtype.kind in "iuf"
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def probability(op: str, p: object, name: str = "p") -> float:
     """A dropout probability in [0, 1]."""
     if type(p) is float and 0.0 <= p <= 1.0:
         return p
-    if isinstance(p, bool) or not isinstance(p, Real):
+    if not is_number(p):
         raise TypeError(f"{op}: {name} must be a number in [0, 1], got {type(p).__name__}")
     p = float(p)
     if not 0.0 <= p <= 1.0:  # also false for NaN
@@ -183,7 +193,7 @@ def _is_plain_linear(x: object, w: object, b: object) -> bool:
                 )
             )
         )
-    except (AttributeError, IndexError):
+    except (AttributeError, IndexError, RuntimeError):  # the last from a nested tensor
         return False
 
 
@@ -217,14 +227,15 @@ def _is_plain_bias(x: object, b: object) -> bool:
             and x.device == b.device
             and x.layout is b.layout is torch.strided
         )
-    except (AttributeError, IndexError):
+    except (AttributeError, IndexError, RuntimeError):  # the last from a nested tensor
         return False
 
 
 def elementwise(op: str, x: object, b: object) -> None:
     """Shapes, dtypes and devices of an epilogue on (..., N)."""
-    if b is None and type(x) is Tensor and x.dtype in dtypes.KERNEL and x.layout is torch.strided:
-        return
+    if b is None and type(x) is Tensor and x.dtype in dtypes.KERNEL:
+        if x.layout is torch.strided and not x.is_nested:
+            return
     if _is_plain_bias(x, b):
         return
     x = tensor(op, "input", x)

@@ -10,6 +10,8 @@ import os
 import sys
 import traceback
 
+from . import environment
+
 USAGE = """usage: fusedmlp COMMAND [...]
 
   train      train an MLP: fusedmlp train --dataset fashion_mnist --hidden 256
@@ -102,6 +104,9 @@ def _run(argv: list[str]) -> int:
             f"{command} needs {missing[0]}, which is not installed: pip install 'fusedmlp[train]'",
             FAILED,
         )
+    wrong = [] if command == "info" else environment.problems()
+    if wrong:
+        return _say(wrong[0], MISUSED)
     if command in ("info", "verify"):
         from . import info
 

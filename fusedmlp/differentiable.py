@@ -76,7 +76,7 @@ def _backward(
         if keep is not None:
             # 1 is inside the domain of every derivative that is read off y.
             a = torch.where(keep, a, 1.0)
-        dz = g * TABLE[act].from_y(a, slope_)
+        dz = activations.times_from_y(act, g, a, slope_)
     elif z is not None:
         dz = g * TABLE[act].from_z(z, slope_)
     else:

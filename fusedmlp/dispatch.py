@@ -18,7 +18,7 @@ from types import ModuleType
 
 import torch
 
-from . import checks, dtypes, policy
+from . import checks, context, dtypes, environment, policy
 
 log = logging.getLogger("fusedmlp")
 
@@ -116,14 +116,11 @@ _BY_NAME = {b.name: b for b in BACKENDS}
 def _known(name: object, where: str) -> str | None:
     if name is None or name in _BY_NAME:
         return name
-    known = ", ".join(_BY_NAME)
-    where = "FUSEDMLP_BACKEND" if name == _from_environment else where
-    raise ValueError(f"{where}: unknown backend {name!r}; known: {known}")
+    raise ValueError(f"{where}: unknown backend {name!r}; known: {', '.join(_BY_NAME)}")
 
 
 # Looked at when it is first used: an import that raises would leave no command to say why.
 _from_environment = os.environ.get("FUSEDMLP_BACKEND") or None
-_forced: str | None = None
 
 
 class use_backend:
@@ -137,20 +134,24 @@ class use_backend:
     raises   ValueError for an unknown name; a later call that the backend cannot run raises
              BackendError
 
-    The setting belongs to the process, not to a thread.
+    The setting belongs to the context: a new thread starts without one, an asyncio task with that
+    of the code that made it, and neither changes that of others. Inside a function that
+    torch.compile compiles only a `with` block has an effect.
     """
 
     def __init__(self, name: str | None):
-        global _forced
-        self._before = _forced
-        _forced = _known(name, "use_backend")
+        now = context.now()
+        self._name, self._before = _known(name, "use_backend"), now.backend
+        if not torch.compiler.is_dynamo_compiling():
+            context.put(context.Settings(self._name, now.scopes))
 
     def __enter__(self) -> use_backend:
+        if torch.compiler.is_dynamo_compiling():
+            context.enter(context.Settings(self._name, context.now().scopes))
         return self
 
     def __exit__(self, *exc: object) -> None:
-        global _forced
-        _forced = self._before
+        context.leave(context.Settings(self._before, context.now().scopes))
 
 
 def backends() -> tuple[str, ...]:
@@ -158,7 +159,7 @@ def backends() -> tuple[str, ...]:
     return tuple(_BY_NAME)
 
 
-_logged: set[tuple[str, str, str]] = set()
+_logged: set[object] = set()
 
 
 def _log_once(op: str, backend: str, reason: str) -> None:
@@ -200,6 +201,9 @@ def _resolve(
     """The named backend, or the first of `order` that can run the call."""
     if named is not None:
         return require(named, device_type, dtype, op)
+    if device_type not in ("cpu", "meta") and device_type not in _logged:
+        _logged.add(device_type)
+        log.info("%s", policy.unmeasured(device_type))
     for name in order:
         if name == EAGER:
             if not dropout:
@@ -218,7 +222,14 @@ def explicit(backend: str | None) -> str | None:
     """The backend that the user has named by argument, use_backend or environment, or None."""
     if backend is not None:
         return _known(backend, "backend")
-    return _forced if _forced is not None else _from_environment
+    return named_in(context.now())
+
+
+def named_in(settings: context.Settings) -> str | None:
+    """The backend that the settings of a context, or else the environment, name."""
+    if settings.backend is None and _from_environment is not None:
+        return environment.check("FUSEDMLP_BACKEND", _from_environment)
+    return settings.backend
 
 
 def select(
@@ -241,10 +252,10 @@ def select(
     returns       depends on torch.is_grad_enabled() too: an op's autograd node has its cost
     raises        BackendError if a backend was named that cannot run the call
     """
-    named = backend if backend is not None else _forced or _from_environment
+    named = explicit(backend)
     if named is not None or torch.compiler.is_compiling():
         # Compiled, sizes may be symbolic: choosing by them would compile once per size class.
-        order = policy.order(device_type, op)
+        order = policy.order(device_type)
     else:
         order = policy.choose(
             device_type,
@@ -260,20 +271,30 @@ def select(
     return _resolve(order, named, op, device_type, dtype, dropout)
 
 
+def named_for_engine(device_type: str, dtype: torch.dtype, op: str) -> str | None:
+    """The backend of an engine that was itself asked for by name: what the user has named, or else
+    on a GPU fused kernels, where they run, as that is what such an engine is for."""
+    named = explicit(None)
+    if named is None and device_type != "cpu" and _is_usable("triton", device_type, dtype, op):
+        return "triton"
+    return named
+
+
 def select_mlp(
     device_type: str,
     dtype: torch.dtype,
     rows: int,
     in_features: int,
     layers: list[tuple[int, bool, int]],
+    named: str | None,
 ) -> str | None:
     """The backend that runs a whole network as one op, or None where its layers do better alone.
 
     rows     M, the flattened batch
     layers   (act, whether it drops, out_features) of each
+    named    what `explicit` says
     returns  depends on torch.is_grad_enabled() too
     """
-    named = explicit(None)
     if named is None:
         named = policy.choose_mlp(device_type, rows, in_features, layers, torch.is_grad_enabled())
     if named is None or not has_mlp(named, device_type, dtype):
@@ -346,7 +367,7 @@ def explain(
     if dtype not in dtypes.SUPPORTED:
         raise TypeError(f"explain: dtype must be fp32, fp16, bf16 or fp64, got {dtype}")
     device_type = torch.device(device).type
-    named = _known(explicit(backend), "explain")
+    named = explicit(backend)
     refusals = {b.name: b.refuses(device_type, dtype) for b in BACKENDS}
     refusals = {name: reasons for name, reasons in refusals.items() if reasons}
     size = (
@@ -364,7 +385,7 @@ def explain(
     first = policy.choose(
         device_type, op, dtype, act, dropout, rows, k, out_features, torch.is_grad_enabled()
     )[0]
-    why = policy.why(choice, first, act)
+    why = policy.why(choice, first, act, device_type)
     if choice in refusals:
         refusals.pop(choice)
     return Explanation(op, call, choice, why, refusals)

@@ -8,26 +8,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import activations, checks, differentiable, dispatch, dtypes, ops, rng
+from . import activations, checks, context, differentiable, dispatch, dtypes, ops, rng
 from .autograd import BiasActDropout, LinearAct
 from .loss import cross_entropy  # noqa: F401
 
 _NONE = activations.NONE
-
-
-class _Scope:
-    """State that masks are drawn from inside `dropout_state`."""
-
-    __slots__ = ("state", "row_offset", "layer")
-
-    def __init__(self, state: Tensor, row_offset: int):
-        self.state, self.row_offset, self.layer = state, row_offset, 0
-
-
-_scope: _Scope | None = None
 
 
 class dropout_state:
@@ -41,7 +31,8 @@ class dropout_state:
 
     Layer i of a module draws from stream + i. Two modules, or two calls of one module, inside one
     context have equal masks; a backward pass that recomputes (activation checkpointing) belongs
-    inside it too. The setting belongs to the process, not to a thread.
+    inside it too. A new thread starts outside of it, an asyncio task where the code is that made
+    it.
     """
 
     def __init__(self, seed: int | Tensor, stream: int = 0, row_offset: int = 0):
@@ -49,46 +40,54 @@ class dropout_state:
         if isinstance(seed, torch.Tensor):
             if stream != 0:
                 raise ValueError(f"{op}: stream must be 0 beside a state tensor, got {stream}")
-            state = checks.state(op, seed)
+            self._numbers, self._state = None, checks.state(op, seed)
         else:
-            seed, stream = checks.int64(op, "seed", seed), checks.int64(op, "stream", stream)
-            state = torch.tensor([seed, stream], dtype=torch.int64)
-        self._scope = _Scope(state, checks.row_range(op, 0, 0, row_offset))
-        self._before: list[_Scope | None] = []
+            self._numbers = checks.int64(op, "seed", seed), checks.int64(op, "stream", stream)
+            self._state = None
+        self._row_offset = checks.row_range(op, 0, 0, row_offset)
 
     def __enter__(self) -> dropout_state:
-        global _scope
-        self._before.append(_scope)
-        _scope = self._scope
+        now = context.now()
+        context.enter(context.Settings(now.backend, (*now.scopes, self)))
         return self
 
     def __exit__(self, *exc: object) -> None:
-        global _scope
-        _scope = self._before.pop()
+        now = context.now()
+        context.leave(context.Settings(now.backend, now.scopes[:-1]))
+
+    def on(self, device: torch.device) -> tuple[Tensor, int]:
+        """(state, row_offset) for what is computed on a device."""
+        state = self._state
+        if state is None or state.device != device:
+            if self._numbers is not None:
+                state = rng.state_of(*self._numbers, device)
+            elif state.device.type == "cpu":
+                state = state.to(device)
+            else:
+                checks.state("dropout_state", state, device)
+            self._state = state
+        return state, self._row_offset
 
 
 def draw_state(like: Tensor) -> tuple[Tensor, int]:
-    """(state, row_offset) for one forward of a module: of `dropout_state`, else a fresh seed."""
-    scope = _scope
-    if scope is None:
-        if _in_functorch():
-            # vmap has a rule for randint and obeys its `randomness` argument there.
-            high = torch.iinfo(torch.int64).max
-            return torch.randint(high, (2,), dtype=torch.int64, device=like.device), 0
-        if torch.compiler.is_compiling():
-            return ops.draw_seed(like), 0
-        # Outside of a graph the registered op would only add its dispatch, 6 us.
-        return ops.draw_seed_eager(like), 0
-    if scope.state.device != like.device:
-        if scope.state.device.type != "cpu":
-            checks.state("dropout_state", scope.state, like.device)
-        scope.state = scope.state.to(like.device)
-    return scope.state, scope.row_offset
+    """(state, row_offset) for one call: of the `dropout_state` around, else a fresh seed."""
+    scopes = context.now().scopes
+    return scopes[-1].on(like.device) if scopes else (fresh_state(like), 0)
 
 
-def draw_state_untraced(like: Tensor) -> tuple[Tensor, int]:
-    """draw_state where the caller knows that nothing traces or transforms the call."""
-    return draw_state(like) if _scope is not None else (ops.draw_seed_eager(like), 0)
+def fresh_state(like: Tensor, traced: bool = True) -> Tensor:
+    """A state from torch's generator of the device.
+
+    traced  False where the caller knows that nothing traces or transforms the call
+    """
+    if traced and _in_functorch():
+        # vmap has a rule for randint and obeys its `randomness` argument there.
+        high = torch.iinfo(torch.int64).max
+        return torch.randint(high, (2,), dtype=torch.int64, device=like.device)
+    if traced and torch.compiler.is_compiling():
+        return ops.draw_seed(like)
+    # Outside of a graph the registered op would only add its dispatch, 6 us.
+    return ops.draw_seed_eager(like)
 
 
 def _in_functorch() -> bool:
@@ -107,7 +106,25 @@ def _call_state(op: str, like: Tensor, seed, stream, row_offset) -> tuple[Tensor
         state, offset = draw_state(like)
         return state, stream, row_offset + offset
     seed = checks.int64(op, "seed", seed)
-    return torch.tensor([seed, stream], dtype=torch.int64, device=like.device), 0, row_offset
+    return rng.state_of(seed, stream, like.device), 0, row_offset
+
+
+# Other subclasses of Tensor (DTensor, ExpandedWeight, quantised weights) bring functions of their
+# own, which know PyTorch's operators and not ours.
+TENSORS = frozenset({Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor})
+
+
+def is_foreign(*tensors: Tensor | None) -> bool:
+    """True if one of them is a tensor of another class than TENSORS."""
+    for t in tensors:
+        if t is not None and type(t) not in TENSORS and isinstance(t, Tensor):
+            return True
+    return False
+
+
+def foreign_route(op: str, backend: str | None) -> str:
+    """The route for tensors that are foreign: PyTorch's operators."""
+    return _only_eager(op, backend, "of subclasses of torch.Tensor only 'reference' runs")
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
@@ -142,8 +159,10 @@ def run_linear_act(
     cast = dtypes.autocast_dtype(device_type)
     if cast is not None:
         x, w, b, slope = dtypes.autocast_to(cast, x, w, b, slope)
-    checks.linear("linear_act", x, w, b)
     args = (x, w, b, slope, state, act, alpha, threshold, scale, layer, row_offset)
+    if is_foreign(x, w, b, slope):
+        return linear_act_on(foreign_route("linear_act", backend), args)
+    checks.linear("linear_act", x, w, b)
     n, k = w.shape
     rows = checks.rows(x)
     if threshold:
@@ -183,6 +202,9 @@ def run_bias_act_dropout(
 ) -> Tensor:
     """bias_act_dropout on checked arguments. Under autocast it stays in x's dtype, as F.relu."""
     op = "bias_act_dropout"
+    if is_foreign(x, b, slope):
+        args = (x, b, slope, state, act, alpha, threshold, scale, layer, row_offset)
+        return bias_act_dropout_on(foreign_route(op, backend), args)
     columns = x.shape[-1] if x.dim() else 1
     rows = checks.rows(x)
     if threshold:
@@ -207,12 +229,16 @@ def bias_act_dropout_on(route: str, args: tuple) -> Tensor:
 
 def _functorch_route(op: str, backend: str | None) -> str:
     """Transforms need a composition of functions that PyTorch can transform."""
+    where = "inside torch.func transforms (vmap, grad, ...) and forward mode only 'reference' runs"
+    return _only_eager(op, backend, where)
+
+
+def _only_eager(op: str, backend: str | None, why: str) -> str:
     named = dispatch.explicit(backend)
     if named in (None, "reference"):
         return dispatch.EAGER
     raise dispatch.BackendError(
-        f"{op}: backend {named!r} was asked for but cannot be used:\n"
-        "    inside torch.func transforms (vmap, grad, ...) and forward mode only 'reference' runs"
+        f"{op}: backend {named!r} was asked for but cannot be used:\n    {why}"
     )
 
 
@@ -240,7 +266,8 @@ def linear_act(
     bias        (N,)      dtype of input or fp32, or None
     activation  a name of activations.NAMES
     slope       a number for leaky_relu (0.01), a tensor of 1 or N elements for prelu
-    p           probability of dropping, in [0, 1]; nothing is dropped unless `training`
+    p           probability of dropping, a number in [0, 1] (a tensor without dimensions is one);
+                nothing is dropped unless `training`
     seed        int64; None draws one from torch's generator of the device, or takes the state of
                 `dropout_state`
     stream      int64, added to the stream of the state

@@ -9,17 +9,8 @@ import platform
 
 import torch
 
-from . import dispatch, dtypes
+from . import dispatch, dtypes, environment, policy
 from ._version import __version__
-
-ENVIRONMENT = {
-    "FUSEDMLP_BACKEND": "backend of every call that names none: native, triton or reference",
-    "FUSEDMLP_CPU_ISA": "highest instruction set of the CPU kernels: baseline, avx2 or avx512",
-    "FUSEDMLP_DATA": "folder of data sets for fusedmlp train",
-    "FUSEDMLP_BUILD": "what a build makes: auto, cpu, cuda or none",
-    "FUSEDMLP_DDP_SECONDS": "how long a process waits for the others of a torchrun; default 180",
-    "FUSEDMLP_AUTOTUNE": "1 lets a call tune its Triton tiles; 0 ignores the kept ones",
-}
 
 
 def _version(package: str) -> str:
@@ -88,16 +79,27 @@ def lines() -> list[str]:
                 state = f"ok ({takes})" if reason is None else reason
                 out.append(f"{backend.name:10} {device:5} {op:17} {state}")
     out.append("")
-    out.append("automatic choice, 256 rows, fp32:")
+    out += _choices(devices)
+    set_here = {k: os.environ[k] for k in environment.VARIABLES if k in os.environ}
+    if set_here:
+        out += ["", "environment " + ", ".join(f"{k}={v}" for k, v in set_here.items())]
+        out += [f"            wrong: {problem}" for problem in environment.problems()]
+    return out
+
+
+def _choices(devices: list[str]) -> list[str]:
+    out = ["automatic choice, 256 rows, fp32:"]
+    try:
+        named = dispatch.explicit(None)
+    except ValueError as error:
+        return [*out, f"  none: {error}"]
     for device in devices:
         for p in (0.0, 0.5):
             out.append("  " + str(dispatch.explain(p=p, device=device)).splitlines()[0])
-    named = dispatch.explicit(None)
+        if device != "cpu" and named is None:
+            out.append(f"  {policy.unmeasured(device)}")
     if named is not None:
-        out.append(f"  (backend {named!r} is set for this process)")
-    set_here = {k: os.environ[k] for k in ENVIRONMENT if k in os.environ}
-    if set_here:
-        out += ["", "environment " + ", ".join(f"{k}={v}" for k, v in set_here.items())]
+        out.append(f"  (backend {named!r} is set here)")
     return out
 
 

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import activations, checks, dispatch, dtypes
+from .autograd import is_watched
 from .ops import BY_BACKEND
 
 _OP = "cross_entropy"
@@ -49,7 +50,7 @@ class CrossEntropy(torch.autograd.Function):
         g = torch.where(target == ignore_index, 0.0, dlosses)[:, None]
         if torch.compiler.is_compiling():
             dz = (dlogits * g).to(logits.dtype)
-        elif torch.is_grad_enabled():
+        elif is_watched(dlosses):
             p = F.softmax(logits.to(dlosses.dtype), dim=1)
             q = _shares(target, logits.shape[1], smoothing, p.dtype)
             known = (target >= 0) & (target < logits.shape[1]) | (target == ignore_index)
@@ -85,9 +86,12 @@ def _route(x: Tensor, backend: str | None, transformed: bool) -> str:
     if named is None and x.device.type == "cpu":
         return dispatch.EAGER  # PyTorch's own two kernels: no other one here is faster
     rows, classes = x.shape
-    return dispatch.select(
+    route = dispatch.select(
         _OP, x.device.type, x.dtype, activations.NONE, False, rows, 0, classes, backend
     )
+    # Plain PyTorch too, and it gives NaN for a target that is no class, which ends the process of
+    # F.cross_entropy on a GPU.
+    return "reference" if route == dispatch.EAGER else route
 
 
 def cross_entropy(

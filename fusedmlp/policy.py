@@ -1,8 +1,11 @@
-"""The measured table behind automatic choice: which route is the fastest for a call.
+"""The table behind automatic choice: which route to take for a call.
 
-Per device kind, op, activation and size class; eager PyTorch is itself a candidate, so that fused
-is never slower than unfused. A new figure in bench/results/ is the reason to change a line here.
-Does not know which backends are there: dispatch.py takes the first of the returned order that runs.
+On a CPU it was fitted to measurements of one machine (an AMD EPYC with AVX-512, 2 threads, torch
+2.15: bench/results/), per op, activation and size class, with plain PyTorch as a candidate. On
+other processors and for sizes beside the published grid it is a guess from these: the route that
+is taken can be the slower one there. On a GPU nothing was measured, so plain PyTorch runs. A new
+figure in bench/results/ is the reason to change a line here. Does not know which backends are
+there: dispatch.py takes the first of the returned order that runs.
 """
 
 from __future__ import annotations
@@ -13,7 +16,9 @@ from . import activations
 
 _NATIVE = ("native", "eager")
 _EAGER = ("eager", "native")
-_GPU = ("triton", "eager")
+# With dropout plain PyTorch is `reference`: eager PyTorch has not this package's masks.
+_UNMEASURED = ("eager", "reference")
+_MACHINE = "an AMD EPYC CPU with 2 threads, torch 2.15"
 
 # Elements of the output below which plain PyTorch is the faster route on a CPU when nothing is
 # dropped: (with gradients, without). An op saves passes over the output and costs an autograd node
@@ -44,9 +49,9 @@ _FEW_ROWS, _OUTER_ABOVE = 8, 1 << 16
 _ONE_PLAIN, _ONE_DROPS, _SMALL_WEIGHT = 1 << 23, 1 << 26, 1 << 14
 
 
-def order(device_type: str, op: str) -> tuple[str, ...]:
+def order(device_type: str) -> tuple[str, ...]:
     """The order for a size that is not known yet (a call that is being compiled)."""
-    return _NATIVE if device_type == "cpu" else _GPU
+    return _NATIVE if device_type == "cpu" else _UNMEASURED
 
 
 def choose(
@@ -65,7 +70,7 @@ def choose(
     gradients  whether autograd records the call
     """
     if device_type != "cpu":
-        return _GPU
+        return _UNMEASURED
     if dropout:
         return _NATIVE
     below = _CPU_EAGER_BELOW.get(act)
@@ -114,15 +119,28 @@ def choose_mlp(
     return None
 
 
-def why(choice: str, first: str, act: int) -> str:
+def unmeasured(device_type: str) -> str:
+    """What is said of a device on which nothing was measured."""
+    if device_type != "cuda":
+        return f"no device of type {device_type!r} has been measured: plain PyTorch is used"
+    # What tuning finds are tiles of Triton's kernels; the choice of a backend does not follow yet.
+    return (
+        "this GPU has not been measured: plain PyTorch is used; run `fusedmlp tune` to time "
+        "Triton's tiles on it, and name backend 'triton' to use them"
+    )
+
+
+def why(choice: str, first: str, act: int, device_type: str) -> str:
     """One sentence on the reason for a choice, for dispatch.explain.
 
     first  the head of the order that `choose` gave
     """
+    if device_type != "cpu":
+        return unmeasured(device_type)
     if choice != first:
-        return f"{first!r} is the fastest route measured but cannot run the call"
+        return f"{first!r} would be taken at this size but cannot run the call"
     if choice == "eager":
         if act == activations.NONE:
             return "without activation and dropout there is nothing to fuse"
-        return "measured: at this size plain PyTorch is faster than a fused op"
-    return "the fastest route measured for this device, op and size"
+        return f"at sizes like this plain PyTorch was the faster one on {_MACHINE}"
+    return f"at sizes like this it was the faster one on {_MACHINE}"

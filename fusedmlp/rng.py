@@ -47,6 +47,16 @@ def threshold_and_scale(p: float) -> tuple[int, float]:
     return threshold, math.ldexp(round(math.ldexp(mantissa, 24)), exponent - 24)
 
 
+def state_of(seed: int, stream: int, device: torch.device | str | None) -> Tensor:
+    """(2,) int64: two numbers as the state that the ops take."""
+    if device is None or torch.device(device).type == "cpu":
+        return torch.tensor([seed, stream], dtype=torch.int64, device=device)
+    # Filled on the device: a copy from the host would wait for a GPU, and cannot be captured.
+    state = torch.full((2,), seed, dtype=torch.int64, device=device)
+    state[1:].fill_(stream)
+    return state
+
+
 def philox(counter: tuple[Tensor | int, ...], key: tuple[Tensor | int, ...]) -> tuple[Tensor, ...]:
     """Philox 4x32-10 on int64 tensors that hold unsigned 32-bit words.
 
@@ -111,5 +121,5 @@ def dropout_mask(
 
     For tests and for other projects; no kernel calls it.
     """
-    state = torch.tensor([seed, stream], dtype=torch.int64, device=device)
+    state = state_of(seed, stream, device)
     return keep_mask(state, 0, rows, columns, threshold_and_scale(p)[0], row_offset)

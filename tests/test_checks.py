@@ -1,11 +1,15 @@
 """Bad input: each argument wrong in each way, and the words of the error."""
 
+import fractions
+
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import fusedmlp
 import fusedmlp.functional as FF
-from fusedmlp import BackendError, activations, dispatch
+from fusedmlp import BackendError, FusedDropout, FusedLinear, activations, dispatch, rng
 
 X, W, B = torch.randn(4, 5), torch.randn(6, 5), torch.randn(6)
 
@@ -300,3 +304,50 @@ def test_every_activation_has_a_kernel_on_every_backend(backend, device):
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
             assert not torch.equal(outputs[a], outputs[b]), (a, b)
+
+
+def _same_number(p):
+    """Numbers that nn.Dropout takes for p, of every type."""
+    return [
+        torch.tensor(p),
+        torch.tensor(p, dtype=torch.float64),
+        np.float32(p),
+        np.float64(p),
+        np.float16(p),
+        np.array(p),
+        fractions.Fraction(p),
+    ]
+
+
+def test_any_number_is_a_probability():
+    x, want = torch.ones(8, 16), rng.dropout_mask(1, 0, 8, 16, 0.5)
+    for p in _same_number(0.5):
+        nn.Dropout(p)
+        assert torch.equal(FF.dropout(x, p, seed=1) != 0, want)
+        layers = (
+            FusedDropout(p),
+            FusedLinear(16, 16, activation="none", dropout=p),
+            fusedmlp.FusedMLP(16, [16], 16, dropout=p)[:3],
+            fusedmlp.fuse(nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Dropout(p))),
+        )
+        for layer in layers:
+            with fusedmlp.dropout_state(1):
+                for _ in range(2):
+                    assert torch.equal(layer(x) != 0, want) or layer is layers[2]
+    for p in (torch.tensor(True), torch.tensor([0.5]), torch.tensor(0.5j), np.True_, "0.5"):
+        with pytest.raises(TypeError, match="p must be a number in"):
+            FF.dropout(x, p)
+    with pytest.raises(ValueError, match="p must be in"):
+        FF.dropout(x, torch.tensor(1.5))
+
+
+def test_a_probability_that_is_changed_in_place_is_seen():
+    x, p = torch.ones(8, 16), torch.tensor(0.5)
+    net = fusedmlp.fuse(nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Dropout(p)))
+    layer = FusedLinear(16, 16, activation="tanh")
+    layer.p = p
+    for value in (0.5, 0.25):
+        p.fill_(value)
+        for f in (net, layer):
+            with fusedmlp.dropout_state(1):
+                assert torch.equal(f(x) != 0, rng.dropout_mask(1, 0, 8, 16, value))

@@ -148,3 +148,39 @@ def test_eval_and_p_0_are_no_dropout_and_take_no_seed(backend, device):
         torch.testing.assert_close(y, F.relu(F.linear(x, w)))
     assert FF.dropout(x, 0.5, training=False, backend=backend) is x
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gradient_behind_a_clamp_is_0_where_relu_squared_overflows(dtype, backend, device):
+    """0 times the derivative of an overflowed square, which once was 0 times infinity."""
+    dtype = DTYPES[dtype]
+    large = 3e19 if dtype != torch.float16 else 300.0
+    x = torch.tensor([large, 1.0, -1.0, large] * 5, dtype=dtype, device=device)
+    for p in (0.0, 0.3):
+        got = x.clone().requires_grad_()
+        y = FF.bias_act_dropout(got, None, "relu_squared", p=p, seed=1, backend=backend)
+        y.clamp(max=8.0).sum().backward()
+        kept = y.detach() != 0
+        want = x.clone().requires_grad_()
+        (F.relu(want).square() * kept).clamp(max=4.0).sum().backward()
+        scale = rng.threshold_and_scale(p)[1] if p else 1.0
+        torch.testing.assert_close(got.grad, want.grad * scale)
+        assert want.grad[0] == 0
+
+
+def test_the_second_derivative_there_is_no_nan_either():
+    for backend in ("reference", None):
+        x = torch.tensor([3e19, 2.0], requires_grad=True)
+        y = FF.bias_act_dropout(x, None, "relu_squared", backend=backend).clamp(max=8.0)
+        (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        assert dx.tolist() == [0.0, 4.0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "silu", "softplus", "elu", "relu_squared"])
+def test_the_value_at_infinity_is_infinity(act, dtype, backend, device):
+    """In every place of a vector, whatever the width of the processor's."""
+    for n in (1, 7, 16, 33):
+        x = torch.full((n,), INF, dtype=DTYPES[dtype], device=device)
+        y = FF.bias_act_dropout(x, None, act, backend=backend)
+        assert (y == INF).all(), f"{n}: {y.tolist()}"

@@ -10,7 +10,7 @@ import torch
 
 import fusedmlp
 import fusedmlp.functional as FF
-from fusedmlp import BackendError, dispatch
+from fusedmlp import BackendError, context, dispatch
 
 
 @pytest.fixture
@@ -76,20 +76,20 @@ def test_argument_beats_context_beats_environment(monkeypatch):
     assert out.stdout.strip() == "reference", out.stderr
     env["FUSEDMLP_BACKEND"] = "cudnn"
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert "FUSEDMLP_BACKEND: unknown backend 'cudnn'" in out.stderr
+    assert "FUSEDMLP_BACKEND must be one of native, triton, reference, got 'cudnn'" in out.stderr
 
 
 def test_use_backend_is_a_setter_and_a_context():
-    before = dispatch._forced
+    before = context.now().backend
     try:
         fusedmlp.use_backend("reference")
-        assert dispatch._forced == "reference"
+        assert dispatch.explicit(None) == "reference"
         with fusedmlp.use_backend("native"):
-            assert dispatch._forced == "native"
-        assert dispatch._forced == "reference"
+            assert dispatch.explicit(None) == "native"
+        assert dispatch.explicit(None) == "reference"
         with pytest.raises(ValueError, match="use_backend: unknown backend 'x'; known: native"):
             fusedmlp.use_backend("x")
-        assert dispatch._forced == "reference"
+        assert dispatch.explicit(None) == "reference"
     finally:
         fusedmlp.use_backend(before)
 
@@ -138,3 +138,55 @@ def test_bf16_on_an_old_gpu_is_refused_before_the_kernel_is(monkeypatch):
     assert native.refuses("cpu", torch.bfloat16) == []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert native.refuses("cuda", torch.bfloat16) == []
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """As on a machine where every backend runs on a GPU."""
+    there = [
+        dispatch.Backend(b.name, lambda d: None, b.dtypes, b.module) for b in dispatch.BACKENDS
+    ]
+    monkeypatch.setattr(dispatch, "BACKENDS", tuple(there))
+    for backend in there:
+        monkeypatch.setitem(dispatch._BY_NAME, backend.name, backend)
+    monkeypatch.setattr(dispatch, "_usable", {})
+    monkeypatch.setattr(dispatch, "_logged", set())
+
+
+UNMEASURED = "this GPU has not been measured: plain PyTorch is used; run `fusedmlp tune`"
+
+
+def test_a_gpu_that_was_not_measured_runs_plain_pytorch_and_says_so_once(a_gpu, caplog):
+    with caplog.at_level(logging.INFO, logger="fusedmlp"):
+        for act in range(len(fusedmlp.activations.NAMES)):
+            for rows in (1, 256, 65536):
+                args = dict(device_type="cuda", act=act, rows=rows)
+                assert _select(**args, dropout=False) == dispatch.EAGER
+                # Eager PyTorch has not the masks that are promised.
+                assert _select(**args, dropout=True) == "reference"
+                assert _select(**args, backend="triton") == "triton"
+        assert dispatch.select_mlp("cuda", torch.float32, 256, 784, [(1, True, 256)], None) is None
+        with fusedmlp.use_backend("native"):
+            assert _select(device_type="cuda") == "native"
+    (message,) = [r.getMessage() for r in caplog.records]
+    assert message.startswith(UNMEASURED) and "name backend 'triton' to use them" in message
+
+
+def test_explain_says_that_a_gpu_was_not_measured(a_gpu):
+    for p, choice in ((0.0, "eager"), (0.5, "reference")):
+        e = fusedmlp.explain(p=p, device="cuda")
+        assert e.choice == choice and e.why.startswith(UNMEASURED)
+    assert "fastest" not in str(fusedmlp.explain()) and "EPYC" in str(fusedmlp.explain())
+
+
+def test_compiled_calls_follow_the_same_rule(a_gpu, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert _select(device_type="cuda", dropout=False) == dispatch.EAGER
+    assert _select(device_type="cuda", dropout=True) == "reference"
+
+
+def test_an_engine_that_was_asked_for_by_name_runs_fused_kernels_on_a_gpu(a_gpu):
+    assert dispatch.named_for_engine("cuda", torch.float32, "linear_act") == "triton"
+    assert dispatch.named_for_engine("cpu", torch.float32, "linear_act") is None
+    with fusedmlp.use_backend("reference"):
+        assert dispatch.named_for_engine("cuda", torch.float32, "linear_act") == "reference"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from fusedmlp import info, rng
+from fusedmlp import environment, rng
 
 ROOT = Path(__file__).parent.parent
 DROPOUT = (ROOT / "docs" / "dropout.md").read_text()
@@ -94,7 +94,7 @@ def test_the_readme_lists_every_environment_variable():
                     re.findall(r"\bFUSEDMLP_[A-Z]+(?:_[A-Z]+)*\b(?!_[A-Z])", path.read_text())
                 )
     # Macros of the C++ code are not environment variables.
-    read = {v for v in used if v in info.ENVIRONMENT}
-    assert read == set(info.ENVIRONMENT)
-    missing = [v for v in info.ENVIRONMENT if v not in readme]
+    read = {v for v in used if v in environment.VARIABLES}
+    assert read == set(environment.VARIABLES)
+    missing = [v for v in environment.VARIABLES if v not in readme]
     assert not missing

@@ -9,13 +9,25 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fusedmlp"
 
-LEAVES = {"activations", "rng", "dtypes", "checks", "nets", "policy", "_version"}
+LEAVES = {
+    "activations",
+    "rng",
+    "dtypes",
+    "checks",
+    "nets",
+    "policy",
+    "context",
+    "environment",
+    "_version",
+}
 # module -> what it may import from the package, besides the leaves
 ALLOWED = {
     "activations": set(),
     "rng": set(),
     "dtypes": set(),
     "policy": set(),
+    "context": set(),
+    "environment": set(),
     "checks": set(),
     "kernels": set(),
     "differentiable": set(),
@@ -24,7 +36,7 @@ ALLOWED = {
     "ops": {"dispatch", "flops"},
     "autograd": {"ops", "differentiable"},
     "autograd_mlp": {"autograd", "ops", "differentiable"},
-    "loss": {"ops", "dispatch"},
+    "loss": {"autograd", "ops", "dispatch"},
     "functional": {"autograd", "loss", "ops", "dispatch", "differentiable"},
     "surgery": {"nn", "tracing"},
     "nn": {"functional", "autograd_mlp", "dispatch", "tracing", "measure"},
@@ -171,3 +183,19 @@ def test_importing_the_package_loads_torch_and_nothing_else():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root
     )
     assert out.stdout.split() == ["[]", "False", "False", "False"], out.stdout
+
+
+@pytest.mark.parametrize(
+    "used", ["train.fit", "train.TrainConfig", "sklearn.FusedMLPClassifier", "train.explain"]
+)
+def test_what_needs_the_extras_is_reached_without_an_import_of_its_own(used):
+    pytest.importorskip("sklearn")
+    code = (
+        "import sys, fusedmlp; name = 'fusedmlp." + used.split(".")[0] + "';"
+        "assert name not in sys.modules and name.split('.')[1] in dir(fusedmlp);"
+        "print(fusedmlp." + used + ".__name__); assert name in sys.modules;"
+        "assert not hasattr(fusedmlp, 'trian')"
+    )
+    root = str(PACKAGE.parent)
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert out.stdout.strip() == used.split(".")[1], out.stderr

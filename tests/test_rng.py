@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import fusedmlp
 import fusedmlp.functional as FF
 from fusedmlp import rng
 
@@ -114,3 +115,28 @@ def test_a_one_dimensional_input_is_row_0():
     x = torch.ones(50)
     assert torch.equal(FF.dropout(x, seed=3) != 0, rng.dropout_mask(3, 0, 1, 50, 0.5)[0])
     assert torch.equal(FF.dropout(x[0], seed=3) != 0, rng.dropout_mask(3, 0, 1, 1, 0.5)[0, 0])
+
+
+@pytest.mark.parametrize("numbers", [(3, 4), (-1, -(2**63)), (2**63 - 1, 0)])
+def test_a_state_is_made_on_its_device_without_a_copy_from_the_host(numbers):
+    """A copy would wait for the GPU and could not be captured into a graph."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Watch():
+        x = torch.empty(4, 8, device="meta")
+        made = [rng.state_of(*numbers, x.device)]
+        made.append(FF._call_state("dropout", x, *numbers, 0)[0])
+        with fusedmlp.dropout_state(*numbers):
+            made.append(FF.draw_state(x)[0])
+    for state in made:
+        assert (state.device.type, state.dtype, state.shape) == ("meta", torch.int64, (2,))
+    assert seen and not {n for n in seen if "copy" in n or "lift" in n or n == "aten::to"}, seen
+    assert rng.state_of(*numbers, "cpu").tolist() == list(numbers)

@@ -1,6 +1,8 @@
 // Activations and their derivatives on vectors: the twin of common/activations.h.
 #pragma once
 
+#include <cfloat>
+
 #include "cpu/vec_math.h"
 
 namespace fusedmlp::FUSEDMLP_ISA {
@@ -115,7 +117,9 @@ FN VF act_grad_y(VF g, VF y, VF slope) {
     } else if constexpr (ACT == kSoftplus) {
         return g * negate(expm1_of_negative(negate(max(zero, y))));
     } else {  // relu_squared
-        return drop_if(le(y, zero), g * set1(2.0f) * sqrt(y));
+        // Of an infinite y, which may be a large z squared, g = 0 stays 0, as in PyTorch.
+        const VF r = sqrt(y), finite = min(set1(FLT_MAX), r);
+        return drop_if(le(y, zero), g * set1(2.0f) * select(le(abs(g), zero), finite, r));
     }
 }
 

@@ -136,12 +136,13 @@ class FusedLinear(nn.Module):
         w = own["weight"] if "weight" in own else self.weight
         b = own["bias"] if "bias" in own else self.bias
         slope = own["slope"] if "slope" in own else self.slope
-        p, route, named = (self.p if self.training else 0.0), None, None
+        p, route, named = (self.p if self.training else 0.0), None, masks.named
+        if type(p) is not float:
+            p = checks.probability(_LINEAR, p)  # a tensor can be changed in place
         if masks.traced:
             threshold, scale = self._check(w, slope, p)
         else:
-            named = dispatch.explicit(None)
-            what = (x.shape, x.dtype, x.layout, x.device, torch.is_grad_enabled())
+            what = (type(x), x.shape, x.dtype, x.layout, x.device, torch.is_grad_enabled())
             key = (*what, p, named, id(w), id(b), id(slope))
             memo = self._memo
             if memo[0] != key:
@@ -179,6 +180,8 @@ class FusedLinear(nn.Module):
     def _find(self, x, w, b, slope, p: float, named: str | None) -> tuple[str, int, float]:
         """The route that suits a call, threshold and scale, after all checks."""
         threshold, scale = self._check(w, slope, p)
+        if functional.is_foreign(x, w, b, slope):
+            return functional.foreign_route(_LINEAR, named), threshold, scale
         checks.linear(_LINEAR, x, w, b)
         rows, (n, k) = checks.rows(x), w.shape
         if threshold:
@@ -255,17 +258,22 @@ class FusedDropout(nn.Dropout):
         state, offset = masks.draw(x), masks.row_offset
         args = (x, None, None, state, act, 0.0, threshold, scale, layer, offset)
         if masks.traced or offset:
-            y = functional.run_bias_act_dropout(*args, None)
+            y = functional.run_bias_act_dropout(*args, masks.named)
         else:
-            named = dispatch.explicit(None)
-            key = (x.shape, x.dtype, x.layout, x.device, named)
+            named = masks.named
+            key = (type(x), x.shape, x.dtype, x.layout, x.device, named)
             memo = self._memo
             if memo[0] != key:
                 rows, columns = checks.rows(x), x.shape[-1] if x.dim() else 1
                 checks.row_range(op, rows, columns, 0)
-                route = dispatch.select(
-                    "bias_act_dropout", x.device.type, x.dtype, act, True, rows, 0, columns, named
-                )
+                fused = "bias_act_dropout"
+                if functional.is_foreign(x):
+                    route = functional.foreign_route(fused, named)
+                else:
+                    device_type = x.device.type
+                    route = dispatch.select(
+                        fused, device_type, x.dtype, act, True, rows, 0, columns, named
+                    )
                 memo = self.__dict__["_memo"] = key, route
             y = functional.bias_act_dropout_on(memo[1], args)
         return x.copy_(y) if self.inplace else y

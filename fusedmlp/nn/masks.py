@@ -1,6 +1,6 @@
-"""What the masks of one forward are drawn from, shared by all fused modules that run in it.
+"""What one forward is run with, shared by all fused modules in it: backend and masks.
 
-Does not know modules; functional.py decides where a state comes from.
+Does not know modules.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import functional
+from .. import context, dispatch, functional
 
 
 def must_trace() -> bool:
@@ -28,20 +28,26 @@ class Masks:
     The state is drawn when something drops for the first time: a forward without dropout leaves
     torch's generator alone.
 
-    traced  what must_trace() says of this forward
+    traced    what must_trace() says of this forward
+    settings  handed down by the caller, or None for those of the present context
+    named     the backend that they or the environment name, or None
     """
 
-    __slots__ = ("layer", "row_offset", "state", "traced")
+    __slots__ = ("layer", "named", "row_offset", "scopes", "state", "traced")
 
-    def __init__(self, first_layer: int, traced: bool):
+    def __init__(self, first_layer: int, traced: bool, settings: context.Settings | None = None):
+        settings = context.now() if settings is None else settings
         self.layer = first_layer
         self.traced = traced
+        self.scopes, self.named = settings.scopes, dispatch.named_in(settings)
         self.row_offset = 0
         self.state: Tensor | None = None
 
     def draw(self, like: Tensor) -> Tensor:
         """(seed, stream) on the device of `like`."""
         if self.state is None or self.state.device != like.device:
-            draw = functional.draw_state if self.traced else functional.draw_state_untraced
-            self.state, self.row_offset = draw(like)
+            if self.scopes:
+                self.state, self.row_offset = self.scopes[-1].on(like.device)
+            else:
+                self.state = functional.fresh_state(like, self.traced)
         return self.state

@@ -19,7 +19,9 @@ _PLAIN = frozenset({Tensor, nn.Parameter})
 
 def find(items: list[Stretch | Single], at: int, x, masks: Masks) -> NetStep | None:
     """The stretches from items[at] on that one op should run on x, or None."""
-    if type(x) not in _PLAIN or x.layout != torch.strided or x.dim() == 0 or x.numel() == 0:
+    if type(x) not in _PLAIN or x.layout != torch.strided or x.is_nested:
+        return None
+    if x.dim() == 0 or x.numel() == 0:
         return None
     width, layers = x.shape[-1], []
     for item in items[at:]:
@@ -37,6 +39,7 @@ def find(items: list[Stretch | Single], at: int, x, masks: Masks) -> NetStep | N
         rows,
         x.shape[-1],
         [(layer.stretch.act, layer.threshold != 0, layer.columns) for layer in layers],
+        masks.named,
     )
     if backend is None:
         return None
@@ -66,6 +69,10 @@ class _Layer:
         self.params = _parameters(stretch)
         if self.params is None:
             return None
+        for t in self.params:
+            # First of all: another class may have other answers to the questions below.
+            if t is not None and type(t) not in _PLAIN:
+                return None
         w, b, slope = self.params
         if w.dim() != 2 or w.shape[1] != width or w.numel() == 0:
             return None
@@ -79,7 +86,7 @@ class _Layer:
         for t in self.params:
             if t is None:
                 continue
-            if type(t) not in _PLAIN or t.layout != torch.strided or t.numel() == 0:
+            if t.layout != torch.strided or t.numel() == 0:
                 return None
             if t.dtype != x.dtype or t.device != x.device:
                 return None

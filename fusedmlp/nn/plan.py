@@ -12,7 +12,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor, nn
 
-from .. import dispatch
+from .. import context, dispatch
 from . import runner
 from .masks import Masks, must_trace
 from .stretches import find, is_candidate, is_tampered
@@ -48,6 +48,11 @@ class Program:
             x = step(x, masks) if with_masks else step(x)
         masks.layer = layer + self.layers
         return x
+
+
+def _number(p) -> float:
+    """A tensor can be changed in place."""
+    return p if type(p) is float else float(p)
 
 
 class Plan:
@@ -99,36 +104,42 @@ class Plan:
                 return True
         return False
 
-    def key(self, x: Tensor, layer: int) -> tuple:
+    def key(self, x: Tensor, layer: int, named: str | None) -> tuple:
         """What decides how x is run, besides what is_stale looks at."""
         return (
             x.shape,
             x.dtype,
             x.device,
             torch.is_grad_enabled(),
-            dispatch.explicit(None),
-            tuple([m.p if m.training else 0 for m in self.dropouts]),
+            named,
+            tuple([_number(m.p) if m.training else 0 for m in self.dropouts]),
             layer,
         )
 
-    def run(self, x, first_layer: int):
+    @staticmethod
+    def _is_plain(x) -> bool:
+        """Whether a program may be recorded or followed for x: its key says all about it."""
+        return type(x) is Tensor and x.layout is torch.strided and not x.is_nested
+
+    def run(self, x, first_layer: int, settings: context.Settings | None):
         """The forward of the container, as the outermost fused module."""
-        if type(x) is Tensor:
-            program = self.last
-            if program is not None and program.key == self.key(x, first_layer):
+        settings = context.now() if settings is None else settings
+        if self._is_plain(x):
+            program, named = self.last, dispatch.named_in(settings)
+            if program is not None and program.key == self.key(x, first_layer, named):
                 if program.functions is not None:
                     for function in program.functions:
                         x = function(x)
                     return x
                 if not must_trace():
-                    return program.follow(x, Masks(first_layer, False))
-        return self.run_with(x, Masks(first_layer, must_trace()))
+                    return program.follow(x, Masks(first_layer, False, settings))
+        return self.run_with(x, Masks(first_layer, must_trace(), settings))
 
     def run_with(self, x, masks: Masks):
         """The same with the masks of the container around."""
-        if masks.traced or type(x) is not Tensor:
+        if masks.traced or not self._is_plain(x):
             return runner.run(self.items, x, masks)
-        key = self.key(x, masks.layer)
+        key = self.key(x, masks.layer, masks.named)
         program = self.programs.get(key)
         if program is not None:
             self.last = program

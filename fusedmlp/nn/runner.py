@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .. import activations, checks, dispatch, dtypes, functional, rng
 from . import direct, network
@@ -23,8 +21,7 @@ from .stretches import (
 )
 
 _NONE, _PRELU, _SOFTPLUS = activations.NONE, activations.PRELU, activations.SOFTPLUS
-# Other subclasses of Tensor (DTensor, quantised weights) bring functions of their own.
-_TENSORS = frozenset({Tensor, nn.Parameter, FakeTensor, FunctionalTensor})
+_TENSORS = functional.TENSORS
 
 
 def run(items: list[Stretch | Single], x, masks: Masks, steps: list | None = None):
@@ -135,13 +132,13 @@ def run_stretch(stretch: Stretch, x, masks: Masks) -> tuple[Tensor, bool]:
         slope = stretch.activation.weight
     if masks.traced:
         if not _can_run(x, w, b, act, slope, traced=True):
-            _refuse(x, linear)
+            _refuse(x, linear, masks.named)
             return _run_plain(stretch, x), False
     else:
-        if type(x) not in _TENSORS:
-            _refuse(x, linear)
+        named = masks.named
+        if type(x) not in _TENSORS or x.is_nested:
+            _refuse(x, linear, named)
             return _run_plain(stretch, x), False
-        named = dispatch.explicit(None)
         # The tensors of a module by identity: a changed dtype or shape is found by the op itself.
         what = (x.shape, x.dtype, x.layout, x.device, torch.is_grad_enabled())
         key = (*what, threshold != 0, named, id(w), id(b), id(slope))
@@ -155,8 +152,10 @@ def run_stretch(stretch: Stretch, x, masks: Masks) -> tuple[Tensor, bool]:
     numbers = (act, stretch.alpha, threshold, scale, layer, masks.row_offset)
     if masks.traced or masks.row_offset:
         if linear is None:
-            return functional.run_bias_act_dropout(x, None, slope, state, *numbers, None), True
-        return functional.run_linear_act(x, w, b, slope, state, *numbers, None), True
+            y = functional.run_bias_act_dropout(x, None, slope, state, *numbers, masks.named)
+        else:
+            y = functional.run_linear_act(x, w, b, slope, state, *numbers, masks.named)
+        return y, True
     if linear is None:
         return functional.bias_act_dropout_on(route, (x, None, slope, state, *numbers)), True
     return functional.linear_act_on(route, (x, w, b, slope, state, *numbers)), True
@@ -166,7 +165,7 @@ def _choose(x, w, b, act: int, slope, drops: bool, named: str | None) -> str | N
     """The backend for a stretch, or None where its modules do as well or better."""
     op = "bias_act_dropout" if w is None else "linear_act"
     if not _can_run(x, w, b, act, slope, traced=False):
-        _refuse(x, w)
+        _refuse(x, w, named)
         return None
     rows = checks.rows(x)
     if w is None:
@@ -181,7 +180,9 @@ def _choose(x, w, b, act: int, slope, drops: bool, named: str | None) -> str | N
 
 def _can_run(x, w, b, act: int, slope, *, traced: bool) -> bool:
     """True if the op takes these tensors and gives what the modules would give, errors included."""
-    if type(x) not in _TENSORS or x.dtype not in dtypes.SUPPORTED or x.layout != torch.strided:
+    if functional.is_foreign(x, w, b, slope) or x.is_nested:
+        return False
+    if x.dtype not in dtypes.SUPPORTED or x.layout != torch.strided:
         return False
     device = x.device
     if device.type == "meta":
@@ -207,7 +208,7 @@ def _can_run(x, w, b, act: int, slope, *, traced: bool) -> bool:
 
 def _belongs(x: Tensor, t: Tensor, cast: torch.dtype | None) -> bool:
     """Parameters in the dtype of x, as PyTorch wants them, or about to be cast."""
-    if type(t) not in _TENSORS or t.layout != torch.strided or t.device != x.device:
+    if t.layout != torch.strided or t.device != x.device:
         return False
     return t.dtype == x.dtype if cast is None else t.dtype in dtypes.KERNEL
 
@@ -219,14 +220,13 @@ def _slope_fits(x: Tensor, slope: Tensor, columns: int, cast: torch.dtype | None
     return _belongs(x, slope, cast)
 
 
-def _refuse(x, linear) -> None:
+def _refuse(x, linear, named: str | None) -> None:
     """BackendError if a backend was asked for by name that does not take x; else nothing."""
-    named = dispatch.explicit(None)
     if named is None or not isinstance(x, Tensor):
         return
     op = "bias_act_dropout" if linear is None else "linear_act"
     dispatch.require(named, x.device.type, x.dtype, op)
-    if type(x) not in _TENSORS or x.layout != torch.strided:
+    if type(x) not in _TENSORS or x.layout != torch.strided or x.is_nested:
         raise dispatch.BackendError(
             f"{op}: backend {named!r} was asked for but cannot be used:\n"
             f"    input is a {type(x).__name__} of layout {x.layout}, not a dense torch.Tensor"

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from numbers import Real
 
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from .. import activations, checks
+from .. import activations, checks, context
 from . import report, runner
 from .layers import ReLUSquared, refuse_torchscript
 from .masks import Masks
@@ -39,12 +38,13 @@ class FusedSequential(nn.Sequential):
     first_layer = 0
     _plan: Plan | None = None
 
-    def forward(self, input):
+    def forward(self, input, settings: context.Settings | None = None):
+        """settings: for this call in the place of those of the context (`use_backend`, ...)."""
         if torch.compiler.is_compiling():
-            return self.run_fused(input, Masks(self.first_layer, True))
+            return self.run_fused(input, Masks(self.first_layer, True, settings))
         if torch_module._has_any_global_hook():
             return super().forward(input)
-        return self._present_plan().run(input, self.first_layer)
+        return self._present_plan().run(input, self.first_layer, settings)
 
     fused_forward = forward
     _slow_forward = __prepare_scriptable__ = refuse_torchscript
@@ -168,7 +168,7 @@ class FusedMLP(FusedSequential):
 
 
 def _probabilities(op: str, dropout: float | Sequence[float], layers: int) -> list[float]:
-    if isinstance(dropout, Real):
+    if checks.is_number(dropout):
         return [checks.probability(op, dropout, "dropout")] * layers
     if isinstance(dropout, str) or not isinstance(dropout, Sequence):
         raise TypeError(

@@ -4,7 +4,6 @@ Steps and random draws come in the order of scikit-learn's MLP, so that the same
 the same start and the same batches.
 """
 
-import contextlib
 import math
 import warnings
 
@@ -19,7 +18,6 @@ from sklearn.utils import check_random_state, shuffle
 # Private by name, and what estimators outside scikit-learn use for want of a public one.
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 
-from .. import dispatch
 from ..train.config import TrainConfig
 from ..train.surroundings import pick_device
 from . import loop, settings
@@ -68,25 +66,26 @@ class BaseFusedMLP(BaseEstimator):
         random_state = check_random_state(self.random_state)
         self.n_outputs_ = y.shape[1]
         sizes = [X.shape[1], *hidden, self.n_outputs_]
-        with self._backend():
-            if first:
-                self._start(sizes, random_state)
-            elif [len(c) for c in self.coefs_] != sizes[:-1]:
-                raise ValueError(
-                    f"warm_start: layers must be {[len(c) for c in self.coefs_]} wide as before, "
-                    f"got {sizes[:-1]}"
-                )
-            # Drawn only where it is used: otherwise batches would differ from scikit-learn's.
-            seed = int(random_state.randint(2**31 - 1)) if any(dropout) else 0
-            self._train(X, y, sample_weight, dropout, seed, random_state, incremental)
+        if first:
+            self._start(sizes, random_state)
+        elif [len(c) for c in self.coefs_] != sizes[:-1]:
+            raise ValueError(
+                f"warm_start: layers must be {[len(c) for c in self.coefs_]} wide as before, "
+                f"got {sizes[:-1]}"
+            )
+        # Drawn only where it is used: otherwise batches would differ from scikit-learn's.
+        seed = int(random_state.randint(2**31 - 1)) if any(dropout) else 0
+        self._train(X, y, sample_weight, dropout, seed, random_state, incremental)
         if not self._weights().are_finite():
             raise ValueError(f"{_PROBLEM} and need to be preprocessed.")
         return self
 
-    def _backend(self):
-        if self.backend == "auto":
-            return contextlib.nullcontext()
-        return dispatch.use_backend(self.backend)
+    def _backend(self) -> str | None:
+        return None if self.backend == "auto" else self.backend
+
+    def _outputs(self, weights: Weights, X) -> np.ndarray:
+        act = settings.ACTIVATIONS[self.activation]
+        return outputs(weights, act, X, self._device(), self._backend())
 
     def _device(self) -> torch.device:
         return pick_device(TrainConfig(device=self.device))
@@ -214,7 +213,7 @@ class BaseFusedMLP(BaseEstimator):
         else:
             x, y, weight = validation
             now = running.read()
-            z = outputs(now, settings.ACTIVATIONS[self.activation], x, running.device)
+            z = self._outputs(now, x)
             score = self._score_of(y, z, weight) if np.isfinite(z).all() else math.nan
             self.validation_scores_.append(score)
             if self.verbose:
@@ -247,10 +246,7 @@ class BaseFusedMLP(BaseEstimator):
         """(n, outputs) before the output activation."""
         check_is_fitted(self)
         X = self._validated_rows(X)
-        with self._backend():
-            return outputs(
-                self._weights(), settings.ACTIVATIONS[self.activation], X, self._device()
-            )
+        return self._outputs(self._weights(), X)
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

@@ -9,16 +9,15 @@ Two ways, the fastest that can: `native`, an epoch in one call of C++ (two where
 smaller), and `autograd`, step by step.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import functional
+from .. import context, functional
 from ..nn import FusedMLP
 from ..train.epsilon_hat import EpsilonHatAdam
 from ..train.native_step import Native
@@ -132,6 +131,9 @@ class Loop:
             self.number, self.learning_rate = state["number"], state["learning_rate"]
         self.layers = net.layer_count()
         self.masks = torch.tensor([seed, 0], dtype=torch.int64, device=self.device)
+        named = None if settings.backend == "auto" else settings.backend
+        self.named = named or context.now().backend
+        self.run_with = context.Settings(self.named, (functional.dropout_state(self.masks),))
         self.engine = None if only_autograd else self._choose(seed)
         self.way = "autograd" if self.engine is None else "native"
 
@@ -139,6 +141,8 @@ class Loop:
         """The C++ engine, or None where it cannot run this."""
         settings, problem = self.settings, self.problem
         refusals = []
+        if self.named not in (None, "native"):
+            refusals.append(f"backend {self.named!r} was asked for")
         if problem.weights is not None:
             refusals.append("rows have weights")
         if problem.out_activation not in _NATIVE_LOSS:
@@ -236,16 +240,13 @@ class Loop:
         rows = rows.to(self.device)
         y = self.y.index_select(0, rows)
         weights = None if self.row_weights is None else self.row_weights.index_select(0, rows)
-        with functional.dropout_state(self.masks) if self._drops() else nullcontext():
-            self.masks[1:].fill_(self.number * self.layers)
-            value = loss_of(self.problem.out_activation, self.net(x), y, weights)
-            self.optimizer.zero_grad(set_to_none=True)
-            value.backward()
+        self.masks[1:].fill_(self.number * self.layers)
+        outputs = self.net(x, self.run_with)
+        value = loss_of(self.problem.out_activation, outputs, y, weights)
+        self.optimizer.zero_grad(set_to_none=True)
+        value.backward()
         self.optimizer.step()
         loss += value.detach().double() * len(rows)
-
-    def _drops(self) -> bool:
-        return any(isinstance(m, nn.Dropout) for m in self.net)
 
 
 def loss_of(out_activation: str, z: Tensor, y: Tensor, weights: Tensor | None) -> Tensor:

@@ -106,7 +106,9 @@ def rows_of(x, rows, device: torch.device, dtype: torch.dtype) -> Tensor:
     return tensor(np.ascontiguousarray(part), device, dtype)
 
 
-def outputs(weights: Weights, activation: str, x, device: torch.device) -> np.ndarray:
+def outputs(
+    weights: Weights, activation: str, x, device: torch.device, backend: str | None
+) -> np.ndarray:
     """(n, outputs) in the weights' dtype before the output activation, of rows x (n, fan_in)."""
     dtype = torch.from_numpy(weights.coefs[0]).dtype
     layers = [
@@ -120,7 +122,7 @@ def outputs(weights: Weights, activation: str, x, device: torch.device) -> np.nd
             rows = rows_of(x, slice(start, start + ROWS), device, dtype)
             for number, (w, b) in enumerate(layers):
                 act = activation if number < len(layers) - 1 else "none"
-                slope = {"slope": slopes[number]} if act == "prelu" else {}
-                rows = functional.linear_act(rows, w, b, act, p=0.0, training=False, **slope)
+                slope = slopes[number] if act == "prelu" else None
+                rows = functional.linear_act(rows, w, b, act, slope=slope, backend=backend)
             found.append(rows.cpu())
     return torch.cat(found).numpy()

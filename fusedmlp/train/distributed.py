@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import environment
 from .errors import TrainError, UsageError
 
 # To join, and for every wait afterwards; longer than the one download that rank 0 may try.
@@ -118,7 +119,7 @@ def join(device: str) -> World:
             )
         torch.cuda.set_device(local)
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    seconds = float(os.environ.get("FUSEDMLP_DDP_SECONDS", WAIT_SECONDS))
+    seconds = float(environment.read("FUSEDMLP_DDP_SECONDS") or WAIT_SECONDS)
     try:
         dist.init_process_group(
             "nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=seconds)

@@ -98,6 +98,8 @@ def _backend(run) -> str:
         return "eager"
     if run.config.backend != "auto":
         return run.config.backend
+    if run.engine.name == "graph":
+        return run.engine.calls.backend(run.config.batch_size)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
         run.config.precision, run.task.scaling.dtype
     )

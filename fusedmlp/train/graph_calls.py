@@ -158,7 +158,8 @@ class Calls:
         layer, kind = self.layers[0], self.task.device.type
         n, k = layer.linear.weight.shape
         drops = any(one.dropping()[0] for one in self.layers)
-        route = dispatch.select("linear_act", kind, self.dtype, layer.act, drops, rows, k, n)
+        named = dispatch.named_for_engine(kind, self.dtype, "linear_act")
+        route = dispatch.select("linear_act", kind, self.dtype, layer.act, drops, rows, k, n, named)
         # Plain PyTorch's kernels, called by the names of the ops. The extension's op for a CPU is
         # in fp32 only.
         lacks = route == "native" and not dispatch.has_mlp(route, kind, self.dtype)
@@ -169,7 +170,9 @@ class Calls:
         if kind == "cpu" and dispatch.explicit(None) != "triton":
             return "reference"  # as in loss.py
         none = activations.NONE
-        route = dispatch.select("cross_entropy", kind, self.dtype, none, False, rows, 0, classes)
+        op = "cross_entropy"
+        named = dispatch.named_for_engine(kind, self.dtype, op)
+        route = dispatch.select(op, kind, self.dtype, none, False, rows, 0, classes, named)
         return "reference" if route == dispatch.EAGER else route
 
     def loss(self, outputs: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import environment
 from . import fetch
 from .data import Data, Scaling
 from .errors import TrainError
@@ -99,7 +100,7 @@ IMAGE_SETS = {
 
 
 def default_folder() -> Path:
-    if named := os.environ.get("FUSEDMLP_DATA"):
+    if named := environment.read("FUSEDMLP_DATA"):
         return Path(named)
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "fusedmlp"

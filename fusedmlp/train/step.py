@@ -26,8 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import context
 from ..functional import dropout_state
 from ..nn import FusedSequential
+from ..nn.stretches import is_fused_module
 from .data import Scaling
 from .distributed import ALONE, World
 from .errors import TrainError
@@ -58,12 +60,13 @@ class Task:
 
     @property
     def mask_layers(self) -> int:
-        """Streams that a step takes, or 0 where masks do not follow `dropout_state`.
+        """Streams that a step takes, or 0 where masks do not come from the state of the run.
 
-        Two fused modules side by side would get equal masks from it, so other models than one fused
-        network draw from torch's generator, which `fit` seeds.
+        Only one fused network can be handed a state; other models draw from torch's generator,
+        which `fit` seeds.
         """
-        return self.model.layer_count() if isinstance(self.model, FusedSequential) else 0
+        is_one = isinstance(self.model, FusedSequential) and is_fused_module(self.model)
+        return self.model.layer_count() if is_one else 0
 
 
 def autocast(device: torch.device, precision: str):
@@ -195,12 +198,13 @@ class Autograd:
             else:
                 group["lr"] = rate * factor
 
-    def _masks(self, first_row: int):
+    def _outputs(self, inputs: Tensor, first_row: int) -> Tensor:
         if not self.layers:
-            return nullcontext()
+            return self.forward(inputs)
         if first_row not in self.masks:
             self.masks[first_row] = dropout_state(self.state, row_offset=first_row)
-        return self.masks[first_row]
+        settings = context.Settings(context.now().backend, (self.masks[first_row],))
+        return self.forward(inputs, settings)
 
     def steps(self, order: Tensor, batch: int) -> None:
         for indices in order.split(batch):
@@ -221,27 +225,26 @@ class Autograd:
         task = self.task
         if not task.schedule.is_constant:
             self._set_rates(task.schedule.factor(self.number))
-        with self._masks(first_row):
-            with autocast(task.device, task.precision):
-                outputs = aligned(task.loss, self.forward(inputs), targets)
-                if task.world.size == 1:
-                    loss = loss_of(task.loss, outputs, targets, "mean", task.label_smoothing)
-                else:
-                    # DDP averages over processes, whose shares may differ: weigh by rows.
-                    loss = loss_of(task.loss, outputs, targets, "sum", task.label_smoothing)
-                    loss = loss * (task.world.size / rows)
-            self.optimizer.zero_grad(set_to_none=True)
-            if self.scaler is None:
-                loss.backward()
-                self._clip()
-                self.optimizer.step()
+        with autocast(task.device, task.precision):
+            outputs = aligned(task.loss, self._outputs(inputs, first_row), targets)
+            if task.world.size == 1:
+                loss = loss_of(task.loss, outputs, targets, "mean", task.label_smoothing)
             else:
-                self.scaler.scale(loss).backward()
-                if task.clip_norm:
-                    self.scaler.unscale_(self.optimizer)
-                self._clip()
-                self.scaler.step(self.optimizer)
-                self.scaler.update()
+                # DDP averages over processes, whose shares may differ: weigh by rows.
+                loss = loss_of(task.loss, outputs, targets, "sum", task.label_smoothing)
+                loss = loss * (task.world.size / rows)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scaler is None:
+            loss.backward()
+            self._clip()
+            self.optimizer.step()
+        else:
+            self.scaler.scale(loss).backward()
+            if task.clip_norm:
+                self.scaler.unscale_(self.optimizer)
+            self._clip()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         self.number += 1
         if self.layers:
             self.stream.add_(self.layers)

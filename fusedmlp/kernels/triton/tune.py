@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 import triton
 
+from ... import environment
 from . import configs
 from .launch import INTERPRET
 
@@ -119,7 +120,7 @@ def choose(
 ) -> configs.Tile:
     """The tile for one call on x's device; odd: of its operands, as in configs.candidates."""
     itemsize = x.element_size()
-    mode = os.environ.get("FUSEDMLP_AUTOTUNE", "")
+    mode = environment.read("FUSEDMLP_AUTOTUNE")
     if not x.is_cuda or mode == "0" or torch.are_deterministic_algorithms_enabled():
         return configs.default_tile(op, kind, m, n, k, itemsize, target, odd)
     stored = _stored(op, kind, m, n, k, itemsize, target, _table_name(x.device.index), odd)
