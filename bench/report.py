@@ -189,7 +189,9 @@ def train_table(found: dict, seeds: list[dict]) -> str:
         of = accuracies.get((row["network"], row["way"]))
         accuracy = f"{of['mean']:.4f} ± {of['deviation']:.4f}" if of else "–"
         times = [spread(row["seconds"]), spread(row["time over fusedmlp's"]), str(row["rounds"])]
-        lines.append([row["network"], row["way"], *times, accuracy, str(of["seeds"] if of else 0)])
+        lines.append(
+            [row["network"], row["way"], *times, accuracy, str(of["seeds"]) if of else "–"]
+        )
     return markdown(head, lines, 2)
 
 
