@@ -17,7 +17,7 @@ from .native import bwd, fwd, library, needs_native
 
 pytestmark = needs_native
 DTYPES = check_op.DTYPES
-ISAS = ("baseline", "avx2", "avx512")
+ISAS = extension.ISAS
 
 
 @pytest.fixture(params=ISAS)
