@@ -100,7 +100,7 @@ def test_metrics_of_equal_runs(name, each_way, tmp_path):
 def test_evaluations_of_one_network(name, each_way):
     data = made(16, 4000)
     engine = engine_of("native", network(sizes=NETWORKS[name]), data, OPTIMIZERS["sgd"])
-    found = each_way(lambda: tuple(engine.judge(data.x_test, data.y_test).tolist()), times=10)
+    found = each_way(lambda: tuple(engine.judge(data.x_test, data.y_test).tolist()), times=20)
     assert len(set(found)) == 1
     wanted = model.judge(
         "cross_entropy", model.predict(engine.task.model, data.x_test, Scaling()), data.y_test
