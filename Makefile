@@ -13,7 +13,7 @@ CLANG  = $(shell PATH="$(VENV)/bin:$$PATH" command -v clang-format)
 CSRC   = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test train lint format bench kernels readme gpu verify info clean
+.PHONY: help setup test sanitize train lint format bench kernels readme gpu verify info clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -26,6 +26,9 @@ setup:  ## make the environment (torch: about 5 GB) and build the package and it
 test: setup lint  ## lint, then every test that this machine can run; ARGS go to pytest
 	@# one OpenMP thread a worker: with as many threads as cores in each, two workers took twice as long
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
+
+sanitize: setup  ## drive the C++ core from real threads under ThreadSanitizer, AddressSanitizer and UBSan; ARGS: --only, --seed, --rounds
+	$(PY) -m build_tools.sanitize $(ARGS)
 
 train: setup  ## train the first MLP on Fashion-MNIST, or on digits without a network; ARGS go to fusedmlp train
 	$(VENV)/bin/fusedmlp train --dataset auto $(ARGS)

@@ -19,7 +19,6 @@ import platform
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -29,16 +28,17 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 
 from build_tools.toolchain import (
+    ROOT,
     CannotBuild,
     Compiler,
+    Ninja,
     Nvcc,
     Torch,
     find_ninja,
-    first_error,
     output_of,
+    x86_flags,
 )
 
-ROOT = Path(__file__).resolve().parent
 TARGETS = ("cpu", "cuda")
 WANTED = {"auto": TARGETS, "cpu": ("cpu",), "cuda": TARGETS, "none": ()}
 MODE = os.environ.get("FUSEDMLP_BUILD") or "auto"
@@ -51,54 +51,6 @@ CXX_FLAGS = (
     "-O3 -std=c++20 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall".split()
 )
 NVCC_FLAGS = "-O3 -std=c++20 -Xcompiler -fPIC,-fvisibility=hidden --expt-relaxed-constexpr".split()
-X86_FLAGS = {
-    "_avx2": "-mavx2 -mfma -mf16c".split(),
-    "_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c".split(),
-}
-
-
-class Ninja:
-    """One target's build.ninja: objects are kept, so an unchanged tree is up to date in no time."""
-
-    def __init__(self, folder):
-        self.folder = folder.relative_to(ROOT)
-        self.lines = [f"builddir = {self.escape(self.folder)}"]
-        self.objects = []
-
-    @staticmethod
-    def escape(path):
-        return re.sub(r"([$ :])", r"$\1", str(path))
-
-    def rule(self, name, command):
-        self.lines += [f"rule {name}", f"  command = {command}"]
-        if name != "link":
-            self.lines += ["  depfile = $out.d", "  deps = gcc"]
-
-    def compile(self, rule, source, flags=()):
-        name = "_".join(source.relative_to(ROOT / "csrc").parts) + ".o"
-        target = self.escape(self.folder / name)
-        self.lines += [f"build {target}: {rule} {self.escape(source.relative_to(ROOT))}"]
-        self.lines += [f"  flags = {shlex.join(flags)}"]
-        self.objects.append(target)
-
-    def run(self, library):
-        target = self.folder / library
-        self.lines += [f"build {self.escape(target)}: link {' '.join(self.objects)}", ""]
-        (ROOT / self.folder).mkdir(parents=True, exist_ok=True)
-        file = ROOT / self.folder / "build.ninja"
-        file.write_text("\n".join(self.lines))
-        command = [find_ninja(), "-f", str(file), "-j", os.environ.get("MAX_JOBS") or str(cpus())]
-        run = subprocess.run(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        if run.returncode:
-            print(run.stdout, file=sys.stderr)
-            raise CannotBuild(f"build failed: {first_error(run.stdout)}")
-        return ROOT / target
-
-
-def cpus():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def sources(*patterns):
@@ -122,9 +74,9 @@ class Builder:
         x86 = self.compiler.x86
         self.rules(ninja, ["-DFUSEDMLP_X86"] if x86 else [], ["torch_cpu"])
         for source in sources("ops_cpu.cpp", "ops_mlp_cpu.cpp", "ops_step.cpp", "cpu/*.cpp"):
-            for_x86 = next((f for end, f in X86_FLAGS.items() if source.stem.endswith(end)), None)
-            if for_x86 is None or x86:
-                ninja.compile("cxx", source, for_x86 or [])
+            flags = x86_flags(source)
+            if x86 or not flags:
+                ninja.compile("cxx", source, flags)
         return ninja.run("_native_cpu.so")
 
     def build_cuda(self):
@@ -158,7 +110,7 @@ class Builder:
         cxx = shlex.join([*self.compiler.command, *flags])
         ninja.rule("cxx", f"{cxx} $flags -MD -MF $out.d -c $in -o $out")
         folders = (f"-L{path}" for path in (self.torch.root / "lib", *folders))
-        link = [*self.compiler.command, "-shared", *folders]
+        link = [*self.compiler.command, "-shared", "-pthread", *folders]
         strict = ["-Wl,--as-needed", "-Wl,-z,defs"] if sys.platform == "linux" else []
         extra = shlex.split(os.environ.get("LDFLAGS", ""))
         tail = [*strict, *(f"-l{name}" for name in (*libraries, "c10")), *extra]

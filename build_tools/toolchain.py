@@ -15,9 +15,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 TORCH_AT_LEAST = (2, 11)
 ARCHS = ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0+PTX")
 OLDEST_ARCH = 75
+X86_FLAGS = {
+    "_avx2": "-mavx2 -mfma -mf16c".split(),
+    "_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c".split(),
+}
 
 
 class CannotBuild(Exception):
@@ -181,3 +186,52 @@ def find_ninja():
     if path is None:
         raise CannotBuild("no ninja; pip install ninja")
     return path
+
+
+def cpus():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def x86_flags(source):
+    """Of a file of kernels for one instruction set of x86, which its name ends with; else none."""
+    return next((flags for end, flags in X86_FLAGS.items() if source.stem.endswith(end)), [])
+
+
+class Ninja:
+    """One target's build.ninja: objects are kept, so an unchanged tree is up to date in no time."""
+
+    def __init__(self, folder):
+        self.folder = folder.relative_to(ROOT)
+        self.lines = [f"builddir = {self.escape(self.folder)}"]
+        self.objects = []
+
+    @staticmethod
+    def escape(path):
+        return re.sub(r"([$ :])", r"$\1", str(path))
+
+    def rule(self, name, command):
+        self.lines += [f"rule {name}", f"  command = {command}"]
+        if name != "link":
+            self.lines += ["  depfile = $out.d", "  deps = gcc"]
+
+    def compile(self, rule, source, flags=()):
+        name = "_".join(source.relative_to(ROOT / "csrc").parts) + ".o"
+        target = self.escape(self.folder / name)
+        self.lines += [f"build {target}: {rule} {self.escape(source.relative_to(ROOT))}"]
+        self.lines += [f"  flags = {shlex.join(flags)}"]
+        self.objects.append(target)
+
+    def run(self, library):
+        target = self.folder / library
+        self.lines += [f"build {self.escape(target)}: link {' '.join(self.objects)}", ""]
+        (ROOT / self.folder).mkdir(parents=True, exist_ok=True)
+        file = ROOT / self.folder / "build.ninja"
+        file.write_text("\n".join(self.lines))
+        command = [find_ninja(), "-f", str(file), "-j", os.environ.get("MAX_JOBS") or str(cpus())]
+        run = subprocess.run(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        if run.returncode:
+            print(run.stdout, file=sys.stderr)
+            raise CannotBuild(f"build failed: {first_error(run.stdout)}")
+        return ROOT / target

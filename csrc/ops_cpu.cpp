@@ -2,19 +2,10 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include "ops_common.h"
+#include "parallel_for.h"
 
 namespace fusedmlp {
 namespace {
-
-int parallel_for(
-    int64_t begin,
-    int64_t end,
-    int64_t grain,
-    void (*body)(int64_t, int64_t, void*),
-    void* context
-) {
-    return torch_parallel_for(begin, end, grain, body, context);
-}
 
 // What ops_common.h asks of a device. The GEMM is that of F.linear, called without the dispatcher:
 // no autograd, no autocast.

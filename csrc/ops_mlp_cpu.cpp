@@ -5,19 +5,10 @@
 
 #include "cpu/mlp.h"
 #include "mlp_lists.h"
+#include "parallel_for.h"
 
 namespace fusedmlp {
 namespace {
-
-int parallel_for(
-    int64_t begin,
-    int64_t end,
-    int64_t grain,
-    void (*body)(int64_t, int64_t, void*),
-    void* context
-) {
-    return torch_parallel_for(begin, end, grain, body, context);
-}
 
 Tensor fresh(const int64_t* sizes, int64_t dim) {
     int64_t strides[kMaxDims];

@@ -62,7 +62,7 @@ int64_t train_steps(
         return needed;
     p.work = static_cast<float*>(wv.data());
     data.check_order(p);
-    if (cpu::launch_steps(p, step_parallel_for))
+    if (cpu::launch_steps(p, parallel_for))
         throw std::runtime_error("train_steps: the CPU kernel failed");
     return needed;
 }
@@ -176,7 +176,7 @@ int64_t train_many(
         return needed;
     check_orders(data, all);
     auto* memory = static_cast<float*>(wv.data());
-    if (cpu::launch_many(all, memory, wv.sizes[0], wv.sizes[1], step_parallel_for))
+    if (cpu::launch_many(all, memory, wv.sizes[0], wv.sizes[1], parallel_for))
         throw std::runtime_error("train_many: the CPU kernel failed");
     return needed;
 }
@@ -232,7 +232,7 @@ int64_t judge_many(
         return needed;
     check_orders(data, all);
     auto* memory = static_cast<float*>(wv.data());
-    if (cpu::launch_judge_many(all, memory, wv.sizes[0], wv.sizes[1], step_parallel_for))
+    if (cpu::launch_judge_many(all, memory, wv.sizes[0], wv.sizes[1], parallel_for))
         throw std::runtime_error("judge_many: the CPU kernel failed");
     return needed;
 }
@@ -267,7 +267,7 @@ int64_t judge_rows(
         return needed;
     p.work = static_cast<float*>(wv.data());
     data.check_order(p);
-    if (cpu::launch_judge(p, step_parallel_for))
+    if (cpu::launch_judge(p, parallel_for))
         throw std::runtime_error("judge_rows: the CPU kernel failed");
     return needed;
 }

@@ -11,6 +11,7 @@
 
 #include "checks.h"
 #include "cpu/step.h"
+#include "parallel_for.h"
 
 namespace fusedmlp {
 
@@ -19,16 +20,6 @@ constexpr size_t kFloats = 8;  // alpha, scale, then learning rate and weight de
 constexpr size_t kParams = 3;  // w, b, slope; one that is not there has no elements
 
 using Tensors = std::vector<Tensor>;
-
-inline int step_parallel_for(
-    int64_t begin,
-    int64_t end,
-    int64_t grain,
-    void (*body)(int64_t, int64_t, void*),
-    void* context
-) {
-    return torch_parallel_for(begin, end, grain, body, context);
-}
 
 inline View checked(const char* op, const char* name, const Tensor& t, int32_t dtype) {
     const View v(t);

@@ -18,7 +18,7 @@ VARIABLES = {
     "FUSEDMLP_DDP_SECONDS": "how long a process waits for the others of a torchrun; default 180",
     "FUSEDMLP_AUTOTUNE": "1 lets a call tune its Triton tiles; 0 ignores the kept ones",
 }
-_CHOICES = {
+CHOICES = {
     "FUSEDMLP_BACKEND": ("native", "triton", "reference"),
     "FUSEDMLP_CPU_ISA": ("baseline", "avx2", "avx512"),
     "FUSEDMLP_BUILD": ("auto", "cpu", "cuda", "none"),
@@ -28,8 +28,8 @@ _CHOICES = {
 
 def _wanted(name: str, value: str) -> str | None:
     """What the variable must be, where it is not."""
-    if name in _CHOICES:
-        return None if value in _CHOICES[name] else f"one of {', '.join(_CHOICES[name])}"
+    if name in CHOICES:
+        return None if value in CHOICES[name] else f"one of {', '.join(CHOICES[name])}"
     if name == "FUSEDMLP_DDP_SECONDS":
         try:
             seconds = float(value)

@@ -34,7 +34,33 @@ def _extension_lines() -> list[str]:
         lines[0] += f", CUDA {build['cuda']}, {' '.join(build.get('archs') or [])}"
     for target, reason in (build.get("left_out") or {}).items():
         lines.append(f"            {target} left out: {reason}")
-    return lines
+    return lines + _isa_lines()
+
+
+def _isa_lines() -> list[str]:
+    """The instruction set of the CPU kernels, where they can be opened."""
+    from .kernels.native import extension
+
+    if _unavailable(dispatch.BACKENDS[0], "cpu") is not None:
+        return []
+    asked, used = extension.asked_isa(), extension.cpu_isa()
+    short = "" if asked in (None, used) else f"; this processor lacks {asked}, which was asked for"
+    return [f"            the CPU kernels use {used}{short}"]
+
+
+def _unavailable(backend: dispatch.Backend, device: str) -> str | None:
+    """A report names a wrong value of the environment, which ends a call."""
+    try:
+        return backend.unavailable(device)
+    except ValueError as error:
+        return str(error)
+
+
+def _choice(p: float, device: str) -> str:
+    try:
+        return str(dispatch.explain(p=p, device=device)).splitlines()[0]
+    except ValueError as error:
+        return str(error)
 
 
 def lines() -> list[str]:
@@ -73,7 +99,7 @@ def lines() -> list[str]:
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for backend in dispatch.BACKENDS:
         for device in devices:
-            reason = backend.unavailable(device)
+            reason = _unavailable(backend, device)
             takes = ", ".join(dtypes.SHORT[d] for d in backend.dtypes)
             for op in dispatch.OPS:
                 state = f"ok ({takes})" if reason is None else reason
@@ -95,7 +121,7 @@ def _choices(devices: list[str]) -> list[str]:
         return [*out, f"  none: {error}"]
     for device in devices:
         for p in (0.0, 0.5):
-            out.append("  " + str(dispatch.explain(p=p, device=device)).splitlines()[0])
+            out.append("  " + _choice(p, device))
         if device != "cpu" and named is None:
             out.append(f"  {policy.unmeasured(device)}")
     if named is not None:

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from fusedmlp import activations, rng
+from fusedmlp import activations, environment, rng
 from fusedmlp.kernels.native import extension
 
 from . import check_op
@@ -17,7 +17,7 @@ from .native import bwd, fwd, library, needs_native
 
 pytestmark = needs_native
 DTYPES = check_op.DTYPES
-ISAS = ("baseline", "avx2", "avx512")
+ISAS = environment.CHOICES["FUSEDMLP_CPU_ISA"]  # from the lowest up
 
 
 @pytest.fixture(params=ISAS)

@@ -135,11 +135,11 @@ Fold make_fold(int64_t fold, int64_t cols) {
     thread_local int64_t known_fold = 0, known_cols = 0;
     const int64_t per_row = ceil_div(cols, kPhiloxColumns), groups = fold * per_row;
     const int64_t padded = groups + 16;  // whole draws
+    const bool is_known = known_fold == fold && known_cols == cols;
+    known_fold = known_cols = 0;  // should there be no memory
     auto* row = static_cast<uint32_t*>(scratch(kFoldSlot, size_t(3 * padded) * sizeof(uint32_t)));
     uint32_t *group = row + padded, *offset = group + padded;
-    if (known_fold != fold || known_cols != cols) {
-        known_fold = fold;
-        known_cols = cols;
+    if (!is_known) {
         for (int64_t q = 0; q < padded; ++q) {
             row[q] = uint32_t(q / per_row);
             group[q] = uint32_t(q % per_row);
@@ -147,6 +147,8 @@ Fold make_fold(int64_t fold, int64_t cols) {
             offset[q] = uint32_t(q < groups ? at : fold * cols);
         }
     }
+    known_fold = fold;
+    known_cols = cols;
     return {fold, groups, row, group, offset};
 }
 

@@ -110,7 +110,10 @@ class Step {
             body(Rows{begin, std::min(r.end, begin + block)}, begin / block);
     }
 
-    const float* input(size_t i) const { return i == 0 ? b_.x : b_.y[i - 1]; }
+    // Row 0 of y, were the rows before r as far apart as those of r: r has the memory of its own
+    // rows alone, whatever other layers keep in the same buffer.
+    float* y(size_t i, Rows r) const { return b_.y[i] + r.begin * (b_.room[i] - b_.ld[i]); }
+    const float* input(size_t i, Rows r) const { return i == 0 ? b_.x : y(i - 1, r); }
     int64_t input_ld(size_t i) const { return i == 0 ? b_.x_ld : b_.ld[i - 1]; }
 
     EpilogueParams epilogue(const StepLayer& l, Rows r) const {
@@ -143,10 +146,11 @@ class Step {
     void forward(size_t i, Rows r, ParallelFor parallel) {
         const StepLayer& l = p_.layers[i];
         const int64_t ld = b_.ld[i], from = input_ld(i);
-        float* out = b_.h[i] ? b_.h[i] : b_.y[i];
+        float* const to = y(i, r);
+        float* const out = b_.h[i] ? b_.h[i] : to;
         Gemm g{};
         g.c = out + r.begin * ld, g.ldc = ld;
-        g.a = input(i) + r.begin * from, g.a_row = from, g.a_col = 1;
+        g.a = input(i, r) + r.begin * from, g.a_row = from, g.a_col = 1;
         const bool in_panels = b_.forward[i] && !is_of_dots(rows_, l.n, l.k);
         g.b = in_panels ? b_.forward[i] : l.w.value, g.ldb = l.k;
         g.b_is = in_panels ? Layout::kPanels : Layout::kAcross;
@@ -155,13 +159,13 @@ class Step {
         failed |= launch_gemm(g, parallel);
         blocks_in(r, [&](Rows block, int64_t) {
             const int64_t at = block.begin * ld;
-            failed |= forward_rows({b_.y[i] + at, out + at, epilogue(l, block)}, ld, parallel);
+            failed |= forward_rows({to + at, out + at, epilogue(l, block)}, ld, parallel);
         });
     }
 
     // Turns the outputs into their gradient.
     void loss(Rows r) {
-        float* out = b_.y.back();
+        float* out = y(p_.layers.size() - 1, r);
         const StepLayer& last = p_.layers.back();
         // An activation that is read off its output must find it again.
         if (last.saves == kSavesY) {
@@ -223,7 +227,7 @@ class Step {
             Gemm g{};
             g.c = b_.dw[i], g.ldc = l.k;
             g.a = b_.dz[i], g.a_row = 1, g.a_col = b_.ld[i];
-            g.b = input(i), g.ldb = input_ld(i);
+            g.b = input(i, {0, rows_}), g.ldb = input_ld(i);
             g.b_is = Layout::kRows, g.b_padded = true;
             g.m = l.n, g.n = l.k, g.k = rows_;
             const GemmPlan plan = plan_gemm(g, kParts);

@@ -64,7 +64,8 @@ Buffers lay_out(const StepParams& p, float* base) {
     b.x = arena.take(m * b.x_ld);
     for (size_t i = 0; i < p.layers.size(); ++i) {
         const StepLayer& l = p.layers[i];
-        b.y.push_back(arena.take(m * b.ld[i]));
+        b.room.push_back(b.ld[i]);
+        b.y.push_back(arena.take(m * b.room[i]));
         b.h.push_back(l.saves == kSavesZ ? arena.take(m * b.ld[i]) : nullptr);
         const bool is_free = &l == &p.layers.back() && l.saves != kSavesY;
         b.dz.push_back(is_free ? b.y.back() : arena.take(m * b.ld[i]));
@@ -95,9 +96,11 @@ Buffers lay_out_forward(const StepParams& p, float* base) {
     }
     b.x_ld = apart(p.layers[0].k);
     b.x = arena.take(m * b.x_ld);
-    // Two activations are alive at a time.
+    // Two activations of a row are alive at a time. Blocks of rows run through the layers each at
+    // its own pace, so a row has the same room in all of them.
     float* const turns[2] = {arena.take(m * widest), arena.take(m * widest)};
     for (size_t i = 0; i < p.layers.size(); ++i) {
+        b.room.push_back(widest);
         b.y.push_back(turns[i % 2]);
         b.h.push_back(nullptr);
     }

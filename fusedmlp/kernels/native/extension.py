@@ -1,7 +1,8 @@
 """Opens the compiled extension once per device type, or says why it cannot.
 
 Two shared objects, as the CUDA one needs libtorch_cuda: _native_cpu.so and _native_cuda.so, beside
-a _build_info.json that the build writes. Never compiles anything and never raises.
+a _build_info.json that the build writes. Never compiles anything, and raises only for a value of
+FUSEDMLP_CPU_ISA that does not exist.
 """
 
 from __future__ import annotations
@@ -9,16 +10,22 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import logging
+import os
+import struct
 from pathlib import Path
 
 import torch
 
-from ... import activations
+from ... import activations, environment
+
+log = logging.getLogger("fusedmlp")
 
 _FOLDER = Path(__file__).resolve().parents[2]
 _TARGETS = {"cpu": "cpu", "cuda": "cuda"}  # device type -> build target
 _OLDEST_TORCH = (2, 11)
 _HOW = "FUSEDMLP_BUILD={} pip install --no-build-isolation ."
+_NEVER = {("cross_entropy", "cpu")}  # PyTorch's own is as fast there
 
 
 def library(target: str) -> Path:
@@ -34,11 +41,60 @@ def build_info() -> dict | None:
         return None
 
 
-def _activation_ids(path: Path) -> str:
-    """'none=0 relu=1 ...' as the library was compiled."""
-    table = ctypes.CDLL(str(path)).fusedmlp_activations
-    table.restype = ctypes.c_char_p
-    return table().decode()
+def _answer(path: Path, function: str) -> str:
+    """Of a function of the library that returns a text."""
+    call = getattr(ctypes.CDLL(str(path)), function)
+    call.restype = ctypes.c_char_p
+    return call().decode()
+
+
+def asked_isa() -> str | None:
+    """FUSEDMLP_CPU_ISA, or None; ValueError where there is no such instruction set."""
+    return environment.read("FUSEDMLP_CPU_ISA")
+
+
+def cpu_isa() -> str:
+    """The instruction set in use, which is lower than the one that was asked for where the
+    processor lacks that. The extension for the CPU can be opened."""
+    return _answer(library("cpu"), "fusedmlp_cpu_isa")
+
+
+def _ends_early(path: Path) -> bool:
+    """Whether the file lacks bytes that its ELF headers name: to read them from a mapping of it
+    ends the process. What is no ELF file is left to the loader, which refuses it."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(64)
+        if len(head) < 64 or head[:6] != b"\x7fELF\x02\x01":
+            return False
+        segments, sections = struct.unpack_from("<QQ", head, 32)
+        length, count, each, number = struct.unpack_from("<HHHH", head, 54)
+        file.seek(segments)
+        table = file.read(length * count)
+        if len(table) < length * count or sections + each * number > size:
+            return True
+        # The offset and the length in the file of each segment.
+        parts = (struct.unpack_from("<Q16xQ", table, i * length + 8) for i in range(count))
+        return any(at + bytes_ > size for at, bytes_ in parts)
+
+
+def _lacks(device_type: str) -> list[str]:
+    """The ops that this version has for the device and the opened library does not."""
+    from ... import ops
+
+    has, key = torch._C._dispatch_has_kernel_for_dispatch_key, device_type.upper()
+    wanted = (name for name in ops.SCHEMAS if (name, device_type) not in _NEVER)
+    return [name for name in wanted if not has(f"fusedmlp::{name}.native", key)]
+
+
+def _one_thread() -> None:
+    """Torch's threads do not survive a fork: a child that asks for them waits for ever."""
+    torch.set_num_threads(1)
+
+
+@functools.cache
+def _watch_forks() -> None:
+    os.register_at_fork(after_in_child=_one_thread)
 
 
 def _not_built(target: str) -> str:
@@ -58,31 +114,42 @@ def _torch_version() -> tuple[int, int]:
 @functools.cache
 def unavailable(device_type: str) -> str | None:
     """Why no native kernel runs on tensors of this device type, or None; opens the library."""
+    _watch_forks()
     target = _TARGETS.get(device_type)
     if target is None:
         return f"the extension has kernels for cpu and cuda tensors, not for {device_type!r}"
     path = library(target)
     if not path.exists():
         return _not_built(target)
+    isa = asked_isa()
     built_for = (build_info() or {}).get("torch", "an unknown torch")
     if _torch_version() < _OLDEST_TORCH:
         return f"the extension needs torch 2.11 or newer, this is {torch.__version__}"
     if device_type == "cuda" and torch.version.cuda is None:
         return f"this torch ({torch.__version__}) is not a CUDA build"
+    rebuild = f"rebuild with {_HOW.format(target)}"
     try:
+        if _ends_early(path):
+            return f"{path.name} is damaged: the file ends early; {rebuild}"
         torch.ops.load_library(str(path))
-        found = _activation_ids(path)
+        found = _answer(path, "fusedmlp_activations")
     except (OSError, AttributeError) as error:
         return (
             f"{path.name}, built for torch {built_for}, cannot be opened under torch "
-            f"{torch.__version__}: {error}; rebuild with {_HOW.format(target)}"
+            f"{torch.__version__}: {error}; {rebuild}"
         )
     expected = " ".join(f"{a.name}={a.id}" for a in activations.TABLE)
     if found != expected:
         return (
             f"{path.name} was built from another version: its activations are '{found}', wanted "
-            f"'{expected}'; rebuild with {_HOW.format(target)}"
+            f"'{expected}'; {rebuild}"
         )
+    if lacking := _lacks(device_type):
+        return (
+            f"{path.name} was built from another version: it has no {', '.join(lacking)}; {rebuild}"
+        )
+    if device_type == "cpu" and isa is not None and cpu_isa() != isa:
+        log.info("FUSEDMLP_CPU_ISA=%s: this processor lacks it, %s is used", isa, cpu_isa())
     return _no_gpu_for_it() if device_type == "cuda" else None
 
 

@@ -1,0 +1,23 @@
+"""The C++ core under ThreadSanitizer, in the short form of `make sanitize`."""
+
+import pytest
+
+from build_tools import sanitize
+from build_tools.toolchain import CannotBuild
+
+
+@pytest.mark.slow
+def test_no_race_is_found_but_the_planted_one():
+    printed = []
+    try:
+        ok = sanitize.sanitize("thread", rounds=1, say=printed.append)
+    except CannotBuild as reason:
+        pytest.skip(str(reason))
+    text = "\n".join(printed)
+    assert ok, text
+    assert "thread: clean" in text and "planted race: found" in text
+
+
+def test_what_is_planted_is_still_there_to_be_replaced():
+    name, right, _ = sanitize.PLANTED
+    assert (sanitize.ROOT / name).read_text().count(right) == 1
