@@ -18,6 +18,7 @@ from pathlib import Path
 TORCH_AT_LEAST = (2, 11)
 ARCHS = ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0+PTX")
 OLDEST_ARCH = 75
+NVCC_FLAGS = "-O3 -std=c++20 -Xcompiler -fPIC,-fvisibility=hidden --expt-relaxed-constexpr".split()
 
 
 class CannotBuild(Exception):
