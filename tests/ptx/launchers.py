@@ -104,9 +104,10 @@ def chosen() -> library.Library:
     return _typed(Chosen.other or library.library(Chosen.arch))
 
 
-def set_machine(seed: int | None = None, approximations: int = 0) -> None:
-    """The order of warps: side by side or random. Which end of their documented error
-    approximations take: -1 or 1, or none, 0."""
+def set_machine(arch=library.ARCHS[0], seed: int | None = None, approximations: int = 0) -> None:
+    """The target; the order of warps, side by side or by a seed; which end of their documented
+    error approximations take, -1 or 1, or none, 0."""
+    Chosen.arch = arch
     chosen().machine.order(seed)
     Approximations.side = approximations
 

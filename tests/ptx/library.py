@@ -8,8 +8,10 @@ import fcntl
 import hashlib
 import re
 import shlex
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from ctypes import CFUNCTYPE, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from functools import cache
 from pathlib import Path
@@ -18,6 +20,7 @@ from build_tools.toolchain import NVCC_FLAGS, CannotBuild, Nvcc, Torch
 
 from .machine import Machine
 from .memory import Fault
+from .parse import Kernel, kernels_of
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -86,6 +89,35 @@ def ptx_of(library: Path) -> list[str]:
     return [text.rstrip(b"\0").decode() for text in found]
 
 
+def mistaken(arch: int, name: str, edits, keep=()) -> dict[str, Kernel]:
+    """Kernels of one .cu with `edits` made to the sources: (file, pattern, replacement) each.
+
+    `keep` are edits that leave fewer kernels to compile. Host code stays that of the library, so
+    names are without the part that depends on the file.
+    """
+    csrc = {p.name: p for folder in ("cuda", "common") for p in (CSRC / folder).iterdir()}
+    texts = {file: path.read_text() for file, path in csrc.items()}
+    for file, there, instead in [*edits, *keep]:
+        texts[file], changed = re.subn(there, instead, texts[file], flags=re.S)
+        if not changed:
+            raise LookupError(f"{there} is not in {file} any more")
+    key = _key(*(t.encode() for t in texts.values()), name.encode(), nvcc().version.encode())
+    copy = FOLDER / f"{key}-sources"
+    for file, path in csrc.items():
+        target = copy / path.relative_to(CSRC)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(texts[file])
+    flags = [*NVCC_FLAGS, f"-arch=compute_{arch}", f"-I{copy}"]
+    ptx = _once(FOLDER / f"{key}.ptx", [nvcc().path, *flags, "-ptx", str(copy / "cuda" / name)])
+    shutil.rmtree(copy, ignore_errors=True)
+    return {plain_name(k): kernel for k, kernel in kernels_of(ptx.read_text()).items()}
+
+
+def plain_name(kernel: str) -> str:
+    """Without what nvcc adds to names of an anonymous namespace."""
+    return re.sub(r"_GLOBAL__N__[0-9a-f]{8}_\d+_\w+?_cu_[0-9a-f]{8}", "", kernel)
+
+
 class Library:
     """The launchers of csrc/cuda, on a machine."""
 
@@ -105,7 +137,7 @@ class Library:
         if kernel is None:
             return INVALID_FUNCTION
         values = ctypes.string_at(params, kernel.param_bytes)
-        return self._guarded(self.machine.launch, kernel.name, blocks, threads, shared, values)
+        return self._guarded(self.machine.launch, name.decode(), blocks, threads, shared, values)
 
     def _fill(self, at, value, size):
         return self._guarded(self.machine.fill, at, value, size)
@@ -118,6 +150,19 @@ class Library:
             self.fault = fault
             return LAUNCH_FAILURE
         return 0
+
+    @contextmanager
+    def replaced(self, kernels: dict[str, Kernel]):
+        """Other code for kernels, by plain name."""
+        machine, before = self.machine, dict(self.machine.kernels)
+        names = {name: plain_name(name) for name in before}
+        machine.kernels |= {n: kernels[plain] for n, plain in names.items() if plain in kernels}
+        machine.codes.clear()
+        try:
+            yield
+        finally:
+            machine.kernels = before
+            machine.codes.clear()
 
     def raise_fault(self, error: int) -> None:
         """After a call that returned `error`."""

@@ -204,21 +204,41 @@ def _blocks(statements: list) -> list[Block]:
 
 
 def _find_live(blocks: list[Block]) -> None:
+    """Sets of registers as the bits of integers: a kernel has thousands."""
+    bits, names = {}, []
+
+    def bit(register):
+        if register not in bits:
+            bits[register] = 1 << len(names)
+            names.append(register)
+        return bits[register]
+
     used = []
     for block in blocks:
-        before, written = set(), set()
+        before = written = 0
         for i in block.code:
-            before |= set(i.reads) - written
-            written |= set(i.writes)
+            for r in i.reads:
+                before |= bit(r) & ~written
+            for r in i.writes:
+                written |= bit(r)
         used.append((before, written))
+    live = [0] * len(blocks)
     changed = True
     while changed:
         changed = False
         for block, (before, written) in reversed(list(zip(blocks, used, strict=True))):
-            after = set().union(*(blocks[s].live_in for s in block.successors))
-            live = before | (after - written)
-            changed |= live != block.live_in
-            block.live_in = live
+            after = 0
+            for s in block.successors:
+                after |= live[s]
+            found = before | (after & ~written)
+            changed |= found != live[block.index]
+            live[block.index] = found
+    for block in blocks:
+        left, block.live_in = live[block.index], set()
+        while left:
+            last = left & -left
+            block.live_in.add(names[last.bit_length() - 1])
+            left ^= last
 
 
 def _find_undefined(blocks: list[Block]) -> None:
