@@ -1,4 +1,4 @@
-"""The CUDA kernels without a GPU: the PTX that nvcc makes of csrc/cuda, on the machine of tests/ptx.
+"""The CUDA kernels without a GPU: the PTX that nvcc makes of csrc/cuda, on the CPU (tests/ptx).
 
 Values and masks against the reference: every kernel, dtype, activation and alignment that the host
 code can choose, for two targets, warps in order and at random, approximations at both ends of their
@@ -53,11 +53,16 @@ def keep(m, n, p):
 
 
 def assert_within_budget(case, inputs, **got):
-    """The outputs and gradients given are within the error budget."""
+    """The outputs and gradients given are within the error budget.
+
+    Where all approximations are as bad as they may be, within 1.5 times it: PyTorch on a GPU has
+    the same approximations in its own error, PyTorch on the CPU, the yardstick here, has not.
+    """
     truth, yardstick = check_op.oracle(case, inputs), check_op.plain(case, inputs)
+    allowed = 1.5 if launchers.Approximations.side else 1.0
     for name, t in got.items():
         share = check_op.excess(t, yardstick[name], truth[name], case.dtype)
-        assert share <= 1, f"{case}: {name} uses {share:.2f} of the error budget"
+        assert share <= allowed, f"{case}: {name} uses {share:.2f} of the error budget"
 
 
 def run_elementwise(case, inputs):
@@ -164,9 +169,10 @@ def test_the_output_may_be_the_input():
 
 # --- linear_act ---------------------------------------------------------------------------------
 
-# (M, K, N): one; ragged in all; exact tiles; one off; a long K; rows of one chunk; no K
+# (M, K, N): one; ragged in all; exact tiles; one off; a long K; rows of one chunk; no K; and K with
+# one step more than a multiple of the stages, for the small, the medium and the large tile
 PRODUCTS = [(1, 1, 1), (37, 53, 29), (64, 64, 64), (129, 72, 65), (16, 784, 24), (70, 8, 10),
-            (33, 0, 40)]  # fmt: skip
+            (33, 0, 40), (40, 260, 40), (70, 200, 72), (130, 130, 64)]  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", PRODUCTS, ids=str)
@@ -247,18 +253,16 @@ def test_cross_entropy_of_infinite_logits_and_of_unknown_targets():
 
 
 @pytest.mark.slow
-def test_the_op_suite_passes_on_emulated_kernels():
+def test_the_op_suite_passes_on_the_ptx_machine():
     """Checks, views, allocations and routes of ops_cuda.cpp with every kernel, on CPU tensors."""
     names = ("ops", "corners", "checks", "mlp_op", "cross_entropy")
     files = [f"tests/test_{name}.py" for name in names]
     chosen = "native and not threads and not extension"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command += ["-p", "tests.emulated_native", *files, "-k", chosen]
+    command += ["-p", "tests.ptx.binding", *files, "-k", chosen]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
-    run = subprocess.run(
-        command, cwd=launchers.ROOT, env=environment, capture_output=True, text=True
-    )
+    run = subprocess.run(command, cwd=library.ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     passed = re.search(r"(\d+) passed", run.stdout)
-    launches = re.search(r"emulated launches: (\d+)", run.stdout)
+    launches = re.search(r"launches on the PTX machine: (\d+)", run.stdout)
     assert int(passed[1]) > 100 and int(launches[1]) > 1000, run.stdout[-1000:]

@@ -46,10 +46,11 @@ class Mistake:
 
 def products():
     """Ragged in all sizes, K of four steps of three stages and of two."""
-    for m, k, n in ((70, 200, 72), (130, 72, 60), (65, 520, 136)):
+    for m, k, n in ((70, 203, 72), (130, 72, 60), (65, 520, 136)):
         case = Case("linear_act", m, k, n, "relu", 0.3, torch.bfloat16)
         inputs = case.inputs()
         inputs["x"] = kernels.aligned(inputs["x"], pad=8)
+        inputs["w"] = kernels.aligned(inputs["w"])
         args = inputs["x"], inputs["w"], inputs["b"], None, kernels.STATE
         args += kernels.numbers("relu", 0.3, layer=0, row_offset=0)
         y, _ = launchers.linear_act_fwd(*args, tile="medium")
@@ -58,7 +59,7 @@ def products():
 
 
 def elements():
-    """Several chunks and tiles of columns; rows of 16 bytes and not; one slope, and one a column."""
+    """Several chunks and tiles of columns; rows of 16 bytes and not; one slope, or one a column."""
     for m, n, act, slopes in ((600, 40, "prelu", 1), (300, 37, "prelu", 0), (40, 1031, "relu", 0)):
         case = Case("bias_act_dropout", m, 0, n, act, 0.3, torch.float32, slope_elements=slopes)
         inputs = case.inputs()
@@ -98,30 +99,30 @@ OUTSIDE = "outside of every tensor"
 MISTAKES = [
     # barriers and asynchronous copies
     Mistake("no barrier between stages", "linear_act.cu",
-            r"(one before it, which is fetched into next\.\s*)sync_block\(\);", r"\1", BARRIER),
+            r"(one before it, which is fetched into next\.\s*)__syncthreads\(\);", r"\1", BARRIER),
     Mistake("no barrier before the staging area", "linear_act.cu",
-            r"sync_block\(\);  // the stages become[^\n]*", "", BARRIER),
+            r"__syncthreads\(\);  // the stages become[^\n]*", "", BARRIER),
     Mistake("no warp barrier before the staging area is read", "linear_act.cu",
-            r"sync_warp\(\);", "", BARRIER),
+            r"__syncwarp\(\);", "", BARRIER),
     Mistake("one group too few waited for", "linear_act.cu",
             r"cp_async_wait<TILE::STAGES - 2>", "cp_async_wait<TILE::STAGES - 1>", COPY),
     Mistake("never waited", "linear_act.cu", r"cp_async_wait<TILE::STAGES - 2>\(\);", "", COPY),
     Mistake("a group not closed", "linear_act.cu",
             r"next \* TILE::BK\);\s*cp_async_commit\(\);", "next * TILE::BK);", COPY),
     Mistake("fetched into the stage in use", "linear_act.cu",
-            r"free = TILE::STAGES - 1;", "free = 0;", BARRIER),
+            r"free = TILE::STAGES - 1;", "free = 0;", COPY),
     Mistake("no barrier before the partial sums", "column_sums.cuh",
-            r"= mine\[j\];\s*sync_block\(\);", "= mine[j];", BARRIER),
+            r"= mine\[j\];\s*__syncthreads\(\);", "= mine[j];", BARRIER),
     Mistake("no barrier before sums are written over", "column_sums.cuh",
-            r"\+ column\];\s*sync_block\(\);", "+ column];", BARRIER),
+            r"\+ column\];\s*__syncthreads\(\);", "+ column];", BARRIER),
     Mistake("no barrier after the partial sums", "column_sums.cuh",
-            r"(\(parts, columns\)\s*)sync_block\(\);", r"\1", BARRIER),
+            r"(\(parts, columns\)\s*)__syncthreads\(\);", r"\1", BARRIER),
     Mistake("no barrier before the sum of all columns", "column_sums.cuh",
-            r"sync_block\(\);\s*if \(ONE && thread == 0\)", "if (ONE && thread == 0)", BARRIER),
+            r"__syncthreads\(\);\s*if \(ONE && thread == 0\)", "if (ONE && thread == 0)", BARRIER),
     Mistake("no barrier before the sums of parts", "column_sums.cu",
-            r"= sum;\s*sync_block\(\);", "= sum;", BARRIER),
+            r"= sum;\s*__syncthreads\(\);", "= sum;", BARRIER),
     Mistake("a barrier that some threads pass by", "column_sums.cu",
-            r"= sum;\s*sync_block\(\);", "= sum;\n    if (col < p.cols)\n        sync_block();",
+            r"= sum;\s*__syncthreads\(\);", "= sum; if (col < p.cols) __syncthreads();",
             "others do not reach"),
     # bounds, strides, alignment
     Mistake("rows beyond the last are stored", "linear_act.cu",
@@ -137,7 +138,7 @@ MISTAKES = [
     Mistake("one group too many", "bias_act_dropout_fwd.cu",
             r"at >= p\.groups", "at > p.groups", OUTSIDE),
     Mistake("the last group of a row is not masked", "numeric.cuh",
-            r"if \(j < count\)\s*store", "store"),
+            r"if \(j < count\)\s*at\[j\]", "at[j]"),
     Mistake("vectors of a row of any length", "epilogue.cuh",
             r"is_aligned && count == kEight", "is_aligned"),
     Mistake("a chunk of rows one too long", "column_sums.cuh",
@@ -157,12 +158,13 @@ MISTAKES = [
     Mistake("sums start anywhere", "linear_act.cu",
             r"sums\[TILE::WM / 16\]\[TILE::WN / 8\]\[4\] = \{\};",
             "sums[TILE::WM / 16][TILE::WN / 8][4];"),
-    Mistake("windows of the mask one bit off", "philox.h", r"words\.w\[k\] >> 16", "words.w[k] >> 15"),
+    Mistake("windows of the mask one bit off", "philox.h",
+            r"words\.w\[k\] >> 16", "words.w[k] >> 15"),
     Mistake("the mask by the row alone", "bias_act_dropout_bwd.cu",
             r"mask_row, uint32_t\(col / kEight\)", "mask_row, 0u"),
     Mistake("half of the warp", "cross_entropy.cu",
             r"int mask = kWarp / 2; mask > 0", "int mask = kWarp / 4; mask > 0"),
-    Mistake("the next row's target", "cross_entropy.cu", r"p\.target \+ row\)", "p.target + row + 1)"),
+    Mistake("the next row's target", "cross_entropy.cu", r"p\.target\[row\]", "p.target[row + 1]"),
 ]  # fmt: skip
 
 

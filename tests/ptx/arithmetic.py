@@ -201,7 +201,7 @@ def _accumulate(left, right, add):
 
 
 def ldmatrix_x4(rows):
-    """rows (lanes, 4 words): lane 8 i + r has row r of matrix i; word l % 4 of row l / 4 for lane l."""
+    """rows (lanes, 4): of lane 8 i + r, row r of matrix i. Lane l gets word l % 4 of row l / 4."""
     d = rows.reshape(-1, 4, 32).transpose(1, 0, 2).reshape(4, -1)
     return d[0], d[1], d[2], d[3]
 

@@ -40,6 +40,11 @@ class Code:
             self.live[index] = dict.fromkeys([*names, *(n + "_bad" for n in names)])
         return self.live[index]
 
+    @property
+    def share_run(self) -> float:
+        sizes = [len(block.code) for block in self.kernel.blocks]
+        return sum(sizes[i] for i in self.functions) / sum(sizes)
+
     def function(self, index: int):
         if index not in self.functions:
             self.functions[index] = self.translator.function(self.kernel.blocks[index])
@@ -129,7 +134,7 @@ class Batch:
         self.warp_sync = np.full(len(blocks) * self.warps, start)
         self.committed = np.zeros(count, dtype=np.int64)
         self.copies = []
-        self.turns = np.zeros(len(blocks) * self.warps, dtype=np.int64)
+        self.turns = machine.turns(len(blocks) * self.warps)
         self.ready, self.gates = {}, {}
         self.deal(0, lanes, {})
 
@@ -267,7 +272,7 @@ class Batch:
                 self.block_sync[lanes // self.threads] = self.machine.clock
         if self.machine.shuffled and block.gate == "block":
             warps = np.unique(lanes // WARP)
-            self.turns[warps] = self.machine.random.integers(TURNS, size=len(warps))
+            self.turns[warps] = self.machine.turns(len(warps))
         self.ready_at(block.index, lanes, registers)
 
     def deadlock(self):
@@ -339,6 +344,16 @@ class Machine:
         self.shuffled = seed is not None
         self.random = np.random.default_rng(seed)
 
+    def turns(self, warps: int) -> np.ndarray:
+        """Of warps until the next barrier."""
+        if self.shuffled:
+            return self.random.integers(TURNS, size=warps)
+        return np.zeros(warps, dtype=np.int64)
+
+    def instructions_run(self) -> dict[str, float]:
+        """Of each kernel that ran, the share of its instructions that some thread reached."""
+        return {name: code.share_run for name, code in self.codes.items()}
+
     def launch(self, name: str, blocks: int, threads: int, shared: int, params: bytes) -> None:
         kernel = self.kernels[name]
         if name not in self.codes:
@@ -349,9 +364,7 @@ class Machine:
             raise Fault(f"{name}: a launch with {shared} bytes shared, {len(params)} of parameters")
         self.launches += 1
         self.clock += 1
-        launch = Launch(
-            blocks, threads, shared, ParamMemory(params), self.clock << memory.WHEN
-        )
+        launch = Launch(blocks, threads, shared, ParamMemory(params), self.clock << memory.WHEN)
         order = np.arange(blocks)
         if self.shuffled:
             self.random.shuffle(order)

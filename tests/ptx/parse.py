@@ -127,7 +127,7 @@ def kernels_of(text: str) -> dict[str, Kernel]:
 def _statements(body: str, line: int):
     """Kinds of registers, and instructions and labels in order."""
     registers, statements, renamed = {}, [], {}
-    # A statement ends at ; or is a label, or a brace that opens or closes a scope of inline assembly.
+    # A statement ends at ; or is a label, or a brace around the scope of inline assembly.
     tokens = re.compile(r"(\$\w+):|([{}])|([^;]+);")
     for text in body.split("\n"):
         text = text.partition("//")[0].strip()

@@ -12,7 +12,8 @@
 namespace {
 
 // Return a cudaError_t. params: a pointer to the kernel's only parameter.
-using Launch = int (*)(const char* name, unsigned blocks, unsigned threads, size_t shared, void* params);
+using Launch =
+    int (*)(const char* name, unsigned blocks, unsigned threads, size_t shared, void* params);
 using Fill = int (*)(void* at, int value, size_t bytes);
 
 Launch launch = nullptr;
