@@ -97,8 +97,12 @@ ELEMENTS = [(1, 1), (37, 29), (64, 64), (3, 1031), (700, 60), (5, 1096)]
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_elementwise_kernels_are_within_the_error_budget(dtype, shape, machine):
     m, n = shape
+    # A third of them, another one for each shape, dtype and machine; test_cuda_sweep.py takes all.
+    turn = ELEMENTS.index(shape) + list(DTYPES).index(dtype) + list(MACHINES).index(machine)
     for i, act in enumerate(activations.NAMES):
         p = (0.0, 0.3)[i % 2] if m > 1 else 0.0
+        if i % 3 != turn % 3:
+            continue
         case = Case("bias_act_dropout", m, 0, n, act, p, DTYPES[dtype])
         inputs = case.inputs()
         got = run_elementwise(case, inputs)
@@ -179,16 +183,20 @@ PRODUCTS = [(1, 1, 1), (37, 53, 29), (64, 64, 64), (129, 72, 65), (16, 784, 24),
 @pytest.mark.parametrize("tile", ["small", "medium", "large"])
 def test_the_tensor_core_kernel_is_within_the_error_budget(tile, shape, machine):
     m, k, n = shape
+    turn = PRODUCTS.index(shape) + list(MACHINES).index(machine)
     for i, act in enumerate(("none", "relu", "prelu", "gelu")):
-        dtype, p = HALVES[i % 2], (0.0, 0.3)[i // 2] if m > 1 else 0.0
+        if i % 2 != turn % 2:
+            continue
+        dtype, p = HALVES[(i + turn // 2) % 2], (0.0, 0.3)[i // 2] if m > 1 else 0.0
         case = Case("linear_act", m, k, n, act, p, dtype)
         inputs = case.inputs()
         inputs["x"], inputs["w"] = aligned(inputs["x"], pad=8), aligned(inputs["w"])
         args = inputs["x"], inputs["w"], inputs["b"], inputs.get("slope"), STATE
         args += numbers(act, p, layer=0, row_offset=0)
         y, h = launchers.linear_act_fwd(*args, tile=tile)
-        alone, none = launchers.linear_act_fwd(*args, tile=tile, want_h=False)
-        assert torch.equal(y, alone) and none is None
+        if i == 3:
+            alone, none = launchers.linear_act_fwd(*args, tile=tile, want_h=False)
+            assert torch.equal(y, alone) and none is None
         if p:
             assert (y[~rng.dropout_mask(SEED, STREAM, m, n, p)] == 0).all()
         if m * n > 1:
