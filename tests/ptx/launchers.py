@@ -77,10 +77,9 @@ class CrossEntropy(Structure):
 
 
 class Chosen:
-    """The library that the functions below call: of one target, or with a mistake in it."""
+    """The target whose library the functions below call."""
 
     arch = library.ARCHS[0]
-    other: library.Library | None = None
 
 
 @cache
@@ -101,7 +100,7 @@ def _typed(found: library.Library) -> library.Library:
 
 
 def chosen() -> library.Library:
-    return _typed(Chosen.other or library.library(Chosen.arch))
+    return _typed(library.library(Chosen.arch))
 
 
 def set_machine(arch=library.ARCHS[0], seed: int | None = None, approximations: int = 0) -> None:

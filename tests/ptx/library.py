@@ -73,8 +73,11 @@ def build(name: str, arch: int, more=(), flags=(), libraries=()) -> Path:
     command += ["--no-compress", f"-I{CSRC}"]
 
     def compile_one(source):
-        how = [*command, *(flags if source in more else ())]
-        key = _key(headers, source.read_bytes(), nvcc().version.encode(), shlex.join(how).encode())
+        how, texts = command, [headers, source.read_bytes(), nvcc().version.encode()]
+        if source in more:
+            how = [*command, *flags]
+            texts += [p.read_bytes() for p in sorted(HERE.glob("*.h"))]
+        key = _key(*texts, shlex.join(how).encode())
         return _once(FOLDER / f"{key}-{source.stem}.o", [*how, "-c", str(source)])
 
     with ThreadPoolExecutor(2) as pool:

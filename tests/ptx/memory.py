@@ -18,9 +18,7 @@ THREAD = (1 << WHEN) - 1
 SEVERAL = 32  # as a lane: more than one of the warp
 NEVER, BY_HOST = 0, 1
 UNDER_WAY = np.iinfo(np.int64).max  # an asynchronous copy will write here
-SHARED_BASE = (
-    1024  # address of a block's shared memory: not 0, so that an offset alone is no address
-)
+SHARED_BASE = 1024  # of a block's shared memory; not 0, so that an offset alone is no address
 # Bytes of an access -> a type that moves them bit for bit.
 RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
 
