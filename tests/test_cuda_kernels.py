@@ -173,6 +173,20 @@ def test_masks_are_those_of_the_specification_at_any_address(dtype, columns):
         assert torch.equal(y != 0, keep(50, columns, 0.4))
 
 
+def assert_all_bits_of_a_window_count():
+    """At thresholds that are windows of elements: anything else decides by the upper bits alone."""
+    windows = rng.windows(STATE, 3, 3, 16, 5)
+    for exact in windows[1, :8].tolist():
+        for threshold in (exact, exact + 1):
+            numbers = activations.NONE, 0.0, threshold, 1.0, 3, 5
+            y = launchers.bias_act_dropout_fwd(torch.ones(3, 16), None, None, STATE, *numbers)
+            assert torch.equal(y != 0, windows >= threshold)
+
+
+def test_thresholds_have_32_bits(machine):
+    assert_all_bits_of_a_window_count()
+
+
 def test_a_large_row_offset_wraps_as_32_bits():
     x = torch.ones(20, 9)
     args = *numbers(p=0.5)[:-1], 2**32 - 20

@@ -124,6 +124,9 @@ def test_integers():
         ((int(h) << 32 | int(w)) << 3) >> 32 & 0xFFFFFFFF for w, h in zip(low, high, strict=True)
     ]
     assert ar.funnel_left(low, high, by).tolist() == wide
+    pieces = ar.insert_bits(low, high, np.uint32(3), np.uint32(29))
+    assert pieces.tolist() == [(int(w) << 3 & 0xFFFFFFFF) | int(h) & 7
+                               for w, h in zip(low, high, strict=True)]  # fmt: skip
 
 
 def test_conversions_and_approximations():

@@ -66,6 +66,7 @@ def elements():
         got = kernels.run_elementwise(case, inputs)
         kernels.assert_within_budget(case, inputs, **got)
         assert (got["y"][~rng.dropout_mask(SEED, STREAM, m, n, 0.3)] == 0).all()
+    kernels.assert_all_bits_of_a_window_count()
 
 
 def losses():

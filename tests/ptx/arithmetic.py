@@ -170,6 +170,12 @@ def funnel_left(low, high, by):
     return ((pair64(low, high) << by) >> u64(32)).astype(u32)
 
 
+def insert_bits(a, b, at, count):
+    """b with its `count` bits from bit `at` on taken from the low bits of a."""
+    mask = ((u32(1) << count) - u32(1)) << at
+    return (a << at & mask) | (b & ~mask)
+
+
 # --- warps --------------------------------------------------------------------------------------
 
 # With g = lane / 4 and t = lane % 4, half h of register i of a lane's fragment is

@@ -20,9 +20,9 @@ class Opcodes:
     """The rules; translate.py has operands and how lines are written."""
 
     def _simple(self, i: Instruction, kind: str, expression: str, target: str | None = None):
-        """Inputs a, b, c of one kind; the result of that kind or of `target`."""
+        """Inputs a to d of one kind; the result of that kind or of `target`."""
         values = [self._value(o, kind) for o in i.operands[1:]]
-        names = dict(zip("abc", values, strict=False))
+        names = dict(zip("abcd", values, strict=False))
         self._assign(i.operands[0], expression.format(**names), target or kind)
 
     def _arithmetic(self, i, modifiers, sign):
@@ -129,6 +129,9 @@ class Opcodes:
         return modifiers == ("l", "wrap", "b32") and self._simple(
             i, "u32", "funnel_left({a}, {b}, {c})"
         )
+
+    def _do_bfi(self, i, kind):
+        return kind == "b32" and self._simple(i, "u32", "insert_bits({a}, {b}, {c}, {d})")
 
     def _do_setp(self, i, compare, kind):
         kind = _kind(kind)
