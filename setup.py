@@ -28,6 +28,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 
 from build_tools.toolchain import (
+    NVCC_FLAGS,
     ROOT,
     CannotBuild,
     Compiler,
@@ -50,7 +51,6 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 CXX_FLAGS = (
     "-O3 -std=c++20 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall".split()
 )
-NVCC_FLAGS = "-O3 -std=c++20 -Xcompiler -fPIC,-fvisibility=hidden --expt-relaxed-constexpr".split()
 
 
 def sources(*patterns):

@@ -23,6 +23,7 @@ X86_FLAGS = {
     "_avx2": "-mavx2 -mfma -mf16c".split(),
     "_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c".split(),
 }
+NVCC_FLAGS = "-O3 -std=c++20 -Xcompiler -fPIC,-fvisibility=hidden --expt-relaxed-constexpr".split()
 
 
 class CannotBuild(Exception):

@@ -1,7 +1,6 @@
 // The `native` ops for CUDA tensors. ops_common.h holds what they do, cuda/ the kernels.
-#ifdef FUSEDMLP_EMULATE
-#    include "emulation/device.h"
-#else
+// Tests bring a device of their own: CPU tensors and a machine that runs PTX.
+#ifndef FUSEDMLP_DISPATCH_KEY
 #    include "device_cuda.h"
 #endif
 

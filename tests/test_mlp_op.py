@@ -1,6 +1,6 @@
 """mlp_fwd and mlp_bwd, a whole network as one call, on every backend that has them.
 
-Kernels run where test_triton.py and test_cuda_kernels.py say: the interpreter, the emulated
+Kernels run where test_triton.py and test_cuda_kernels.py say: the interpreter, the PTX
 machine, or a GPU. Oracle: the layers one after the other, in fp64.
 """
 

@@ -30,21 +30,21 @@ struct BwdArgs {
 constexpr float kLargest = 3.40282347e38f;  // finite
 
 // y / scale. The product alone is off by as much for every element, which a sum over rows shows.
-FUSEDMLP_DEVICE float without_scale(float y, const BwdArgs& p) {
+__device__ __forceinline__ float without_scale(float y, const BwdArgs& p) {
     const float quotient = y * p.unscale, rest = fmaf(-quotient, p.scale, y);
     return rest == rest ? fmaf(rest, p.unscale, quotient) : quotient;  // infinite, or NaN
 }
 
 // act'(z) of eight elements. v: the saved values on the way in. negative: min(z, 0), from z only.
 template <class T, int ACT, bool FROM_Y>
-FUSEDMLP_DEVICE void
+__device__ __forceinline__ void
 derive(float (&v)[kEight], float (&negative)[kEight], const BwdArgs& p, int64_t col, int count) {
     float slope[kEight], bias[kEight];
     p.columns.template load_slope<T, ACT>(slope, col, count);
     // Again for each row: eight registers for the whole loop would cost more than a cache hit.
     if constexpr (!FROM_Y)
         p.columns.template load_bias<T>(bias, col, count);
-    FUSEDMLP_UNROLL
+#pragma unroll
     for (int j = 0; j < kEight; ++j) {
         if constexpr (FROM_Y) {
             v[j] = act_grad_y<ACT>(ACT == kLeakyRelu ? v[j] : without_scale(v[j], p), slope[j]);
@@ -59,7 +59,7 @@ derive(float (&v)[kEight], float (&negative)[kEight], const BwdArgs& p, int64_t 
 
 // As above, by the numbers of the call.
 template <class T, int FAMILY>
-FUSEDMLP_DEVICE void derive_any(
+__device__ __forceinline__ void derive_any(
     float (&v)[kEight],
     float (&negative)[kEight],
     const BwdArgs& p,
@@ -76,9 +76,16 @@ FUSEDMLP_DEVICE void derive_any(
     });
 }
 
+// Blocks that have to fit on a multiprocessor: the cap on registers.
+constexpr int resident_blocks(int family, size_t element) {
+    return family == kPlain ? 5 : family == kSmooth && element == 4 ? 3 : 4;
+}
+
 template <class T, bool VECTOR, int FAMILY>
-FUSEDMLP_KERNEL(kThreads, (FAMILY == kPlain ? 5 : FAMILY == kSmooth && sizeof(T) == 4 ? 3 : 4))
-bias_act_dropout_bwd_kernel(const BwdArgs p) {
+__global__ void __launch_bounds__(
+    kThreads,
+    resident_blocks(FAMILY, sizeof(T))
+) bias_act_dropout_bwd_kernel(const BwdArgs p) {
     // Rows whose loads are under way together: 64 bytes of a thread.
     constexpr int kRows = VECTOR && sizeof(T) == 2 ? 2 : 1;
     const EpilogueParams& e = p.columns.e;
@@ -94,11 +101,11 @@ bias_act_dropout_bwd_kernel(const BwdArgs p) {
         int64_t at = place.row * e.cols + col;
         const int64_t jump = int64_t(step) * e.cols;
         uint32_t mask_row = p.columns.mask_row(place.row);
-        FUSEDMLP_NO_UNROLL
+#pragma unroll 1
         for (int left = place.rows; left > 0; left -= kRows) {
             forget_origin(draws.seed);  // the keys of the ten rounds would take 20 registers
             Octet<T, VECTOR> dy[kRows], saved[kRows];
-            FUSEDMLP_UNROLL
+#pragma unroll
             for (int i = 0; i < kRows; ++i) {
                 if (i >= left)
                     break;
@@ -106,13 +113,13 @@ bias_act_dropout_bwd_kernel(const BwdArgs p) {
                 if (p.saved)
                     saved[i].read(static_cast<const T*>(p.saved) + at + i * jump, count);
             }
-            FUSEDMLP_UNROLL
+#pragma unroll
             for (int i = 0; i < kRows; ++i) {
                 if (i >= left)
                     break;
                 float dz[kEight], v[kEight], negative[kEight];
                 dy[i].get(dz);
-                FUSEDMLP_UNROLL
+#pragma unroll
                 for (int j = 0; j < kEight; ++j) {
                     dz[j] *= p.scale;
                     negative[j] = 0.0f;
@@ -120,12 +127,12 @@ bias_act_dropout_bwd_kernel(const BwdArgs p) {
                 if (p.saved) {
                     saved[i].get(v);
                     if (relu_mask) {
-                        FUSEDMLP_UNROLL
+#pragma unroll
                         for (int j = 0; j < kEight; ++j)
                             dz[j] = v[j] <= 0.0f ? 0.0f : dz[j];
                     } else {
                         derive_any<T, FAMILY>(v, negative, p, col, count);
-                        FUSEDMLP_UNROLL
+#pragma unroll
                         for (int j = 0; j < kEight; ++j) {
                             // Kept out of the mask by a select: 0 * inf would be NaN.
                             negative[j] = negative[j] == 0.0f ? 0.0f : dz[j] * negative[j];
@@ -138,7 +145,7 @@ bias_act_dropout_bwd_kernel(const BwdArgs p) {
                 if (draw) {
                     const PhiloxWords words =
                         philox_group(draws.seed, draws.stream, mask_row, uint32_t(col / kEight));
-                    FUSEDMLP_UNROLL
+#pragma unroll
                     for (int j = 0; j < kEight; ++j) {
                         const bool dropped = philox_window(words, j) < draws.threshold;
                         dz[j] = dropped ? 0.0f : dz[j];
@@ -148,7 +155,7 @@ bias_act_dropout_bwd_kernel(const BwdArgs p) {
                 Octet<T, VECTOR>::write(static_cast<T*>(p.dz) + at, dz, count);
                 at += jump;
                 mask_row += uint32_t(step);
-                FUSEDMLP_UNROLL
+#pragma unroll
                 for (int j = 0; j < kEight; ++j) {
                     db[j] += dz[j];
                     if (FAMILY == kSloped)

@@ -23,13 +23,14 @@ struct FwdArgs {
 };
 
 template <class T, bool VECTOR, int FAMILY>
-FUSEDMLP_KERNEL(kThreads, FAMILY == kSmooth ? 3 : 4)
-bias_act_dropout_fwd_kernel(const FwdArgs p) {
-    const int64_t stride = int64_t(block_count()) * kThreads;
-    const int64_t first = int64_t(block_index()) * kThreads + thread_index();
+__global__ void __launch_bounds__(kThreads, FAMILY == kSmooth ? 3 : 4) bias_act_dropout_fwd_kernel(
+    const FwdArgs p
+) {
+    const int64_t stride = int64_t(gridDim.x) * kThreads;
+    const int64_t first = int64_t(blockIdx.x) * kThreads + threadIdx.x;
     const int64_t cols = p.columns.e.cols;
     Octet<T, VECTOR> octet[kGroups];
-    FUSEDMLP_UNROLL
+#pragma unroll
     for (int i = 0; i < kGroups; ++i) {
         const int64_t at = first + i * stride;
         if (i >= p.steps || at >= p.groups)
@@ -43,7 +44,7 @@ bias_act_dropout_fwd_kernel(const FwdArgs p) {
     }
     const Draws draws = load_draws(p.columns.e.drop);
     const float scale = kept_scale(p.columns.e.drop);
-    FUSEDMLP_UNROLL
+#pragma unroll
     for (int i = 0; i < kGroups; ++i) {
         const int64_t at = first + i * stride;
         if (i >= p.steps || at >= p.groups)
@@ -54,7 +55,7 @@ bias_act_dropout_fwd_kernel(const FwdArgs p) {
         float v[kEight], bias[kEight];
         octet[i].get(v);
         p.columns.template load_bias<T>(bias, col, count);
-        FUSEDMLP_UNROLL
+#pragma unroll
         for (int j = 0; j < kEight; ++j)
             v[j] += bias[j];
         activate<T, FAMILY>(v, p.columns, scale, col, count);

@@ -5,6 +5,7 @@ namespace fusedmlp::cuda {
 namespace {
 
 constexpr int kColumns = kWarp, kParts = 8;  // of a block: columns, and threads for each
+constexpr int kSumThreads = kColumns * kParts;
 
 struct AddRowsArgs {
     void* out;        // (N,)
@@ -15,20 +16,20 @@ struct AddRowsArgs {
 };
 
 // Thread (part, column) adds every kParts-th row, the first part then all parts.
-FUSEDMLP_KERNEL(kColumns* kParts, 4) add_rows_kernel(const AddRowsArgs p) {
+__global__ void __launch_bounds__(kSumThreads, 4) add_rows_kernel(const AddRowsArgs p) {
     auto* sums = reinterpret_cast<float*>(shared_memory());  // (kParts, kColumns)
-    const int column = int(thread_index()) % kColumns, part = int(thread_index()) / kColumns;
-    const int64_t col = int64_t(block_index()) * kColumns + column;
+    const int column = int(threadIdx.x) % kColumns, part = int(threadIdx.x) / kColumns;
+    const int64_t col = int64_t(blockIdx.x) * kColumns + column;
     float sum = 0.0f;
     if (col < p.cols) {
-        FUSEDMLP_UNROLL_BY(4)
+#pragma unroll 4
         for (int64_t row = part; row < p.rows; row += kParts)
-            sum += load(p.in + row * p.cols + col);
+            sum += p.in[row * p.cols + col];
     }
-    sums[thread_index()] = sum;
-    sync_block();
+    sums[threadIdx.x] = sum;
+    __syncthreads();
     if (part == 0 && col < p.cols) {
-        FUSEDMLP_UNROLL
+#pragma unroll
         for (int i = 1; i < kParts; ++i)
             sum += sums[i * kColumns + column];
         store_as(p.out, p.dtype, col, sum);
@@ -36,16 +37,16 @@ FUSEDMLP_KERNEL(kColumns* kParts, 4) add_rows_kernel(const AddRowsArgs p) {
 }
 
 // For one column, with one block: by thread, then by halves of the threads.
-FUSEDMLP_KERNEL(kColumns* kParts, 4) add_column_kernel(const AddRowsArgs p) {
+__global__ void __launch_bounds__(kSumThreads, 4) add_column_kernel(const AddRowsArgs p) {
     auto* sums = reinterpret_cast<float*>(shared_memory());
-    const int thread = int(thread_index());
+    const int thread = int(threadIdx.x);
     float sum = 0.0f;
-    FUSEDMLP_UNROLL_BY(4)
-    for (int64_t row = thread; row < p.rows; row += kColumns * kParts)
-        sum += load(p.in + row);
+#pragma unroll 4
+    for (int64_t row = thread; row < p.rows; row += kSumThreads)
+        sum += p.in[row];
     sums[thread] = sum;
-    for (int half = kColumns * kParts / 2; half > 0; half /= 2) {
-        sync_block();
+    for (int half = kSumThreads / 2; half > 0; half /= 2) {
+        __syncthreads();
         if (thread < half)
             sums[thread] += sums[thread + half];
     }
@@ -57,10 +58,9 @@ FUSEDMLP_KERNEL(kColumns* kParts, 4) add_column_kernel(const AddRowsArgs p) {
 
 int add_rows(void* out, Dtype dtype, const float* in, int64_t rows, int64_t cols, void* stream) {
     const AddRowsArgs args{out, in, dtype, rows, cols};
-    const int threads = kColumns * kParts;
     return launch(
-        cols == 1 ? add_column_kernel : add_rows_kernel, ceil_div(cols, kColumns), threads,
-        threads * sizeof(float), stream, args
+        cols == 1 ? add_column_kernel : add_rows_kernel, ceil_div(cols, kColumns), kSumThreads,
+        kSumThreads * sizeof(float), stream, args
     );
 }
 

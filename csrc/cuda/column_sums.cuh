@@ -23,14 +23,14 @@ struct ColumnTiles {
     int64_t rows_of_chunk = 0, chunks = 0;
     Divider by_col_tiles;
 
-    FUSEDMLP_DEVICE TilePlace place(int64_t rows, int64_t cols) const {
+    __device__ __forceinline__ TilePlace place(int64_t rows, int64_t cols) const {
         TilePlace p;
-        const int lanes = 1 << log_lanes, lane = int(thread_index()) & (lanes - 1);
+        const int lanes = 1 << log_lanes, lane = int(threadIdx.x) & (lanes - 1);
         p.row_step = kThreads >> log_lanes;
-        p.chunk = by_col_tiles.quotient(block_index());
-        const int64_t tile = block_index() - p.chunk * int64_t(by_col_tiles.divisor);
+        p.chunk = by_col_tiles.quotient(blockIdx.x);
+        const int64_t tile = blockIdx.x - p.chunk * int64_t(by_col_tiles.divisor);
         const int64_t first = p.chunk * rows_of_chunk;
-        p.row = first + (thread_index() >> log_lanes);
+        p.row = first + (threadIdx.x >> log_lanes);
         const int64_t end = first + rows_of_chunk < rows ? first + rows_of_chunk : rows;
         p.rows = int((end - p.row + p.row_step - 1) >> (kLogThreads - log_lanes));
         p.col = (tile * lanes + lane) * kEight;
@@ -48,10 +48,10 @@ struct SumTarget {
     bool one;
 };
 
-FUSEDMLP_DEVICE void store_as(void* out, Dtype dtype, int64_t at, float v) {
+__device__ __forceinline__ void store_as(void* out, Dtype dtype, int64_t at, float v) {
     const auto put = [&](auto element) {
         round_to(element, v);
-        store(static_cast<decltype(element)*>(out) + at, element);
+        static_cast<decltype(element)*>(out)[at] = element;
     };
     if (dtype == Dtype::kFloat32)
         put(float{});
@@ -66,7 +66,7 @@ constexpr size_t kSumShared = size_t(kThreads) * kEight * sizeof(float);
 // Adds up the block's threads and stores the sums of its columns, or of all of them. Each thread
 // first adds eight rows of one column, then a few threads what is left.
 template <bool ONE>
-FUSEDMLP_DEVICE void add_block(
+__device__ __forceinline__ void add_block(
     const float (&mine)[kEight],
     const ColumnTiles& tiles,
     const TilePlace& place,
@@ -74,39 +74,39 @@ FUSEDMLP_DEVICE void add_block(
     const SumTarget& to
 ) {
     auto* sums = reinterpret_cast<float*>(shared_memory());  // (kThreads / lanes, columns)
-    const int thread = int(thread_index());
+    const int thread = int(threadIdx.x);
     const int columns = kEight << tiles.log_lanes, parts = kThreads / columns;
     const int column = thread & (columns - 1), part = thread / columns;
-    FUSEDMLP_UNROLL
+#pragma unroll
     for (int j = 0; j < kEight; ++j)
         sums[thread * kEight + j] = mine[j];
-    sync_block();
+    __syncthreads();
     float sum = 0.0f;
-    FUSEDMLP_UNROLL
+#pragma unroll
     for (int i = 0; i < kEight; ++i)
         sum += sums[(part * kEight + i) * columns + column];
-    sync_block();
+    __syncthreads();
     sums[thread] = sum;  // (parts, columns)
-    sync_block();
+    __syncthreads();
     if (thread < columns) {
         for (int i = 1; i < parts; ++i)
             sum += sums[i * columns + thread];
         const int64_t col =
-            place.col - (thread_index() & ((1u << tiles.log_lanes) - 1)) * kEight + thread;
+            place.col - (threadIdx.x & ((1u << tiles.log_lanes) - 1)) * kEight + thread;
         if (ONE)
             sums[thread] = sum;
         else if (col < cols)
             store_as(to.out, to.dtype, place.chunk * cols + col, sum);
     }
-    sync_block();
+    __syncthreads();
     if (ONE && thread == 0) {
         // Columns beyond the last hold 0.
         for (int i = 1; i < columns; ++i)
             sum += sums[i];
-        store_as(to.out, to.dtype, block_index(), sum);
+        store_as(to.out, to.dtype, blockIdx.x, sum);
     }
     if (ONE)
-        sync_block();
+        __syncthreads();
 }
 
 // out (N,) = sum over rows of in (R, N).

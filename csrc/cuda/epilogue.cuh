@@ -24,7 +24,7 @@ struct Tag {
 
 // Calls f(Tag<act>) for an id of the family.
 template <int FAMILY, int ACT = 0, class F>
-FUSEDMLP_DEVICE void with_act(int act, F&& f) {
+__device__ __forceinline__ void with_act(int act, F&& f) {
     if constexpr (ACT < kActCount) {
         if constexpr (family_of(ACT) == FAMILY) {
             if (act == ACT)
@@ -41,26 +41,27 @@ struct Draws {
     bool on;
 };
 
-FUSEDMLP_DEVICE Draws load_draws(const DropoutParams& d) {
+__device__ __forceinline__ Draws load_draws(const DropoutParams& d) {
     Draws draws{0, 0, uint32_t(d.threshold), d.threshold != 0};
     if (draws.on) {
-        draws.seed = uint64_t(load(d.state));
-        draws.stream = uint64_t(load(d.state + 1)) + uint64_t(d.layer);
+        draws.seed = uint64_t(d.state[0]);
+        draws.stream = uint64_t(d.state[1]) + uint64_t(d.layer);
     }
     return draws;
 }
 
 // Dropped elements become +0, by selection. row: with the offset added, mod 2^32.
-FUSEDMLP_DEVICE void drop(float (&v)[kEight], const Draws& draws, uint32_t row, uint32_t group) {
+__device__ __forceinline__ void
+drop(float (&v)[kEight], const Draws& draws, uint32_t row, uint32_t group) {
     const PhiloxWords words = philox_group(draws.seed, draws.stream, row, group);
-    FUSEDMLP_UNROLL
+#pragma unroll
     for (int j = 0; j < kEight; ++j)
         v[j] = philox_window(words, j) < draws.threshold ? 0.0f : v[j];
 }
 
 // Elements `col` to `col + count - 1` of a vector over columns (bias, slope); beyond it, 0.
 template <class T>
-FUSEDMLP_DEVICE void load_columns(
+__device__ __forceinline__ void load_columns(
     float (&v)[kEight],
     const void* at,
     Dtype dtype,
@@ -98,46 +99,46 @@ struct Columns {
 
     // Minus zero where there is none: it changes nothing that it is added to.
     template <class T>
-    FUSEDMLP_DEVICE void load_bias(float (&v)[kEight], int64_t col, int count) const {
+    __device__ __forceinline__ void load_bias(float (&v)[kEight], int64_t col, int count) const {
         if (e.bias)
             return load_columns<T>(v, e.bias, e.bias_dtype, bias_aligned, col, count);
-        FUSEDMLP_UNROLL
+#pragma unroll
         for (int j = 0; j < kEight; ++j)
             v[j] = -0.0f;
     }
 
     // Slope of leaky_relu or prelu.
     template <class T, int ACT>
-    FUSEDMLP_DEVICE void load_slope(float (&v)[kEight], int64_t col, int count) const {
+    __device__ __forceinline__ void load_slope(float (&v)[kEight], int64_t col, int count) const {
         if constexpr (ACT == kPrelu) {
             if (e.slope_size != 1)
                 return load_columns<T>(v, e.slope, e.slope_dtype, slope_aligned, col, count);
             float one[kEight];
             load_columns<T>(one, e.slope, e.slope_dtype, false, 0, 1);
-            FUSEDMLP_UNROLL
+#pragma unroll
             for (int j = 0; j < kEight; ++j)
                 v[j] = one[0];
         } else {
-            FUSEDMLP_UNROLL
+#pragma unroll
             for (int j = 0; j < kEight; ++j)
                 v[j] = e.alpha;
         }
     }
 
-    FUSEDMLP_DEVICE uint32_t mask_row(int64_t row) const {
+    __device__ __forceinline__ uint32_t mask_row(int64_t row) const {
         return uint32_t(uint64_t(row) + uint64_t(e.drop.row_offset));
     }
 };
 
 // v = act(v) * scale, for an activation of the family.
 template <class T, int FAMILY>
-FUSEDMLP_DEVICE void
+__device__ __forceinline__ void
 activate(float (&v)[kEight], const Columns& c, float scale, int64_t col, int count) {
     with_act<FAMILY>(c.e.act, [&](auto tag) {
         constexpr int kAct = decltype(tag)::value;
         float slope[kEight];
         c.template load_slope<T, kAct>(slope, col, count);
-        FUSEDMLP_UNROLL
+#pragma unroll
         for (int j = 0; j < kEight; ++j)
             v[j] = act_fwd<kAct>(v[j], slope[j]) * scale;
     });

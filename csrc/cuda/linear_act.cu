@@ -47,15 +47,15 @@ using Small = Tile<32, 32, 64, 4, 2, 2>;
 using Medium = Tile<64, 64, 64, 3, 2, 2>;
 using Large = Tile<128, 64, 32, 4, 4, 2>;
 
-#ifdef FUSEDMLP_TENSOR_CORES
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 
 // Starts the copies of columns k0 to k0 + BK of the block's rows of x and w.
 template <class T, class TILE>
-FUSEDMLP_DEVICE void
+__device__ __forceinline__ void
 fetch(char* stage, const LinearActParams& p, int64_t row0, int64_t col0, int64_t k0) {
-    FUSEDMLP_UNROLL
+#    pragma unroll
     for (int i = 0; i < (TILE::BM + TILE::BN) * TILE::CHUNKS / TILE::THREADS; ++i) {
-        const int chunk_of_all = int(thread_index()) + i * TILE::THREADS;
+        const int chunk_of_all = int(threadIdx.x) + i * TILE::THREADS;
         const int row = chunk_of_all / TILE::CHUNKS, chunk = chunk_of_all % TILE::CHUNKS;
         const bool of_x = row < TILE::BM;
         const int64_t at = of_x ? row0 + row : col0 + (row - TILE::BM);
@@ -72,21 +72,21 @@ fetch(char* stage, const LinearActParams& p, int64_t row0, int64_t col0, int64_t
 
 // The warp's part of one stage: sums (WM / 16, WN / 8) += x tile w tile^T.
 template <class T, class TILE>
-FUSEDMLP_DEVICE void
+__device__ __forceinline__ void
 multiply(float (&sums)[TILE::WM / 16][TILE::WN / 8][4], const char* stage, int warp_m, int warp_n) {
-    const int lane = int(thread_index()) % kWarp;
-    FUSEDMLP_UNROLL
+    const int lane = int(threadIdx.x) % kWarp;
+#    pragma unroll
     for (int k = 0; k < TILE::BK / 16; ++k) {
         uint32_t a[TILE::WM / 16][4], b[TILE::WN / 16][4];
         // x: rows 0..7, 8..15 of the low eight of k, then of the high eight.
-        FUSEDMLP_UNROLL
+#    pragma unroll
         for (int m = 0; m < TILE::WM / 16; ++m)
             ldmatrix_x4(
                 a[m],
                 stage + TILE::offset(warp_m * TILE::WM + m * 16 + lane % 16, 2 * k + lane / 16)
             );
         // w: the low and the high eight of k for rows 0..7, then for rows 8..15.
-        FUSEDMLP_UNROLL
+#    pragma unroll
         for (int n = 0; n < TILE::WN / 16; ++n)
             ldmatrix_x4(
                 b[n], stage + TILE::offset(
@@ -94,16 +94,16 @@ multiply(float (&sums)[TILE::WM / 16][TILE::WN / 8][4], const char* stage, int w
                                   2 * k + lane / 8 % 2
                               )
             );
-        FUSEDMLP_UNROLL
+#    pragma unroll
         for (int m = 0; m < TILE::WM / 16; ++m)
-            FUSEDMLP_UNROLL
-        for (int n = 0; n < TILE::WN / 8; ++n)
-            mma_16x8x16<T>(sums[m][n], a[m], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
+#    pragma unroll
+            for (int n = 0; n < TILE::WN / 8; ++n)
+                mma_16x8x16<T>(sums[m][n], a[m], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
     }
 }
 
 template <class T>
-FUSEDMLP_DEVICE void
+__device__ __forceinline__ void
 store_eight(void* to, int64_t at, const float (&v)[kEight], int count, bool vectors) {
     if (vectors)
         Octet<T, true>::write(static_cast<T*>(to) + at, v, count);
@@ -112,19 +112,18 @@ store_eight(void* to, int64_t at, const float (&v)[kEight], int count, bool vect
 }
 
 template <class T, class TILE>
-FUSEDMLP_DEVICE void linear_act(const LinearActArgs& args) {
+__device__ __forceinline__ void linear_act(const LinearActArgs& args) {
     const LinearActParams& p = args.p;
     const EpilogueParams& e = args.columns.e;
     char* const shared = shared_memory();
-    const int warp = int(thread_index()) / kWarp, lane = int(thread_index()) % kWarp;
+    const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
     const int warp_m = warp / TILE::WARPS_N, warp_n = warp % TILE::WARPS_N;
-    const int64_t row_tile = args.by_column_tiles.quotient(block_index());
+    const int64_t row_tile = args.by_column_tiles.quotient(blockIdx.x);
     const int64_t row0 = row_tile * TILE::BM;
-    const int64_t col0 =
-        (block_index() - row_tile * int64_t(args.by_column_tiles.divisor)) * TILE::BN;
+    const int64_t col0 = (blockIdx.x - row_tile * int64_t(args.by_column_tiles.divisor)) * TILE::BN;
 
     const int64_t steps = (p.k + TILE::BK - 1) / TILE::BK;
-    FUSEDMLP_UNROLL
+#    pragma unroll
     for (int s = 0; s < TILE::STAGES - 1; ++s) {
         if (s < steps)
             fetch<T, TILE>(shared + s * TILE::STAGE_BYTES, p, row0, col0, s * int64_t(TILE::BK));
@@ -145,7 +144,7 @@ FUSEDMLP_DEVICE void linear_act(const LinearActArgs& args) {
     for (int64_t step = 0; step < steps; ++step) {
         cp_async_wait<TILE::STAGES - 2>();
         // All have this stage, and all are done with the one before it, which is fetched into next.
-        sync_block();
+        __syncthreads();
         const int64_t next = step + TILE::STAGES - 1;
         if (next < steps)
             fetch<T, TILE>(shared + free * TILE::STAGE_BYTES, p, row0, col0, next * TILE::BK);
@@ -154,35 +153,36 @@ FUSEDMLP_DEVICE void linear_act(const LinearActArgs& args) {
         stage = stage + 1 == TILE::STAGES ? 0 : stage + 1;
         free = free + 1 == TILE::STAGES ? 0 : free + 1;
     }
-    cp_async_wait<0>();
-    sync_block();  // the stages become the warps' staging areas
+    // No copy is under way any more: the last STAGES - 1 groups are empty.
+    __syncthreads();  // the stages become the warps' staging areas
 
     float* const staged = reinterpret_cast<float*>(shared) + warp * TILE::STAGED;  // (WM, WN)
-    FUSEDMLP_UNROLL
+#    pragma unroll
     for (int m = 0; m < TILE::WM / 16; ++m)
-        FUSEDMLP_UNROLL
-    for (int n = 0; n < TILE::WN / 8; ++n)
-        FUSEDMLP_UNROLL
-    for (int i = 0; i < 4; ++i)
-        staged[(m * 16 + lane / 4 + i / 2 * 8) * TILE::STAGED_ROW + n * 8 + lane % 4 * 2 + i % 2] =
-            sums[m][n][i];
-    sync_warp();
+#    pragma unroll
+        for (int n = 0; n < TILE::WN / 8; ++n)
+#    pragma unroll
+            for (int i = 0; i < 4; ++i)
+                staged
+                    [(m * 16 + lane / 4 + i / 2 * 8) * TILE::STAGED_ROW + n * 8 + lane % 4 * 2 +
+                     i % 2] = sums[m][n][i];
+    __syncwarp();
     if (count == 0)
         return;
     const float scale = kept_scale(e.drop);
-    FUSEDMLP_NO_UNROLL
+#    pragma unroll 1
     for (int r = lane / kOfRow; r < TILE::WM; r += kWarp / kOfRow) {
         const int64_t row = row0 + warp_m * TILE::WM + r;
         if (row >= e.rows)
             break;
         float v[kEight];
-        FUSEDMLP_UNROLL
+#    pragma unroll
         for (int j = 0; j < kEight; ++j)
             v[j] = staged[r * TILE::STAGED_ROW + lane % kOfRow * kEight + j];
         const int64_t at = row * e.cols + col;
         if (p.h)
             store_eight<T>(p.h, at, v, count, args.vectors);
-        FUSEDMLP_UNROLL
+#    pragma unroll
         for (int j = 0; j < kEight; ++j)
             v[j] += bias[j];
         activate<T, kPlain>(v, args.columns, scale, col, count);
@@ -197,9 +197,10 @@ FUSEDMLP_DEVICE void linear_act(const LinearActArgs& args) {
 #endif
 
 template <class T, class TILE>
-FUSEDMLP_KERNEL(TILE::THREADS, TILE::THREADS > 128 ? 2 : 4)
-linear_act_kernel(const LinearActArgs args) {
-#ifdef FUSEDMLP_TENSOR_CORES
+__global__ void __launch_bounds__(TILE::THREADS, TILE::THREADS > 128 ? 2 : 4) linear_act_kernel(
+    const LinearActArgs args
+) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     linear_act<T, TILE>(args);
 #endif
 }

@@ -1,39 +1,32 @@
-// Tensor cores and asynchronous copies of sm_80 and later: each a PTX instruction, or what the PTX
-// ISA says of it, on the CPU.
+// Tensor cores and asynchronous copies of sm_80 and later: a PTX instruction each.
 #pragma once
 
 #include "cuda/numeric.cuh"
 
-#if defined(FUSEDMLP_EMULATE) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800)
-#    define FUSEDMLP_TENSOR_CORES
-#endif
-
-#ifdef FUSEDMLP_EMULATE
-#    include "emulation/mma.h"
-#else
-
 namespace fusedmlp::cuda {
 
-FUSEDMLP_DEVICE uint32_t shared_address(const void* at) {
+__device__ __forceinline__ uint32_t shared_address(const void* at) {
     return uint32_t(__cvta_generic_to_shared(at));
 }
 
 // Copies the first `bytes` of 16 to shared memory and fills up with 0; past L1.
-FUSEDMLP_DEVICE void cp_async16(void* to, const void* from, int bytes) {
+__device__ __forceinline__ void cp_async16(void* to, const void* from, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                  :
                  : "r"(shared_address(to)), "l"(from), "r"(bytes)
                  : "memory");
 }
-FUSEDMLP_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void cp_async_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
 // Until at most GROUPS_LEFT of this thread's groups are under way.
 template <int GROUPS_LEFT>
-FUSEDMLP_DEVICE void cp_async_wait() {
+__device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS_LEFT) : "memory");
 }
 
 // Four 8x8 matrices of 16-bit elements; lane 8 i + r points to row r of matrix i.
-FUSEDMLP_DEVICE void ldmatrix_x4(uint32_t (&d)[4], const void* row) {
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&d)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
                  : "r"(shared_address(row))
@@ -42,7 +35,8 @@ FUSEDMLP_DEVICE void ldmatrix_x4(uint32_t (&d)[4], const void* row) {
 
 // d (16, 8) += a (16, 16) b (16, 8), in fp32.
 template <class T>
-FUSEDMLP_DEVICE void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void
+mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     if constexpr (std::is_same_v<T, Half>)
         asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
                      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -56,5 +50,3 @@ FUSEDMLP_DEVICE void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t
 }
 
 }  // namespace fusedmlp::cuda
-
-#endif

@@ -1,32 +1,21 @@
-"""The CUDA kernels on the CPU: csrc/cuda/*.cu compiled by the C++ compiler, run by csrc/emulation.
+"""The launchers of csrc/cuda on the PTX machine, for CPU tensors.
 
-The launchers are called through ctypes on CPU tensors. Every call names the memory it may touch,
-so that an access outside of it is an error, as are misaligned accesses and barriers that not all
-threads reach. Imports nothing of the package's kernels.
+Every call names the memory that it may touch, and what of it is written already, so that nothing
+else is read or written; afterwards every element of every output must have been written.
 """
 
-import ctypes
-import fcntl
-import hashlib
-import shlex
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_uint64, c_void_p
 from functools import cache
-from pathlib import Path
 
 import torch
 
-from build_tools.toolchain import CannotBuild, Compiler
 from fusedmlp import activations
 
-ROOT = Path(__file__).resolve().parent.parent
-CSRC = ROOT / "csrc"
-SOURCES = sorted([*(CSRC / "cuda").glob("*.cu"), *(CSRC / "emulation").glob("*.cpp")])
-FLAGS = "-O1 -std=c++20 -fPIC -fvisibility=hidden -Wall -Werror -DFUSEDMLP_EMULATE -I".split()
+from . import library
+from .arithmetic import Approximations
+
 DTYPE_IDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 TILES = {"by size": 0, "small": 1, "medium": 2, "large": 3}
-ORDERS = {"forwards": 0, "backwards": 1, "shuffled": 2}
 
 
 class Dropout(Structure):
@@ -87,67 +76,39 @@ class CrossEntropy(Structure):
     ]
 
 
-def compile_all(sources, folder: Path, name: str, flags=(), libraries=()) -> Path:
-    """A shared library of C++ sources in `folder`, made once for the same text and compiler."""
-    compiler = Compiler().command
-    texts = [p.read_bytes() for p in sorted(CSRC.rglob("*")) if p.is_file()]
-    key = hashlib.sha256(b"".join([*texts, shlex.join([*compiler, *flags]).encode()])).hexdigest()
-    folder = folder / key[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    library = folder / name
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if library.exists():
-            return library
+class Chosen:
+    """The target whose library the functions below call."""
 
-        def compile_one(source):
-            target = folder / f"{source.name}.o"
-            command = [*compiler, *FLAGS, str(CSRC), *flags]
-            command += ["-x", "c++", "-c", str(source), "-o", str(target)]
-            run = subprocess.run(command, capture_output=True, text=True)
-            assert run.returncode == 0, run.stderr
-            return str(target)
-
-        with ThreadPoolExecutor(2) as pool:
-            objects = list(pool.map(compile_one, sources))
-        link = [*compiler, "-shared", *objects, "-o", str(library) + ".new", *libraries]
-        subprocess.run(link, check=True)
-        Path(str(library) + ".new").rename(library)
-    return library
-
-
-def cannot_build() -> str | None:
-    try:
-        Compiler()
-    except CannotBuild as reason:
-        return str(reason)
-    return None
+    arch = library.ARCHS[0]
 
 
 @cache
-def library() -> ctypes.CDLL:
-    path = compile_all(SOURCES, ROOT / "build" / "emulation", "emulated.so")
-    lib = ctypes.CDLL(str(path))
-    lib.fusedmlp_emulation_launches.restype = c_int64
-    lib.fusedmlp_emulation_memory.argtypes = [c_void_p, c_int64, c_int]
+def _typed(found: library.Library) -> library.Library:
     for name, params in (
-        ("emulate_bias_act_dropout_fwd", Fwd),
-        ("emulate_bias_act_dropout_bwd", Bwd),
-        ("emulate_linear_act", Linear),
-        ("emulated_linear_act_takes", Linear),
-        ("emulate_cross_entropy", CrossEntropy),
+        ("bias_act_dropout_fwd", Fwd),
+        ("bias_act_dropout_bwd", Bwd),
+        ("bias_act_dropout_bwd_scratch", Bwd),
+        ("linear_act", Linear),
+        ("linear_act_takes", Linear),
+        ("cross_entropy", CrossEntropy),
     ):
-        getattr(lib, f"fusedmlp_{name}").argtypes = [POINTER(params)]
-    lib.fusedmlp_emulate_linear_act.argtypes = [POINTER(Linear), c_int]
-    return lib
+        getattr(found.calls, f"ptx_{name}").argtypes = [POINTER(params)]
+    found.calls.ptx_bias_act_dropout_bwd.argtypes = [POINTER(Bwd), c_void_p]
+    found.calls.ptx_bias_act_dropout_bwd_scratch.restype = c_int64
+    found.calls.ptx_linear_act.argtypes = [POINTER(Linear), c_int]
+    return found
 
 
-def set_machine(order: str = "forwards", late_copies: bool = True) -> None:
-    library().fusedmlp_emulation_set(ORDERS[order], int(late_copies))
+def chosen() -> library.Library:
+    return _typed(library.library(Chosen.arch))
 
 
-class KernelError(RuntimeError):
-    """A launcher returned an error."""
+def set_machine(arch=library.ARCHS[0], seed: int | None = None, approximations: int = 0) -> None:
+    """The target; the order of warps, side by side or by a seed; which end of their documented
+    error approximations take, -1 or 1, or none, 0."""
+    Chosen.arch = arch
+    chosen().machine.order(seed)
+    Approximations.side = approximations
 
 
 def _span(t: torch.Tensor) -> int:
@@ -158,17 +119,28 @@ def _span(t: torch.Tensor) -> int:
     return (last + 1) * t.element_size()
 
 
-def _launch(name: str, params: Structure, reads, writes, *extra: int) -> None:
-    lib = library()
-    lib.fusedmlp_emulation_memory(None, 0, 0)
-    for tensors, writable in ((reads, 0), (writes, 1)):
+def _launch(name: str, params: Structure, reads, writes, *extra) -> None:
+    found = chosen()
+    memory = found.machine.memory
+    outputs, named = [], {}
+    for tensors, writable in ((writes, True), (reads, False)):
         for t in tensors:
-            if t is not None and t.numel():
-                lib.fusedmlp_emulation_memory(t.data_ptr(), _span(t), writable)
-    error = getattr(lib, f"fusedmlp_{name}")(byref(params), *extra)
-    lib.fusedmlp_emulation_memory(None, 0, 0)
-    if error:
-        raise KernelError(f"{name}: error {error}")
+            if t is None or t.numel() == 0 or t.data_ptr() in named:
+                continue
+            named[t.data_ptr()] = t
+            # An output that is an input too has been written.
+            written = not writable or any(t is r for r in reads)
+            span = _span(t)
+            buffer = memory.name(t.data_ptr(), span, t.element_size(), writable, written)
+            if writable:
+                outputs.append(buffer)
+    try:
+        found.raise_fault(getattr(found.calls, f"ptx_{name}")(byref(params), *extra))
+        missing = [b.unwritten for b in outputs if b.unwritten]
+        if missing:
+            raise library.Fault(f"{name}: {missing[0]} elements of an output were never written")
+    finally:
+        memory.buffers.clear()
 
 
 def unwritten(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -206,7 +178,7 @@ def bias_act_dropout_fwd(x, b, slope, state, *numbers, y=None):
     y = unwritten(*x.shape, dtype=x.dtype) if y is None else y
     e = epilogue(x, x.shape[1], x.shape[0], b, slope, state, *numbers)
     params = Fwd(_pointer(y), _pointer(x), e)
-    _launch("emulate_bias_act_dropout_fwd", params, (x, b, slope, state), (y,))
+    _launch("bias_act_dropout_fwd", params, (x, b, slope, state), (y,))
     return y
 
 
@@ -219,7 +191,9 @@ def bias_act_dropout_bwd(dy, saved, b, slope, state, *rest, dz=None):
     pointers = (_pointer(t) for t in (dz, db, dslope, dy, saved))
     params = Bwd(*pointers, saves, e)
     reads, writes = (dy, saved, b, slope, state), (dz, db, dslope)
-    _launch("emulate_bias_act_dropout_bwd", params, reads, writes)
+    floats = chosen().calls.ptx_bias_act_dropout_bwd_scratch(byref(params))
+    scratch = unwritten(floats, dtype=torch.float32)
+    _launch("bias_act_dropout_bwd", params, reads, (*writes, scratch), scratch.data_ptr())
     return dz, db, dslope
 
 
@@ -235,14 +209,14 @@ def linear_act_fwd(x, w, b, slope, state, *numbers, want_h=True, tile="by size")
     h = torch.full_like(y, float("nan")) if want_h else None
     params = linear_params(x, w, b, slope, state, *numbers, y=y, h=h)
     reads = (x, w, b, slope, state)
-    _launch("emulate_linear_act", params, reads, (y, h), TILES[tile])
+    _launch("linear_act", params, reads, (y, h), TILES[tile])
     return y, h
 
 
 def takes(x, w, y) -> bool:
     numbers = (activations.NONE, 0.0, 0, 1.0, 0, 0)
     params = linear_params(x, w, None, None, None, *numbers, y=y)
-    return bool(library().fusedmlp_emulated_linear_act_takes(byref(params)))
+    return bool(chosen().calls.ptx_linear_act_takes(byref(params)))
 
 
 def cross_entropy(x, target, smoothing=0.0, ignore_index=-100, grad_scale=1.0):
@@ -250,5 +224,5 @@ def cross_entropy(x, target, smoothing=0.0, ignore_index=-100, grad_scale=1.0):
     pointers = (_pointer(t) for t in (losses, dx, x, target))
     numbers = ignore_index, smoothing, grad_scale, DTYPE_IDS[x.dtype]
     params = CrossEntropy(*pointers, *numbers, *x.shape)
-    _launch("emulate_cross_entropy", params, (x, target), (losses, dx))
+    _launch("cross_entropy", params, (x, target), (losses, dx))
     return losses, dx

@@ -1,5 +1,5 @@
-// Stands in for device_cuda.h: CPU tensors and the emulated machine, so that the whole binding of
-// the CUDA ops, their checks, views, allocations and routes, runs without a GPU.
+// Takes the place of device_cuda.h: CPU tensors, and launches that go to the PTX machine, so that
+// the whole binding of the CUDA ops (checks, views, allocations, routes) runs without a GPU.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
