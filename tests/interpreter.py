@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter compute as a GPU does, in two things that decide within the budget."""
+"""Makes Triton's interpreter compute as a GPU does, in the things that decide within the budget."""
 
 import inspect
 
@@ -26,10 +26,12 @@ def unusable() -> str | None:
 
 
 def repair(monkeypatch) -> None:
-    """Rounds to bf16 instead of cutting off, keeps its denormals, and adds up a tile in a tree.
+    """Rounds to bf16 instead of cutting off, keeps its denormals, adds up a tile in a tree, and
+    rounds a fused multiply-add once.
 
-    The interpreter cuts off the bits that bf16 does not have, makes zeros of its denormals, and
-    adds the rows of a tile one by one, which doubles the rounding error of a column sum.
+    The interpreter cuts off the bits that bf16 does not have, makes zeros of its denormals, adds
+    the rows of a tile one by one, which doubles the rounding error of a column sum, and rounds the
+    product of a multiply-add.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -50,8 +52,44 @@ def repair(monkeypatch) -> None:
             total = np.expand_dims(total, self.axis)
         return self.to_tensor(total, value.dtype)
 
+    def multiplied_and_added(self, x, y, z):
+        # The product of two fp32 numbers is exact in fp64.
+        data = x.data.astype(np.float64) * y.data + z.data
+        return interpreter.TensorHandle(data.astype(z.data.dtype), z.dtype.scalar)
+
     monkeypatch.setattr(interpreter, "_convert_float", converted)
     monkeypatch.setattr(interpreter.ReduceOps, "sum", summed)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", multiplied_and_added)
+
+
+# Of ex2.approx.f32 and div.full.f32, as the PTX manual says: two units in the last place, of which
+# one is up to 2^-23 of a result. That of sqrt.approx.f32 is half of it.
+LIMIT = 2.0**-22
+
+
+def approximate(monkeypatch, sign: int) -> None:
+    """exp, sqrt and quotients are too large (sign 1) or too small (-1) by the limit of a GPU's."""
+    from triton.runtime import interpreter
+
+    def off(values: np.ndarray, like, limit: float = LIMIT):
+        data = (values.astype(np.float64) * (1 + sign * limit)).astype(np.float32)
+        return interpreter.TensorHandle(data, like.dtype.scalar)
+
+    def exp2(self, t):
+        return off(np.exp2(t.data), t)
+
+    def exp(self, z):
+        # A GPU rounds z log2(e) and has 2^t only.
+        return off(np.exp2(z.data * np.float32(np.log2(np.e))), z)
+
+    def sqrt(self, z):
+        return off(np.sqrt(z.data), z, LIMIT / 2)
+
+    def quotient(self, a, b):
+        return off(a.data / b.data, a)
+
+    for name, made in (("exp2", exp2), ("exp", exp), ("sqrt", sqrt), ("fdiv", quotient)):
+        monkeypatch.setattr(interpreter.InterpreterBuilder, f"create_{name}", made)
 
 
 def use_triton(monkeypatch) -> None:

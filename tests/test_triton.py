@@ -232,6 +232,23 @@ def test_dgrad_act_of_an_empty_batch(kernels, device):
     assert dz.shape == (0, 13) and not db.any() and not dslope.any()
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_no_gradient_stays_none_where_a_square_overflowed(dtype, p, backend, device):
+    """As behind a clamp. The derivative 2 z is finite there, though it cannot be read off y."""
+    x = torch.tensor([[1e20, 1e38, 3.0, -1e20, 0.0]] * 4, dtype=DTYPES[dtype], device=device)
+    dy = torch.zeros_like(x)
+    dy[:, 2] = 0.5
+    x.requires_grad_()
+    y = FF.bias_act_dropout(x, None, "relu_squared", p=p, seed=5, backend=backend)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    assert y.isinf().any()
+    kept = rng.dropout_mask(5, 0, 4, 5, p)[:, 2].to(device)
+    torch.testing.assert_close(dx[kept, 2], torch.full_like(dx[kept, 2], 3.0 / (1 - p)))
+    dx[:, 2] = 0
+    assert (dx == 0).all()
+
+
 # --- cross entropy ------------------------------------------------------------------------------
 
 

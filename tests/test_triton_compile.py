@@ -4,6 +4,7 @@ A sample of what `make kernels` compiles in full, in a process of its own: the i
 the other tests use, leaves nothing to compile.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -17,14 +18,14 @@ from fusedmlp import dispatch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 
-def _bench_kernels(out: Path, *arguments: str) -> dict:
+def _run(*arguments: str) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.kernels", "--sample", "--out", str(out), *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def _bench_kernels(out: Path, *arguments: str) -> dict:
+    done = _run("bench.kernels", "--sample", "--out", str(out), *arguments)
     assert out.exists(), done.stderr
     return record.read(out)
 
@@ -56,6 +57,18 @@ def test_dropout_adds_few_instructions_to_an_element(tmp_path):
     # Philox is 40 instructions for eight elements; the mask and its selection a few each.
     for row in report["rows"]:
         assert 5 <= row["per_element"] <= 16, row
+
+
+def test_every_kernel_compiles_for_sizes_that_triton_compiles_apart():
+    """Sizes of 1, of 0, of 16 and of neither, in each place, with and without splits along K."""
+    done = _run("tests.compile_probe")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert not found["failed"]
+    assert {"linear_act_merge_kernel", "dgrad_act_kernel", "column_sum_kernel"} <= set(
+        found["kernels"]
+    )
+    assert len(found["kernels"]) == 8
 
 
 def test_an_unknown_activation_does_not_compile():

@@ -51,7 +51,8 @@ def bias_act_dropout_fwd_kernel(
     z = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
     if b_ptr is not None:
         z += tl.load(b_ptr + column, mask=inside_n, other=0.0).to(tl.float32)[None, :]
-    y = act_fwd(z, load_slope(slope_ptr, alpha, column, inside_n, SLOPES), ACT)
+    slope = load_slope(slope_ptr, alpha, column, inside_n, SLOPES)
+    y = act_fwd(z, slope, ACT, y_ptr.dtype.element_ty == tl.float32)
     if DROPOUT != 0:
         seed, stream = load_stream(state_ptr, layer, DROPOUT)
         y = drop(
@@ -138,6 +139,7 @@ def bias_act_dropout_bwd_kernel(
             SAVES,
             DROPOUT,
             dslope_ptr is not None,
+            dz_ptr.dtype.element_ty == tl.float32,
             BLOCK_M,
             BLOCK_N,
         )

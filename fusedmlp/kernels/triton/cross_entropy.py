@@ -13,6 +13,7 @@ import triton.language as tl
 
 from . import configs
 from .configs import cdiv
+from .device import exp_negative, quotient
 from .launch import launch
 
 
@@ -25,10 +26,24 @@ def _targets(target_ptr, row, inside_m, C, ignore_index):
 
 
 @triton.jit
-def _gradient(z, top, total, target, counted, wrong, column, C, smoothing, grad_scale):
+def _gradient(
+    z,
+    top,
+    total,
+    target,
+    counted,
+    wrong,
+    column,
+    C,
+    smoothing,
+    grad_scale,
+    EXACT: tl.constexpr,
+):
     """(BLOCK_M, BLOCK_N) of dz; NaN in a row whose target does not exist, 0 in an ignored one."""
-    p = tl.exp(z - top[:, None]) / total[:, None]
-    q = smoothing / C + tl.where(column[None, :] == target[:, None], 1.0 - smoothing, 0.0)
+    p = quotient(exp_negative(z - top[:, None], EXACT), total[:, None], EXACT)
+    q = quotient(smoothing, tl.cast(C, tl.float32), EXACT) + tl.where(
+        column[None, :] == target[:, None], 1.0 - smoothing, 0.0
+    )
     dz = tl.where(counted[:, None], (p - q) * grad_scale, 0.0)
     return tl.where(wrong[:, None], float("nan"), dz)
 
@@ -39,7 +54,7 @@ def _losses(top, total, at_target, sum_z, counted, wrong, C, smoothing):
     expected = (1.0 - smoothing) * at_target  # sum(q z)
     if smoothing > 0:
         # Not at smoothing = 0: a logit of -inf elsewhere must not become a NaN.
-        expected += smoothing * (sum_z / C)
+        expected += smoothing * tl.div_rn(sum_z, tl.cast(C, tl.float32))
     # The difference of the two large terms first: it is nearly exact.
     loss = (top - expected) + tl.log(total)
     return tl.where(wrong, float("nan"), tl.where(counted, loss, 0.0))
@@ -62,6 +77,7 @@ def cross_entropy_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    EXACT: tl.constexpr = dz_ptr.dtype.element_ty == tl.float32
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside_m = row < M
     target, counted, wrong = _targets(target_ptr, row, inside_m, C, ignore_index)
@@ -75,9 +91,11 @@ def cross_entropy_kernel(
         z = tl.load(at, mask=inside, other=float("-inf")).to(tl.float32)
         z = tl.where(inside_m[:, None], z, 0.0)
         top = tl.max(z, axis=1)
-        total = tl.sum(tl.exp(z - top[:, None]), axis=1)
+        total = tl.sum(exp_negative(z - top[:, None], EXACT), axis=1)
         sum_z = tl.sum(tl.where(inside, z, 0.0), axis=1)
-        dz = _gradient(z, top, total, target, counted, wrong, column, C, smoothing, grad_scale)
+        dz = _gradient(
+            z, top, total, target, counted, wrong, column, C, smoothing, grad_scale, EXACT
+        )
         tl.store(dz_ptr + row[:, None] * C + column[None, :], dz, mask=inside)
     else:
         for first in range(0, C, BLOCK_N):
@@ -89,7 +107,8 @@ def cross_entropy_kernel(
             higher = tl.maximum(top, tl.max(z, axis=1))
             # A stretch of -inf only: nothing to add, and -inf - -inf would be NaN.
             base = tl.where(higher == float("-inf"), 0.0, higher)
-            total = total * tl.exp(top - base) + tl.sum(tl.exp(z - base[:, None]), axis=1)
+            total = total * exp_negative(top - base, EXACT)
+            total += tl.sum(exp_negative(z - base[:, None], EXACT), axis=1)
             sum_z += tl.sum(tl.where(inside, z, 0.0), axis=1)
             top = higher
         for first in range(0, C, BLOCK_N):
@@ -97,7 +116,9 @@ def cross_entropy_kernel(
             inside = inside_m[:, None] & (column < C)[None, :]
             at = z_ptr + row[:, None] * stride_zm + column[None, :] * stride_zc
             z = tl.load(at, mask=inside, other=float("-inf")).to(tl.float32)
-            dz = _gradient(z, top, total, target, counted, wrong, column, C, smoothing, grad_scale)
+            dz = _gradient(
+                z, top, total, target, counted, wrong, column, C, smoothing, grad_scale, EXACT
+            )
             tl.store(dz_ptr + row[:, None] * C + column[None, :], dz, mask=inside)
     # Read again, one element a row: cheaper than a search through the tile.
     there = inside_m & counted & (wrong == 0)

@@ -116,6 +116,7 @@ def dgrad_act_kernel(
             SAVES,
             DROPOUT,
             dslope_ptr is not None,
+            out_ptr.dtype.element_ty == tl.float32,
             BLOCK_M,
             WIDTH,
         )

@@ -8,11 +8,21 @@ import triton
 import triton.language as tl
 
 from ... import activations as table
-from .device import act_fwd, act_grad_y, act_grad_z, join8, keep_tile, keep_words, split8
+from .device import (
+    act_fwd,
+    act_grad_y,
+    act_grad_z,
+    join8,
+    keep_tile,
+    keep_words,
+    quotient,
+    split8,
+)
 from .gemm import column_parts
 
 NONE = tl.constexpr(table.NONE)
 RELU = tl.constexpr(table.RELU)
+RELU_SQUARED = tl.constexpr(table.RELU_SQUARED)
 SAVE_Y = tl.constexpr(table.SAVE_Y)
 SAVE_Z = tl.constexpr(table.SAVE_Z)
 
@@ -122,6 +132,7 @@ def pre_activation_grad(
     SAVES: tl.constexpr,
     DROPOUT: tl.constexpr,
     SLOPE_GRAD: tl.constexpr,
+    EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -133,7 +144,7 @@ def pre_activation_grad(
     terms = g
     if SAVES == SAVE_Z:
         z = saved + bias
-        dz = g * act_grad_z(z, slope, ACT)
+        dz = g * act_grad_z(z, slope, ACT, EXACT)
         if SLOPE_GRAD:
             terms = tl.where(z > 0, 0.0, g * z)
     elif SAVES == SAVE_Y:
@@ -141,8 +152,11 @@ def pre_activation_grad(
             # y alone holds the joint mask of ReLU and dropout; a NaN passes.
             dz = tl.where(saved <= 0, 0.0, g)
         else:
-            a = saved * (1.0 / scale) if DROPOUT != KEEP_ALL else saved
-            dz = g * act_grad_y(a, slope, ACT)
+            a = saved * quotient(1.0, scale, EXACT) if DROPOUT != KEEP_ALL else saved
+            dz = g * act_grad_y(a, slope, ACT, EXACT)
+            if ACT == RELU_SQUARED:
+                # A square that overflowed: the derivative was finite, so no gradient stays none.
+                dz = tl.where((g == 0) & (a > 0), g, dz)
     else:
         tl.static_assert(ACT == NONE, "this derivative needs a saved tensor")
         dz = g
@@ -192,11 +206,13 @@ def store_part(
     z = h
     if b_ptr is not None:
         z += tl.load(b_ptr + column, mask=inside_n, other=0.0).to(tl.float32)[None, :]
-    y = act_fwd(z, load_slope(slope_ptr, alpha, column, inside_n, SLOPES), ACT)
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    slope = load_slope(slope_ptr, alpha, column, inside_n, SLOPES)
+    y = act_fwd(z, slope, ACT, dtype == tl.float32)
     if DROPOUT != 0:
         # Rounded before the selection: then only y changes its layout for the store, not the mask.
         y = drop_after_product(
-            (y * scale).to(y_ptr.dtype.element_ty),
+            (y * scale).to(dtype),
             seed,
             stream,
             counter_row,

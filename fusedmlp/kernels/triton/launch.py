@@ -5,6 +5,7 @@ import functools
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from ... import activations, rng
 from . import configs, device
@@ -75,14 +76,20 @@ def _specialization(args: tuple) -> list | None:
 
 def launch(kernel, programs: int, like: Tensor, *args, warps: int, stages: int = 1, **constants):
     """Runs `programs` programs of a kernel on like's device and its current stream."""
-    if like.is_cuda and like.device.index != torch.cuda.current_device():
-        with torch.cuda.device(like.device):
-            return launch(kernel, programs, like, *args, warps=warps, stages=stages, **constants)
+    device = like.device.index
+    if like.is_cuda:
+        current = torch.cuda.current_device()
+        if device is None:  # a device without a number is the current one
+            device = current
+        elif device != current:
+            with torch.cuda.device(device):
+                launch(kernel, programs, like, *args, warps=warps, stages=stages, **constants)
+            return
     # On AMD GPUs Triton also tells tensors apart by their size.
     direct = not INTERPRET and torch.version.hip is None
     key = _specialization(args) if direct else None
     if key is not None:
-        key = (kernel, like.device.index, warps, stages, *constants.values(), *key)
+        key = (kernel, device, warps, stages, *constants.values(), *key)
         found = _compiled.get(key)
         if found is not None:
             compiled, names = found
@@ -91,7 +98,8 @@ def launch(kernel, programs: int, like: Tensor, *args, warps: int, stages: int =
     compiled = kernel[(programs,)](
         *args, **constants, **_OPTIONS, num_warps=warps, num_stages=stages
     )
-    if key is not None:
+    # Tools that replace Triton's launcher, as sanitizers do, may return something else.
+    if key is not None and isinstance(compiled, CompiledKernel):
         _compiled[key] = compiled, kernel.arg_names[len(args) :]
 
 
@@ -107,4 +115,7 @@ def _capability(index: int) -> configs.Target:
 def capability(t: Tensor) -> configs.Target:
     """What tiles are chosen for: the device of t; in the interpreter a Hopper GPU, but with one
     multiprocessor, as it runs one program at a time."""
-    return _capability(t.device.index) if t.is_cuda else configs.target(90, 1)
+    if not t.is_cuda:
+        return configs.target(90, 1)
+    index = t.device.index
+    return _capability(torch.cuda.current_device() if index is None else index)

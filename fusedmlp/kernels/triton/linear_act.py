@@ -192,7 +192,8 @@ def linear_act_merge_kernel(
     h = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in range(splits):
         h += tl.load(at, mask=inside, other=0.0)
-        at += M.to(tl.int64) * N
+        # M may be a Python number: Triton makes one of every argument that is 1.
+        at += tl.cast(M, tl.int64) * N
     seed, stream = load_stream(state_ptr, layer, DROPOUT)
     store_part(
         y_ptr,
