@@ -1,7 +1,8 @@
 """Triton kernels: NVIDIA and AMD GPUs, and a CPU through Triton's interpreter (for tests).
 
-The same functions with the same names as every backend. Importing this imports Triton; nothing is
-compiled before a kernel is launched.
+The same functions with the same names as every backend. Importing this imports Triton and compiles
+nothing: Triton compiles a kernel inside the first call of each kind, which then takes up to
+seconds (docs/triton.md says what a kind is).
 """
 
 from .bias_act_dropout import bias_act_dropout_bwd, bias_act_dropout_fwd
