@@ -117,7 +117,8 @@ def find_python() -> str:
 
 def prepare(venv: Path) -> tuple[Path, dict[str, str]]:
     """The environment's Python and its releases; makes it, and installs what is missing."""
-    python, again = venv / "bin" / "python", f"remove {venv} and run make semantics again"
+    python = venv / "bin" / "python"
+    again = "give --venv another folder, or remove this one, which is then made anew"
     if not python.exists():
         made_with = find_python()
         environment.check_space(venv.parent)

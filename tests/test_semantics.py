@@ -170,7 +170,9 @@ def test_an_environment_of_another_python_is_named(release, tmp_path, monkeypatc
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").touch()
     monkeypatch.setattr(semantics, "release_of", lambda python: release)
-    said = f"is Python {release or 'that does not start'}, 3.12 is needed; remove {tmp_path}"
+    said = (
+        f"is Python {release or 'that does not start'}, 3.12 is needed; give --venv another folder"
+    )
     with pytest.raises(SystemExit, match=said):
         semantics.prepare(tmp_path)
 
@@ -193,5 +195,7 @@ def test_a_package_that_is_missing_or_of_another_release_is_named(name, tmp_path
     semantics.prepare(tmp_path)
     assert installed == [f"{name}=={semantics.PINS[name]}"]
     have[name] = "9.9.9"
-    with pytest.raises(SystemExit, match=f"has {name} 9.9.9, {semantics.PINS[name]} is needed"):
+    with pytest.raises(
+        SystemExit, match=f"has {name} 9.9.9, {semantics.PINS[name]} is needed; give"
+    ):
         semantics.prepare(tmp_path)
