@@ -167,8 +167,8 @@ def run(piece: Piece, python: Path) -> dict[str, Any]:
             program.write_text(f"import bench.semantics as s\ndef main(): s.launch({piece.case!r})")
             command = ["ttsem.validate", str(program), "--json", str(out)]
         environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        environ |= {"PYTHONPATH": str(root), "TRITON_CACHE_DIR": f"{scratch}/cache"}
-        environ |= {"OMP_NUM_THREADS": "1", "SEMANTICS_OUT": str(out)}
+        environ |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "SEMANTICS_OUT": str(out)}
+        environ["TRITON_CACHE_DIR"] = str(python.parents[1] / "triton-cache")
         options = dict(cwd=root, env=environ, capture_output=True, text=True, timeout=_SECONDS)
         try:
             done = subprocess.run([str(python), "-m", *command], **options)

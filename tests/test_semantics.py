@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -121,7 +122,7 @@ def _run(piece, monkeypatch, found=None, status=0):
 
     with monkeypatch.context() as patch:
         patch.setattr(semantics.subprocess, "run", process)
-        return semantics.run(piece, "python")
+        return semantics.run(piece, Path("venv/bin/python"))
 
 
 def test_rows_say_what_is_wrong(monkeypatch):
