@@ -34,7 +34,6 @@ PINS = {"torch": "2.14.0", "triton": "3.8.0", "ttsem": "0.1.0"}
 _TESTS_NEED = ("pytest", "hypothesis", "safetensors", "matplotlib")
 RESULTS = record.ROOT / "bench" / "results" / "semantics.json"
 KERNELS = "fusedmlp/kernels/triton"
-_SECONDS = 3600  # no piece takes as long, on a busy machine either
 
 # What the pretended device cannot do: how the test begins -> why it is left out.
 LEFT_OUT = {
@@ -59,9 +58,9 @@ class Piece:
     def kind(self) -> str:
         return "planted fault" if self.fault else "tests" if self.tests else "stages"
 
-    def code(self, folder: Path = record.ROOT / KERNELS) -> str:
+    def code(self, sources: str) -> str:
         """A hash of what decides the machine code, and of what is done with it."""
-        parts = [sources_hash(folder), sorted(PINS.items()), self]
+        parts = [sources, sorted(PINS.items()), self]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -88,7 +87,7 @@ PIECES = (
 )
 
 
-def sources_hash(folder: Path) -> str:
+def sources_hash(folder: Path = record.ROOT / KERNELS) -> str:
     """Of the Triton files without comments and layout; the same under every Python."""
     found = hashlib.sha256()
     for path in sorted(folder.glob("*.py")):
@@ -111,8 +110,7 @@ def find_python() -> str:
     for python in (f"python{PYTHON}", *glob.glob(f"{folder}/versions/{PYTHON}.*/bin/python")):
         if release_of(python) == PYTHON:
             return python
-    where = f"on PATH or in {folder}/versions"
-    environment.stop(f"ttsem needs Python {PYTHON} and there is none {where}: install it")
+    environment.stop(f"install Python {PYTHON} for ttsem: none is on PATH or in {folder}/versions")
 
 
 def prepare(venv: Path) -> tuple[Path, dict[str, str]]:
@@ -152,7 +150,7 @@ def plant(fault: tuple[str, ...], folder: Path) -> None:
 
 def run(piece: Piece, python: Path) -> dict[str, Any]:
     """Runs a piece; its row of the results file."""
-    row = {"case": piece.case, "kind": piece.kind, "code": piece.code()}
+    row = {"case": piece.case, "kind": piece.kind, "code": piece.code(sources_hash())}
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         out, root = Path(scratch, "out.json"), record.ROOT
@@ -169,12 +167,12 @@ def run(piece: Piece, python: Path) -> dict[str, Any]:
         environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         environ |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "SEMANTICS_OUT": str(out)}
         environ["TRITON_CACHE_DIR"] = str(python.parents[1] / "triton-cache")
-        options = dict(cwd=root, env=environ, capture_output=True, text=True, timeout=_SECONDS)
+        options = dict(cwd=root, env=environ, capture_output=True, text=True, timeout=3600)
         try:
             done = subprocess.run([str(python), "-m", *command], **options)
             row |= _READ[piece.kind](json.loads(out.read_text()), piece, done.stdout)
-        except subprocess.TimeoutExpired:
-            row["wrong"] = f"not done after {_SECONDS} s"
+        except subprocess.TimeoutExpired as late:
+            row["wrong"] = f"not done after {late.timeout} s"
         except FileNotFoundError:  # it ended before it wrote what it found
             row["wrong"] = f"exit status {done.returncode}: {(done.stdout + done.stderr)[-500:]}"
     return row | {"seconds": round(time.perf_counter() - start, 1)}
@@ -234,6 +232,7 @@ _seen: dict[str, Any] = {"passed": 0, "failed": [], "kernels": Counter()}
 
 
 def pytest_configure() -> None:
+    from torch.optim import Optimizer
     from triton.runtime.jit import JITFunction
 
     from fusedmlp.train.graph_step import Graph
@@ -246,6 +245,7 @@ def pytest_configure() -> None:
 
     JITFunction.run = counted
     # The pretended device captures no CUDA graph: the calls of a step run one by one.
+    Optimizer._accelerator_graph_capture_health_check = lambda self: None
     Graph.captures = property(lambda engine: False, lambda engine, value: None)
 
 
@@ -266,7 +266,8 @@ def pytest_sessionfinish() -> None:
 
 def kept(path: Path) -> dict[str, dict[str, Any]]:
     """Rows of an earlier run about the present kernels that were right."""
-    codes = {piece.case: piece.code() for piece in PIECES}
+    sources = sources_hash()
+    codes = {piece.case: piece.code(sources) for piece in PIECES}
     try:
         rows = record.read(path)["rows"]
     except (OSError, ValueError):

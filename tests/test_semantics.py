@@ -11,11 +11,11 @@ import pytest
 from bench import record, semantics
 from build_tools import environment
 
-PIECE = semantics.PIECES[0]
+PIECE, SOURCES = semantics.PIECES[0], semantics.sources_hash()
 
 
 def _row(piece, **fields):
-    return {"case": piece.case, "code": piece.code(), "wrong": ""} | fields
+    return {"case": piece.case, "code": piece.code(SOURCES), "wrong": ""} | fields
 
 
 def _write(path, rows):
@@ -57,10 +57,10 @@ def test_each_fault_can_still_be_put_into_the_kernels(tmp_path):
 # --- what is kept, and what is run again --------------------------------------------------------
 
 
-def test_the_code_follows_the_kernels_but_not_their_comments(tmp_path):
+def test_the_code_follows_the_kernels_but_not_their_comments(tmp_path, monkeypatch):
     folder = tmp_path / "triton"
     shutil.copytree(record.ROOT / semantics.KERNELS, folder)
-    first, gemm = PIECE.code(), folder / "gemm.py"
+    gemm = folder / "gemm.py"
     text = gemm.read_text()
     for changed, same in (
         ("# a comment\n" + text, True),
@@ -69,8 +69,14 @@ def test_the_code_follows_the_kernels_but_not_their_comments(tmp_path):
     ):
         assert changed != text
         gemm.write_text(changed)
-        assert (PIECE.code(folder) == first) is same
-    assert dataclasses.replace(PIECE, tests="other").code() != first
+        assert (semantics.sources_hash(folder) == SOURCES) is same
+    codes = {
+        PIECE.code(SOURCES),
+        PIECE.code("other sources"),
+        dataclasses.replace(PIECE, tests="other tests").code(SOURCES),
+    }
+    monkeypatch.setattr(semantics, "PINS", semantics.PINS | {"triton": "9.9.9"})
+    assert len(codes | {PIECE.code(SOURCES)}) == 4
 
 
 @pytest.mark.parametrize("why", ["right", "other code", "wrong before", "no longer", "damaged"])
@@ -131,7 +137,7 @@ def test_rows_say_what_is_wrong(monkeypatch):
     found = {"passed": 3, "failed": [], "kernels": {"a_kernel": 5}}
     row = _run(tests, monkeypatch, found)
     assert (row["wrong"], row["passed"], row["races_unchecked"]) == ("", 3, 2)
-    assert row["code"] == tests.code() and row["kernels"] == {"a_kernel": 5}
+    assert row["code"] == tests.code(SOURCES) and row["kernels"] == {"a_kernel": 5}
     assert _run(tests, monkeypatch, found | {"kernels": {}})["wrong"] == "no kernel was run"
     row = _run(tests, monkeypatch, found | {"failed": ["test_a: 1 != 2"]})
     assert row["wrong"] == "1 failed, first test_a: 1 != 2"
@@ -161,7 +167,7 @@ def test_rows_say_what_is_wrong(monkeypatch):
 def test_a_missing_python_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("PYENV_ROOT", str(tmp_path))
-    with pytest.raises(SystemExit, match="needs Python 3.12 and there is none on PATH or in"):
+    with pytest.raises(SystemExit, match="install Python 3.12 for ttsem: none is on PATH or in"):
         semantics.prepare(tmp_path / "venv")
     assert not (tmp_path / "venv").exists()
 
