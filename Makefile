@@ -13,7 +13,7 @@ CLANG  = $(shell PATH="$(VENV)/bin:$$PATH" command -v clang-format)
 CSRC   = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/ptx/*.cpp tests/ptx/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test sanitize train lint format bench kernels readme gpu verify info clean
+.PHONY: help setup test sanitize train lint format bench kernels semantics readme gpu verify info clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -49,6 +49,9 @@ kernels: setup  ## compile each GPU kernel and list registers, spills and tensor
 	@if [ -f fusedmlp/_native_cuda.so ]; then $(PY) -m bench.cuda_kernels; else echo 'kernels: the CUDA extension is not built; make info says why'; fi
 	$(PY) -m bench.kernels $(ARGS)
 
+semantics: setup  ## run what Triton makes of each GPU kernel on the CPU, in .venv-semantics (Python 3.12, 5 GB)
+	$(PY) -m bench.semantics $(ARGS)
+
 readme: setup  ## write the README's tables from the results files
 	$(PY) -m bench.report $(ARGS)
 
@@ -63,4 +66,4 @@ info: setup  ## versions, devices, and what each op would run on
 
 clean:  ## remove what was built; the environment and runs/ stay
 	rm -rf build dist *.egg-info fusedmlp/_native_*.so fusedmlp/_build_info.json .pytest_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './.venv*/*' -prune -exec rm -rf {} +
