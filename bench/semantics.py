@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import glob
 import hashlib
 import json
 import os
@@ -107,11 +106,11 @@ def release_of(python: str | Path) -> str:
 
 def find_python() -> str:
     """A Python of the release that ttsem needs, on PATH or of pyenv."""
-    folder = os.environ.get("PYENV_ROOT") or os.path.expanduser("~/.pyenv")
-    for python in (f"python{PYTHON}", *glob.glob(f"{folder}/versions/{PYTHON}.*/bin/python")):
+    folder = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
+    for python in (f"python{PYTHON}", *folder.glob(f"{PYTHON}.*/bin/python")):
         if release_of(python) == PYTHON:
-            return python
-    environment.stop(f"install Python {PYTHON} for ttsem: none is on PATH or in {folder}/versions")
+            return str(python)
+    environment.stop(f"install Python {PYTHON} for ttsem: none is on PATH or in {folder}")
 
 
 def prepare(venv: Path) -> tuple[Path, dict[str, str]]:
