@@ -75,6 +75,12 @@ void store_sums(void* out, const double* sums, Dtype dtype, int64_t n) {
     from_float(out, rounded, dtype, n);
 }
 
+// No bytes may be at null, which memset may not be given.
+void clear(void* out, int64_t n, Dtype dtype) {
+    if (n > 0)
+        std::memset(out, 0, size_t(n) * size_of(dtype));
+}
+
 void clear_rows(void* out, const EpilogueParams& e, int64_t ld) {
     const size_t size = size_of(e.dtype);
     for (int64_t row = 0; row < e.rows; ++row)
@@ -193,11 +199,11 @@ int launch_bias_act_dropout_fwd(const BiasActDropoutFwdParams& p, ParallelFor pa
 int launch_bias_act_dropout_bwd(const BiasActDropoutBwdParams& p, ParallelFor parallel) {
     const EpilogueParams& e = p.e;
     if (e.rows == 0 || e.cols == 0 || all_dropped(e)) {
-        std::memset(p.dz, 0, size_t(e.rows * e.cols) * size_of(e.dtype));
+        clear(p.dz, e.rows * e.cols, e.dtype);
         if (p.db)
-            std::memset(p.db, 0, size_t(e.cols) * size_of(e.bias_dtype));
+            clear(p.db, e.cols, e.bias_dtype);
         if (p.dslope)
-            std::memset(p.dslope, 0, size_t(e.slope_size) * size_of(e.slope_dtype));
+            clear(p.dslope, e.slope_size, e.slope_dtype);
         return 0;
     }
     int failed = 0;
