@@ -23,7 +23,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.neural_network import MLPClassifier
 
 from fusedmlp.sklearn import FusedMLPClassifier
-from fusedmlp.train import TrainConfig, compare, crossval, data, fit, model
+from fusedmlp.train import Data, TrainConfig, compare, crossval, datasets, fit, model
 from fusedmlp.train.crossvalidation import splits_of
 
 from . import record
@@ -43,7 +43,7 @@ def together(config: TrainConfig) -> list[float]:
 
 def one_by_one(config: TrainConfig) -> list[float]:
     """The same by a loop of fit, the last network on all rows included."""
-    loaded = data.load(config)
+    loaded = datasets.load(config)
     errors = []
     candidates = compare.candidates(config, COMPARED)
     for candidate in candidates:
@@ -64,7 +64,7 @@ def one_by_one(config: TrainConfig) -> list[float]:
     return errors
 
 
-def _error(config: TrainConfig, part: data.Data, x, y) -> float:
+def _error(config: TrainConfig, part: Data, x, y) -> float:
     net = model.build(config, part)
     fit(net, part, config)
     model.evaluate(net, part.x_train, part.y_train, part.scaling, "cross_entropy")
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, epochs in (("digits", args.grid_epochs), ("fashion_mnist", IMAGE_EPOCHS)):
         if name not in args.parts or (name != "digits" and args.data_dir is None):
             continue
-        loaded = data.load(config.replace(dataset=name, data_dir=args.data_dir))
+        loaded = datasets.load(config.replace(dataset=name, data_dir=args.data_dir))
         top = float(loaded.scaling.divisor)
         parts = [
             loaded.x_train[:IMAGES].flatten(1).numpy() / top,

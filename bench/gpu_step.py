@@ -34,7 +34,7 @@ from pathlib import Path
 
 import torch
 
-from fusedmlp.train import data, idx
+from fusedmlp.train import data, datasets, idx
 
 from . import record, step_ways, timing
 from .step_ways import Case
@@ -160,7 +160,7 @@ def loaded_for(args, job: Job) -> data.Data:
     """Fashion-MNIST where it is on disk, else noise of its sizes."""
     root = args.data_dir or idx.default_folder()
     if args.rows is None and idx.find(idx.IMAGE_SETS["fashion_mnist"], root):  # never fetched here
-        return data.load(job.config)
+        return datasets.load(job.config)
     rows = args.rows or 60_000
     return made(rows, max(1, rows // 6))
 

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fusedmlp import rng
-from fusedmlp.train import data, model, step
+from fusedmlp.train import data, datasets, model, step
 
 from . import record
 from .timing import percentile, spread
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
             _seeds(args, argv, Path(folder))
     rows = []
     for job in jobs(args.data_dir, args.epochs, args.device) if args.parity_seeds else ():
-        loaded = data.load(job.config).to(args.device)
+        loaded = datasets.load(job.config).to(args.device)
         rows += _parity(job, loaded, args.steps, args.parity_seeds)
     if rows:
         head = record.header("parity", "bench.train_proof", argv, args.device)
@@ -64,7 +64,7 @@ def _seeds(args: argparse.Namespace, argv: list[str] | None, folder: Path) -> No
     path = args.out / "seeds.json"
     found = record.read(path)["rows"] if args.resume and path.exists() else []
     for job in jobs(args.data_dir, args.epochs, args.device):
-        loaded = data.load(job.config).to(args.device)
+        loaded = datasets.load(job.config).to(args.device)
         ways = [Ours(job, loaded), InMemory(job, loaded), ScikitLearn(job, loaded)]
         for way in [*ways, DataLoaders(job, loaded, folder)]:
             asked = args.ways is None or any(way.name.startswith(name) for name in args.ways)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from fusedmlp.train import data
+from fusedmlp.train import datasets
 
 from . import record
 from .timing import spread
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for job in jobs(args.data_dir, args.epochs, args.device):
-            loaded = data.load(job.config).to(args.device)
+            loaded = datasets.load(job.config).to(args.device)
             ways = [Ours(job, loaded), InMemory(job, loaded), ScikitLearn(job, loaded)]
             if args.loader_rounds:
                 ways.append(DataLoaders(job, loaded, Path(folder)))

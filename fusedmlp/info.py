@@ -41,7 +41,8 @@ def _isa_lines() -> list[str]:
     """The instruction set of the CPU kernels, where they can be opened."""
     from .kernels.native import extension
 
-    if _unavailable(dispatch.BACKENDS[0], "cpu") is not None:
+    wrong = any(problem.startswith("FUSEDMLP_CPU_ISA") for problem in environment.problems())
+    if wrong or _unavailable(dispatch.BACKENDS[0], "cpu") is not None:
         return []
     asked, used = extension.asked_isa(), extension.cpu_isa()
     short = "" if asked in (None, used) else f"; this processor lacks {asked}, which was asked for"

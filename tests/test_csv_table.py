@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from fusedmlp.train import TrainConfig, TrainError, UsageError, csv_table, data
+from fusedmlp.train import TrainConfig, TrainError, UsageError, csv_table, data, datasets
 
 from . import made_data
 
@@ -18,7 +18,7 @@ import pandas as pd  # noqa: E402
 
 
 def load(**settings) -> data.Data:
-    return data.load(TrainConfig(**settings))
+    return datasets.load(TrainConfig(**settings))
 
 
 def _csv(tmp_path, text: str) -> str:
@@ -164,7 +164,7 @@ def test_separator_and_encoding_are_read_off_the_file(tmp_path, separator, encod
     path = tmp_path / "P.CSV"
     lines += 4 * lines[1:]
     path.write_bytes("".join(separator.join(line) + ending for line in lines).encode(encoding))
-    found = data.read(TrainConfig(dataset=str(path), target="kind"))
+    found = datasets.read(TrainConfig(dataset=str(path), target="kind"))
     assert found.features == ("gr\u00f6\u00dfe", "a, b; c") and found.classes == ("x;, y", "z")
     assert found.x_test.tolist() == [[-300.0, 4.0], [1.0, 2.5]]
     assert found.y_test.tolist() == [1, 0] and len(found.x_train) == 8

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fusedmlp.train import TrainConfig, TrainError, data, fetch, idx
+from fusedmlp.train import TrainConfig, TrainError, data, datasets, fetch, idx
 
 from . import made_data
 
@@ -32,7 +32,7 @@ def _no_network(monkeypatch, tmp_path):
 
 
 def load(**settings) -> data.Data:
-    return data.load(TrainConfig(**settings))
+    return datasets.load(TrainConfig(**settings))
 
 
 # image sets

@@ -63,10 +63,10 @@ def _weights(run: Path) -> dict[str, torch.Tensor]:
 
 def _exact(rows: Path) -> dict[str, torch.Tensor]:
     """The run in fp64, as the truth for both."""
-    from fusedmlp.train import data, fit, model
+    from fusedmlp.train import datasets, fit, model
 
     config = commands.parse_train(["--dataset", str(rows), *FLAGS, "--backend", "reference"])
-    loaded = data.load(config)
+    loaded = datasets.load(config)
     net = model.build(config, loaded).double()
     fit(net, loaded, config)
     return net.state_dict()

@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from fusedmlp import cli
-from fusedmlp.train import TrainConfig, TrainError, UsageError, data, fit, model, source
+from fusedmlp.train import TrainConfig, TrainError, UsageError, data, datasets, fit, model, source
 
 from . import made_data
 from .test_train import network
 
 made_data.need(*made_data.TRAIN_EXTRA, "sklearn", "pandas")
 import numpy as np  # noqa: E402
-from sklearn import datasets, metrics  # noqa: E402
+from sklearn import datasets as sets  # noqa: E402
+from sklearn import metrics  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +69,7 @@ OF_TABLES = {
 
 def test_image_sets_keep_the_courses_settings():
     assert settings_of(made_data.pictures()) == COURSE
-    digits = settings_of(data.read(TrainConfig(dataset="digits")))
+    digits = settings_of(datasets.read(TrainConfig(dataset="digits")))
     assert digits == COURSE | {"epochs": 30, "batch_size": 32}
 
 
@@ -244,8 +245,8 @@ def test_an_npz_of_floats_is_a_table_and_pictures_are_not(tmp_path):
     np.savez("b.npz", x_train=x.astype(np.uint8), y_train=np.arange(20) % 2)
     for file, is_table in (("t.npz", True), ("p.npz", False), ("b.npz", False)):
         config = TrainConfig(dataset=file)
-        assert data.resolved(config, data.read(config)).standardize is is_table
-    found = data.load(TrainConfig(dataset="t.npz"))
+        assert data.resolved(config, datasets.read(config)).standardize is is_table
+    found = datasets.load(TrainConfig(dataset="t.npz"))
     assert len(found.x_train[:, 0].unique()) == len(found.x_train)
 
 
@@ -273,17 +274,17 @@ def test_r2_and_rmse_are_scikit_learns(targets):
 
 
 ORDINARY = {
-    "iris": (datasets.load_iris, True, 0.85),
-    "wine": (datasets.load_wine, True, 0.9),
-    "breast_cancer": (datasets.load_breast_cancer, True, 0.93),
-    "diabetes": (datasets.load_diabetes, False, 0.1),
+    "iris": (sets.load_iris, True, 0.85),
+    "wine": (sets.load_wine, True, 0.9),
+    "breast_cancer": (sets.load_breast_cancer, True, 0.93),
+    "diabetes": (sets.load_diabetes, False, 0.1),
     "friedman": (
-        lambda return_X_y: datasets.make_friedman1(2000, random_state=0),
+        lambda return_X_y: sets.make_friedman1(2000, random_state=0),
         False,
         0.95,
     ),
     "large_numbers": (
-        lambda return_X_y: datasets.make_regression(
+        lambda return_X_y: sets.make_regression(
             3000, 8, bias=1e8, coef=False, noise=1.0, random_state=0
         ),
         False,

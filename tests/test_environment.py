@@ -31,7 +31,7 @@ RIGHT = {
 
 def test_every_variable_is_here():
     assert set(WRONG) == set(RIGHT) == set(environment.VARIABLES)
-    assert environment._CHOICES["FUSEDMLP_BACKEND"] == fusedmlp.backends()
+    assert environment.CHOICES["FUSEDMLP_BACKEND"] == fusedmlp.backends()
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fusedmlp.train import TrainConfig, TrainError, data
+from fusedmlp.train import TrainConfig, TrainError, data, datasets
 
 from . import made_data
 
@@ -14,7 +14,7 @@ import numpy as np  # noqa: E402
 
 
 def load(**settings) -> data.Data:
-    return data.load(TrainConfig(**settings))
+    return datasets.load(TrainConfig(**settings))
 
 
 def _npz(path, **arrays):

@@ -64,7 +64,8 @@ __device__ __forceinline__ void store_as(void* out, Dtype dtype, int64_t at, flo
 constexpr size_t kSumShared = size_t(kThreads) * kEight * sizeof(float);
 
 // Adds up the block's threads and stores the sums of its columns, or of all of them. Each thread
-// first adds eight rows of one column, then a few threads what is left.
+// first adds eight rows of one column, then a few threads what is left. After ONE, the block must
+// not write to shared memory any more.
 template <bool ONE>
 __device__ __forceinline__ void add_block(
     const float (&mine)[kEight],
@@ -105,8 +106,6 @@ __device__ __forceinline__ void add_block(
             sum += sums[i];
         store_as(to.out, to.dtype, blockIdx.x, sum);
     }
-    if (ONE)
-        __syncthreads();
 }
 
 // out (N,) = sum over rows of in (R, N).

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from . import data, distributed, model
+from . import data, datasets, distributed, model
 from .config import TrainConfig
 from .progress import Quiet
 from .surroundings import pick_device
@@ -21,11 +21,11 @@ def run(config: TrainConfig, progress: Quiet | None = None) -> Result:
         def load_first() -> str:
             # Rank 0 before the others: the one download, and the choice of a data set, are for all.
             nonlocal loaded
-            loaded = data.read(config)
+            loaded = datasets.read(config)
             return loaded.name if config.dataset == "auto" else config.dataset
 
         config = config.replace(dataset=world.lead(load_first))
-        loaded = loaded or data.read(config)
+        loaded = loaded or datasets.read(config)
         config = data.resolved(config, loaded)
         loaded = data.prepared(loaded, config.standardize)
         if world.is_lead:

@@ -68,7 +68,8 @@ def _key(*parts: bytes) -> str:
 def build(name: str, arch: int, more=(), flags=(), libraries=()) -> Path:
     """A shared library of csrc/cuda, runtime.cpp and `more` sources, with PTX for one target."""
     sources = [*sorted((CSRC / "cuda").glob("*.cu")), HERE / "runtime.cpp", *more]
-    headers = b"".join(p.read_bytes() for p in sorted(CSRC.rglob("*.*h")) if "cpu" not in p.parts)
+    headers = [p for p in sorted(CSRC.rglob("*.*h")) if p.parent != CSRC / "cpu"]
+    headers = b"".join(p.read_bytes() for p in headers)
     command = [nvcc().path, *NVCC_FLAGS, f"-arch=compute_{arch}", f"-code=compute_{arch}"]
     command += ["--no-compress", f"-I{CSRC}"]
 
@@ -105,14 +106,15 @@ def mistaken(arch: int, name: str, edits, keep=()) -> dict[str, Kernel]:
         if not changed:
             raise LookupError(f"{there} is not in {file} any more")
     key = _key(*(t.encode() for t in texts.values()), name.encode(), nvcc().version.encode())
-    copy = FOLDER / f"{key}-sources"
-    for file, path in csrc.items():
-        target = copy / path.relative_to(CSRC)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(texts[file])
-    flags = [*NVCC_FLAGS, f"-arch=compute_{arch}", f"-I{copy}"]
-    ptx = _once(FOLDER / f"{key}.ptx", [nvcc().path, *flags, "-ptx", str(copy / "cuda" / name)])
-    shutil.rmtree(copy, ignore_errors=True)
+    ptx, copy = FOLDER / f"{key}.ptx", FOLDER / f"{key}-sources"
+    if not ptx.exists():
+        for file, path in csrc.items():
+            target = copy / path.relative_to(CSRC)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(texts[file])
+        flags = [*NVCC_FLAGS, f"-arch=compute_{arch}", f"-I{copy}"]
+        _once(ptx, [nvcc().path, *flags, "-ptx", str(copy / "cuda" / name)])
+        shutil.rmtree(copy, ignore_errors=True)
     return {plain_name(k): kernel for k, kernel in kernels_of(ptx.read_text()).items()}
 
 

@@ -98,7 +98,8 @@ class Step:
             raise Fault(f"{register} is used and was never written", bad)
 
     def each(self, value):
-        return np.broadcast_to(value, self.lanes.shape)
+        """One value a thread."""
+        return value if value.ndim else np.full(len(self.lanes), value)
 
     def copy_async(self, to, source, sizes):
         data = self.glob.copy_source(source, sizes, self)
@@ -200,12 +201,13 @@ class Batch:
     @staticmethod
     def joined(values, sizes, ordered, order):
         first = values[0]
-        if all(v is first or (v.ndim == 0 and first.ndim == 0 and v.tobytes() == first.tobytes())
-               for v in values[1:]) and first.ndim == 0:  # fmt: skip
-            return first
-        both = np.concatenate(
-            [np.broadcast_to(v, (n,)) for v, n in zip(values, sizes, strict=True)]
-        )
+        if first.ndim == 0:
+            bits = first.tobytes()
+            if all(v.ndim == 0 and v.tobytes() == bits for v in values):
+                return first
+        # np.broadcast_to takes several times as long as np.full
+        parts = [v if v.ndim else np.full(n, v) for v, n in zip(values, sizes, strict=True)]
+        both = np.concatenate(parts)
         return both if ordered else both[order]
 
     def step(self, index, lanes, registers):

@@ -110,7 +110,7 @@ class Region:
     def load(self, at, width, step):
         """at: bytes from the start of the window, a multiple of width."""
         if self.shadow:
-            at = np.broadcast_to(at, step.lanes.shape)
+            at = step.each(at)
             self.shadow.note_read(self._elements(at, width), step, self.block_only)
         return self.views[width][at // width]
 
@@ -169,7 +169,7 @@ class GlobalMemory:
         buffer = self.find(first, end) if self.buffers else Buffer(first, end - first)
         if buffer:
             return buffer.load((address - np.uint64(buffer.start)).astype(np.int64), width, step)
-        address = np.broadcast_to(address, step.lanes.shape)
+        address = step.each(address)
         values = np.empty(len(address), dtype=RAW[width])
         for buffer, mine in self._parts(address, width, "read"):
             at = (address[mine] - np.uint64(buffer.start)).astype(np.int64)
@@ -178,8 +178,8 @@ class GlobalMemory:
 
     def store(self, address, width, values, step):
         _aligned(address, width)
-        address = np.broadcast_to(address, step.lanes.shape)
-        values = np.broadcast_to(values, address.shape)
+        address = step.each(address)
+        values = step.each(values)
         if not self.buffers:
             first = int(address.min())
             buffer = Buffer(first, int(address.max()) + width - first)
@@ -206,7 +206,7 @@ class GlobalMemory:
     def copy_source(self, address, sizes, step):
         """16 bytes each for asynchronous copies: `sizes` of them from memory, the rest zeros."""
         _aligned(address, 16)
-        address, sizes = (np.broadcast_to(a, step.lanes.shape) for a in (address, sizes))
+        address, sizes = (step.each(a) for a in (address, sizes))
         rows = np.zeros((len(address), 16), dtype=np.uint8)
         some = sizes > 0
         _any(sizes > 16, "an asynchronous copy of more than 16 bytes")
@@ -241,7 +241,7 @@ class SharedMemory:
     def place(self, address, width, step):
         """Where in the region it is."""
         _aligned(address, width)
-        address = np.broadcast_to(address, step.lanes.shape).astype(np.int64)
+        address = step.each(address).astype(np.int64)
         outside = (address < SHARED_BASE) | (address + width > SHARED_BASE + self.size)
         _any(outside, f"an access of {width} bytes outside of the block's shared memory")
         return step.block_places * self.stride + address - SHARED_BASE

@@ -80,11 +80,13 @@ def _ends_early(path: Path) -> bool:
 
 def _lacks(device_type: str) -> list[str]:
     """The ops that this version has for the device and the opened library does not."""
-    from ... import ops
-
     has, key = torch._C._dispatch_has_kernel_for_dispatch_key, device_type.upper()
-    wanted = (name for name in ops.SCHEMAS if (name, device_type) not in _NEVER)
-    return [name for name in wanted if not has(f"fusedmlp::{name}.native", key)]
+    names = torch._C._dispatch_get_all_op_names()
+    ours = (n for n in names if n.startswith("fusedmlp::") and n.endswith(".native"))
+    short = {n.removeprefix("fusedmlp::").removesuffix(".native"): n for n in ours}
+    return sorted(
+        op for op, n in short.items() if (op, device_type) not in _NEVER and not has(n, key)
+    )
 
 
 def _one_thread() -> None:
