@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from fusedmlp.train import TrainConfig, plots
-from fusedmlp.train import data as datasets
+from fusedmlp.train import TrainConfig, datasets, plots
+from fusedmlp.train.data import permutation, resolved
 
 BLUE, RED, GREEN, GREY = "#1f6fb4", "#c0261c", "#1a7f37", "#808080"
 
@@ -28,7 +28,7 @@ def images(args):
     Sets args.epochs, where it was left open, and args.batch to what suits the number of rows.
     """
     data = datasets.load(TrainConfig(dataset=args.dataset))
-    config = datasets.resolved(TrainConfig(epochs=args.epochs), data)
+    config = resolved(TrainConfig(epochs=args.epochs), data)
     args.epochs, args.batch = config.epochs, config.batch_size
     for note in data.notes:
         print(note)
@@ -43,7 +43,7 @@ def inputs(data, rows):
 
 def order(args, epoch, rows):
     """Row numbers in the order in which `fit` takes them, so that lessons can be compared."""
-    return datasets.permutation(args.seed, epoch, rows)
+    return permutation(args.seed, epoch, rows)
 
 
 def figure(width, height):

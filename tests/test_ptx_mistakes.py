@@ -4,6 +4,7 @@ By a fault of the machine, or by a value or mask that is wrong. Those a GPU migh
 of the time, have to be found as the fault they are.
 """
 
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -41,7 +42,7 @@ class Mistake:
     file: str
     there: str
     instead: str
-    found_as: str | None = None  # what the fault says; None: values may show it
+    found_as: str | None = None  # pattern of what the fault says; None: values may show it
 
 
 def products():
@@ -96,7 +97,8 @@ HEADERS = {
 
 BARRIER = "with no barrier between"
 COPY = "asynchronous copy is under way"
-OUTSIDE = "outside of every tensor"
+# What lies behind a tensor may be another one, which the copy may not read while it is written.
+OUTSIDE = "outside of every tensor|from a tensor that the call writes"
 MISTAKES = [
     # barriers and asynchronous copies
     Mistake("no barrier between stages", "linear_act.cu",
@@ -180,7 +182,7 @@ def test_the_machine_finds_a_mistake(mistake):
         with pytest.raises((Fault, AssertionError)) as found:
             work()
     if mistake.found_as:
-        assert isinstance(found.value, Fault) and mistake.found_as in str(found.value)
+        assert isinstance(found.value, Fault) and re.search(mistake.found_as, str(found.value))
 
 
 @pytest.mark.parametrize("source", WORK)

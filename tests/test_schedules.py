@@ -163,7 +163,7 @@ def test_settings_that_cannot_be_are_usage_errors(settings, message):
 
 
 def test_a_warm_up_longer_than_the_default_epochs_is_a_usage_error():
-    with pytest.raises(UsageError, match="at most the 10 epochs of the run, got 11"):
+    with pytest.raises(UsageError, match="--warmup-epochs must be at most --epochs, 10, got 11"):
         fit(network(sizes=(12, 16, 3)), made_data.blobs(), TrainConfig(warmup_epochs=11.0))
 
 

@@ -27,6 +27,8 @@ struct BwdArgs {
     SumTarget dslope;  // of (N,) or of one number
 };
 
+constexpr float kLargest = 3.40282347e38f;  // finite
+
 // y / scale. The product alone is off by as much for every element, which a sum over rows shows.
 __device__ __forceinline__ float without_scale(float y, const BwdArgs& p) {
     const float quotient = y * p.unscale, rest = fmaf(-quotient, p.scale, y);
@@ -134,7 +136,9 @@ __global__ void __launch_bounds__(
                         for (int j = 0; j < kEight; ++j) {
                             // Kept out of the mask by a select: 0 * inf would be NaN.
                             negative[j] = negative[j] == 0.0f ? 0.0f : dz[j] * negative[j];
-                            dz[j] *= v[j];
+                            // An infinite derivative is that of an overflowed relu_squared.
+                            const bool stays = FAMILY == kPlain && dz[j] == 0.0f && v[j] > kLargest;
+                            dz[j] = stays ? dz[j] : dz[j] * v[j];
                         }
                     }
                 }

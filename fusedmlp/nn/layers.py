@@ -142,7 +142,11 @@ class FusedLinear(nn.Module):
         if masks.traced:
             threshold, scale = self._check(w, slope, p)
         else:
-            what = (type(x), x.shape, x.dtype, x.layout, x.device, torch.is_grad_enabled())
+            try:
+                what = (type(x), x.shape, x.dtype, x.layout, x.device, torch.is_grad_enabled())
+            except RuntimeError:  # a nested tensor has no shape
+                checks.tensor(_LINEAR, "input", x)
+                raise
             key = (*what, p, named, id(w), id(b), id(slope))
             memo = self._memo
             if memo[0] != key:

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from . import compare as comparing
-from . import data as data_sets
-from . import distributed, finish, folder, native_judge, source
+from . import datasets, distributed, finish, folder, native_judge, source
 from . import model as models
 from .config import TrainConfig
-from .data import SPLIT_SEED, Data
+from .data import SPLIT_SEED, Data, prepared, resolved
 from .ensemble import Member, fit_many
 from .errors import TrainError, UsageError
 from .job import with_whole_paths
@@ -124,7 +123,7 @@ def _crossval(config, compare, folds, data, progress, parent) -> CrossvalResult:
     if data is None:
         config = config.replace(dataset=given.name if config.dataset == "auto" else config.dataset)
     configs = comparing.candidates(config, compare)
-    configs = [data_sets.resolved(c, given) for c in configs]
+    configs = [resolved(c, given) for c in configs]
     device = pick_device(config)
     splits, notes = splits_of(given, folds)
     found = [
@@ -183,7 +182,7 @@ def _check(config: TrainConfig, folds: int) -> None:
 def _loaded(config: TrainConfig, data) -> Data:
     """The data before they are scaled, which each fold does for itself."""
     if data is None:
-        return data_sets.read(config)
+        return datasets.read(config)
     given = source.of(data, config.replace(standardize=False))
     if not isinstance(given, Data):
         raise TypeError("crossval: data must be in memory, tensors or a Data, got a loader")
@@ -233,7 +232,7 @@ def _search(found: list[Candidate], data: Data, splits, device, progress) -> Non
     done = 0
     for group in _groups(found, len(splits)):
         first, fold = group[0]
-        seen = data_sets.prepared(data, first.config.standardize, splits[fold][0])
+        seen = prepared(data, first.config.standardize, splits[fold][0])
         members = [
             Member(models.build(candidate.config, data), candidate.config, splits[number][0])
             for candidate, number in group
@@ -335,7 +334,7 @@ def _best(found: list[Candidate]) -> Candidate:
 
 def _refit(best: Candidate, data: Data, device: torch.device):
     """(model, history, test score or None, R2 or None, what model.safetensors says of it)."""
-    whole = data_sets.prepared(data, best.config.standardize)
+    whole = prepared(data, best.config.standardize)
     model = models.build(best.config, whole)
     config = best.config.replace(out=None, overwrite=False, standardize=False)
     history = fit(model, replace(whole, x_test=None, y_test=None), config).history

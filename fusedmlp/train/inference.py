@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..nn import FusedMLP
-from . import data as data_sets
+from . import datasets
 from . import model as models
 from .checkpoint import check_same_model
 from .config import TrainConfig
@@ -116,7 +116,7 @@ def test_data(trained: Trained, data_dir: Path | None = None) -> Data:
             f"{trained.folder} was trained on data of its caller's, which only the caller can load"
         )
     config = config.replace(data_dir=data_dir) if data_dir is not None else config
-    loaded = data_sets.read(config)
+    loaded = datasets.read(config)
     if loaded.digest() != trained.about["data"]["digest"]:
         raise TrainError(
             f"the data must be those that {trained.folder} was trained on, but {config.dataset} "
