@@ -3,17 +3,17 @@
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from fusedmlp import cli
-from fusedmlp.train import TrainConfig, UsageError, compare, crossval, fit
+from fusedmlp.train import TrainConfig, UsageError, compare, crossval, datasets, fit
 from fusedmlp.train import crossvalidation as cv
-from fusedmlp.train import data as data_sets
 from fusedmlp.train import model as models
-from fusedmlp.train.data import Scaling
+from fusedmlp.train.data import Data, Scaling
 from fusedmlp.train.ensemble import fit_many
 from fusedmlp.train.native_many import NativeMany
 from fusedmlp.train.progress import Quiet
@@ -39,7 +39,7 @@ def run(*arguments) -> int:
 
 
 def _digits():
-    return data_sets.load(QUICK)
+    return datasets.load(QUICK)
 
 
 def test_each_row_is_held_out_once_and_every_fold_has_each_class():
@@ -62,7 +62,7 @@ def test_scores_are_those_of_training_each_network_alone():
         for number, (kept, held) in enumerate(splits):
             net = models.build(candidate.config, data)
             parts = data.x_train[kept], data.y_train[kept], data.x_train[held], data.y_train[held]
-            given = data_sets.replace(
+            given = replace(
                 data, x_train=parts[0], y_train=parts[1], x_test=parts[2], y_test=parts[3]
             )
             last = fit(net, given, candidate.config).history[-1]
@@ -166,7 +166,7 @@ def test_regression_keeps_units_and_classes_may_be_rare():
     plain = crossval(TrainConfig(epochs=1, hidden=(4,)), {}, folds=2, data=(x, x[:, :2]))
     assert plain.best.label == "as set" and plain.best.deviation("val") >= 0
     y = torch.tensor([0, 1] * 19 + [2, 2])
-    data = data_sets.Data("rare", x, y, classes=("a", "b", "c"), scaling=Scaling())
+    data = Data("rare", x, y, classes=("a", "b", "c"), scaling=Scaling())
     _, notes = cv.splits_of(data, 5)
     assert notes == ["class c has only 2 rows, so not every fold has one"]
 
