@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusedmlp
-from fusedmlp import activations, rng
+from fusedmlp.spec import activations, philox
 
 from .providers import Problem, Provider
 
@@ -68,7 +68,9 @@ def _of_masks(problem: Problem, masks):
 def _our_masks(problem: Problem) -> list[Tensor | None]:
     state = torch.tensor([SEED, 0], dtype=torch.int64, device=problem.case.device)
     return [
-        rng.keep_mask(state, i, problem.case.m, n, rng.threshold_and_scale(p)[0]) if p else None
+        philox.keep_mask(state, i, problem.case.m, n, philox.threshold_and_scale(p)[0])
+        if p
+        else None
         for i, (_, n, _, p) in enumerate(problem.case.layers)
     ]
 
@@ -102,7 +104,7 @@ def _plain(problem: Problem, masks, dtype, p_override=None, grads=True) -> dict[
         h = F.linear(h, leaves[f"w{i}"], b) if k else h if b is None else h + b
         h = activations.TABLE[activations.IDS[act]].forward(h, 0.01)
         if p and masks[i] is not None:
-            scale = 1 / (1 - p) if dtype == torch.float64 else rng.threshold_and_scale(p)[1]
+            scale = 1 / (1 - p) if dtype == torch.float64 else philox.threshold_and_scale(p)[1]
             h = torch.where(masks[i], h * scale, 0.0)
     if problem.case.mode == "step":
         # As in the providers: the loss of 16-bit logits is taken in fp32.

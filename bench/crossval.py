@@ -23,8 +23,9 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.neural_network import MLPClassifier
 
 from fusedmlp.sklearn import FusedMLPClassifier
-from fusedmlp.train import Data, TrainConfig, compare, crossval, datasets, fit, model
+from fusedmlp.train import Data, TrainConfig, build, compare, crossval, fit
 from fusedmlp.train.crossvalidation import splits_of
+from fusedmlp.train.data import datasets
 
 from . import record
 from .timing import spread
@@ -65,10 +66,10 @@ def one_by_one(config: TrainConfig) -> list[float]:
 
 
 def _error(config: TrainConfig, part: Data, x, y) -> float:
-    net = model.build(config, part)
+    net = build.build(config, part)
     fit(net, part, config)
-    model.evaluate(net, part.x_train, part.y_train, part.scaling, "cross_entropy")
-    return 1 - model.evaluate(net, x, y, part.scaling, "cross_entropy")[1]
+    build.evaluate(net, part.x_train, part.y_train, part.scaling, "cross_entropy")
+    return 1 - build.evaluate(net, x, y, part.scaling, "cross_entropy")[1]
 
 
 def searches(x, y, x_test, y_test, epochs: int) -> dict:

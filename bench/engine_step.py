@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedmlp.nn import FusedMLP
-from fusedmlp.train.data import Scaling
-from fusedmlp.train.native_many import NativeMany, Share
-from fusedmlp.train.native_step import Native
-from fusedmlp.train.step import Task
+from fusedmlp.train.data.types import Scaling
+from fusedmlp.train.engines.autograd import Task
+from fusedmlp.train.engines.native import Native
+from fusedmlp.train.engines.native_many import NativeMany, Share
 
 from . import record, timing
 

@@ -34,7 +34,7 @@ from pathlib import Path
 
 import torch
 
-from fusedmlp.train import data, datasets, idx
+from fusedmlp.train.data import datasets, idx, types
 
 from . import record, step_ways, timing
 from .step_ways import Case
@@ -57,17 +57,17 @@ def products(precision: str) -> Iterator[None]:
         torch.backends.cuda.matmul.fp32_precision = before
 
 
-def made(rows: int, tests: int, features: int = 784, classes: int = 10) -> data.Data:
+def made(rows: int, tests: int, features: int = 784, classes: int = 10) -> types.Data:
     """Noise of Fashion-MNIST's kind."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randint(0, 256, (rows + tests, features), generator=generator, dtype=torch.uint8)
     y = torch.randint(0, classes, (rows + tests,), generator=generator)
     names = tuple(str(i) for i in range(classes))
     parts = x[:rows], y[:rows], x[rows:], y[rows:]
-    return data.Data("noise", *parts, classes=names, scaling=data.Scaling(255.0))
+    return types.Data("noise", *parts, classes=names, scaling=types.Scaling(255.0))
 
 
-def step_rows(case: Case, loaded: data.Data, steps: int, budget: float) -> list[dict]:
+def step_rows(case: Case, loaded: types.Data, steps: int, budget: float) -> list[dict]:
     """A row for each way: its times, or the reason why it has none."""
     about = {"table": "steps", "network": str(case), "precision": case.precision}
     rows, ways, timed = [], {}, {}
@@ -104,7 +104,9 @@ def step_rows(case: Case, loaded: data.Data, steps: int, budget: float) -> list[
     return rows
 
 
-def epoch_rows(job: Job, loaded: data.Data, precision: str, seeds: int, until: float) -> list[dict]:
+def epoch_rows(
+    job: Job, loaded: types.Data, precision: str, seeds: int, until: float
+) -> list[dict]:
     """Two rows: ours and the eager loop, each with every seed, in random order within a seed."""
     job = replace(job, config=job.config.replace(precision=precision))
     ways = [Ours(job, loaded), InMemory(job, loaded)]
@@ -156,7 +158,7 @@ def shown(row: dict) -> str:
     return text
 
 
-def loaded_for(args, job: Job) -> data.Data:
+def loaded_for(args, job: Job) -> types.Data:
     """Fashion-MNIST where it is on disk, else noise of its sizes."""
     root = args.data_dir or idx.default_folder()
     if args.rows is None and idx.find(idx.IMAGE_SETS["fashion_mnist"], root):  # never fetched here

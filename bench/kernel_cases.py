@@ -8,7 +8,7 @@ from dataclasses import astuple, dataclass
 
 import torch
 
-from fusedmlp import activations, rng
+from fusedmlp.spec import activations, philox
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -31,10 +31,11 @@ class Kernel:
 
     def call(self) -> None:
         """Calls the op on meta tensors."""
-        from fusedmlp.kernels.triton import bias_act_dropout as epilogue
-        from fusedmlp.kernels.triton import configs, linear_act
-        from fusedmlp.kernels.triton.cross_entropy import cross_entropy
-        from fusedmlp.kernels.triton.dgrad_act import dgrad_act
+        from fusedmlp.backends.triton import bias_act_dropout as epilogue
+        from fusedmlp.backends.triton import linear_act
+        from fusedmlp.backends.triton import tiles as configs
+        from fusedmlp.backends.triton.cross_entropy import cross_entropy
+        from fusedmlp.backends.triton.dgrad_act import dgrad_act
 
         # Sizes: multiples of every tile, or odd ones, whose rows no vector instruction can load.
         m, n, k = (4096, 4096, 4096) if self.aligned else (4095, 4093, 4091)
@@ -44,7 +45,7 @@ class Kernel:
             return torch.empty(shape, dtype=kind, device="meta")
 
         act = activations.IDS[self.act]
-        threshold, scale = rng.threshold_and_scale(self.p)
+        threshold, scale = philox.threshold_and_scale(self.p)
         slope = empty(n) if self.act == "prelu" else None
         state = empty(2, kind=torch.int64)
         numbers = act, 0.01, threshold, scale, 0, 0
@@ -89,7 +90,7 @@ class Kernel:
 
 def _products(target: str, quick: bool) -> Iterator[Kernel]:
     """Every tile that can be chosen: heaviest epilogue, backward, splits, odd rows."""
-    from fusedmlp.kernels.triton import configs
+    from fusedmlp.backends.triton import tiles as configs
 
     from .triton_build import tile_target
 

@@ -19,8 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fusedmlp
-from fusedmlp import activations, context, dispatch, ops, rng
+from fusedmlp import context, ops
 from fusedmlp import functional as FF
+from fusedmlp.backends import choice, registry
+from fusedmlp.spec import activations, philox
 
 from .cases import Case
 from .saved_bytes import saved_bytes
@@ -67,7 +69,7 @@ def default_names(case: Case) -> list[str]:
         names += ["graph", "auto graph"]
     if case.mode == "infer":
         names += ["addmm"] * (case.op == "linear_act") + ["op"] * (not modules)
-    ours = [name for name in dispatch.backends() if name != route(case)]
+    ours = [name for name in registry.backends() if name != route(case)]
     # The reference is there to be right; where it takes seconds a call it is left out.
     if cuda or modules or case.m * case.dims[-1] > 1 << 21:
         ours = [name for name in ours if name != "reference"]
@@ -78,7 +80,7 @@ def route(case: Case) -> str:
     """What automatic choice runs a case on; a list with commas where its layers differ."""
     op = "bias_act_dropout" if case.elementwise else "linear_act"
     found = [
-        dispatch.explain(
+        choice.explain(
             op, rows=case.m, in_features=k, out_features=n, activation=act, p=p,
             dtype=case.torch_dtype, device=case.device,
         ).choice
@@ -145,7 +147,7 @@ class Problem:
         backend, ours = None, name not in ("eager", "compile", "max-autotune", "addmm")
         if ours and name not in ("auto", "op"):
             backend = name
-            reasons = dispatch._BY_NAME[name].refuses(case.device, case.torch_dtype)
+            reasons = registry._BY_NAME[name].refuses(case.device, case.torch_dtype)
             if reasons:
                 raise Unavailable("; ".join(reasons))
         if case.op in ("layer", "net"):
@@ -193,13 +195,13 @@ class Problem:
         number = activations.IDS[act]
         k, n = self.case.layers[0][:2]
         m, device_type = self.case.m, x.device.type
-        route = dispatch.select(op, device_type, x.dtype, number, p > 0, m, k, n, None)
-        if route == dispatch.EAGER:
+        route = choice.select(op, device_type, x.dtype, number, p > 0, m, k, n, None)
+        if route == registry.EAGER:
             raise Unavailable("automatic choice runs plain PyTorch")
         call = getattr(ops.BY_BACKEND[route], f"{op}_fwd" if w is None else f"{op}_infer")
         tensors = [t.detach() for t in (x, w, b) if t is not None]
         tensors += [None] * (b is None)
-        numbers = (number, 0.01, *rng.threshold_and_scale(p), 0, 0)
+        numbers = (number, 0.01, *philox.threshold_and_scale(p), 0, 0)
         drawn = {}
 
         def run():

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch._functorch.config as functorch_config
 
-from fusedmlp import dispatch
+from fusedmlp.backends import registry
 
 from . import cases, record, timing
 from .cases import Case
@@ -114,7 +114,7 @@ def run_case(case: Case, names: list[str] | None, budget_s: float) -> list[dict]
             try:
                 provider = problem.provider(name)
                 reason = wrong(problem, provider)
-            except (Unavailable, dispatch.BackendError) as refusal:
+            except (Unavailable, registry.BackendError) as refusal:
                 rows.append(case.columns() | {"provider": name, "unavailable": str(refusal)})
                 continue
             except Exception as error:  # a baseline that cannot run is a row, not the end

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fusedmlp import activations, functional, rng
+from fusedmlp import functional
+from fusedmlp.spec import activations, philox
 
 from .cases import DTYPES
 from .record import header, write
@@ -65,7 +66,7 @@ def _layer(act: str, p: float, fused: bool) -> Callable[..., Tensor]:
     """Linear + act + dropout of (x, w, b, slope)."""
     if fused:
         # The entry behind the argument checks, which read numbers off tensors; fakes have none.
-        numbers = (activations.IDS[act], 0.01, *rng.threshold_and_scale(p), 0, 0, "reference")
+        numbers = (activations.IDS[act], 0.01, *philox.threshold_and_scale(p), 0, 0, "reference")
 
         def layer(x, w, b, slope):
             state = functional.draw_state(x)[0] if p else None

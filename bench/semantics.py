@@ -32,7 +32,7 @@ PYTHON = "3.12"
 PINS = {"torch": "2.14.0", "triton": "3.8.0", "ttsem": "0.1.0"}
 _TESTS_NEED = ("pytest", "hypothesis", "safetensors", "matplotlib")
 RESULTS = record.ROOT / "bench" / "results" / "semantics.json"
-KERNELS = "fusedmlp/kernels/triton"
+KERNELS = "fusedmlp/backends/triton"
 
 # What the pretended device cannot do: how the test begins -> why it is left out.
 LEFT_OUT = {
@@ -210,16 +210,22 @@ def launch(case: str) -> None:
     """One launch on small whole numbers: no order of summation changes their products."""
     import torch
 
-    from fusedmlp import activations, rng
-    from fusedmlp.kernels.triton import configs, linear_act
-    from fusedmlp.kernels.triton.dgrad_act import dgrad_act
+    from fusedmlp.backends.triton import linear_act, tiles
+    from fusedmlp.backends.triton.dgrad_act import dgrad_act
+    from fusedmlp.spec import activations, philox
 
     torch.manual_seed(0)
-    tile, act, p, m, n, k = configs.Tile(64, 32, 32, 4, 3), "gelu", 0.3, 64, 64, 96
+    tile, act, p, m, n, k = tiles.Tile(64, 32, 32, 4, 3), "gelu", 0.3, 64, 64, 96
     if "descriptors" in case:
-        tile, act, p, m, n, k = configs.Tile(128, 128, 64, 8, 4, True), "relu", 0.0, 128, 128, 384
+        tile, act, p, m, n, k = tiles.Tile(128, 128, 64, 8, 4, True), "relu", 0.0, 128, 128, 384
     x, w, b, saved = (torch.randint(-2, 3, s).half() for s in ((m, k), (n, k), (n,), (m, n)))
-    epilogue = None, torch.tensor([7, 1]), activations.IDS[act], 0.01, *rng.threshold_and_scale(p)
+    epilogue = (
+        None,
+        torch.tensor([7, 1]),
+        activations.IDS[act],
+        0.01,
+        *philox.threshold_and_scale(p),
+    )
     if "dgrad_act" in case:
         dgrad_act(x, w.t(), saved, b, *epilogue, 3, 11, 2, True, False, tile=tile)
     else:
@@ -234,7 +240,7 @@ def pytest_configure() -> None:
     from torch.optim import Optimizer
     from triton.runtime.jit import JITFunction
 
-    from fusedmlp.train.graph_step import Graph
+    from fusedmlp.train.engines.graph import Graph
 
     executed = JITFunction.run
 

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedmlp import rng
 from fusedmlp.nn import FusedMLP
-from fusedmlp.train import data
-from fusedmlp.train.graph_step import Graph
-from fusedmlp.train.step import Task, autocast
+from fusedmlp.spec import philox
+from fusedmlp.train.data import types
+from fusedmlp.train.engines.autograd import Task, autocast
+from fusedmlp.train.engines.graph import Graph
 
 RATE, SEED = 0.05, 0x5EED
 FLOOR = 1e-3  # relative error of an update: one hidden unit on the other side of relu's kink
@@ -48,7 +48,7 @@ def network(case: Case, device) -> FusedMLP:
 class Eager:
     """PyTorch's own modules: gather, forward, loss, backward, update."""
 
-    def __init__(self, case: Case, loaded: data.Data):
+    def __init__(self, case: Case, loaded: types.Data):
         self.case, self.device = case, loaded.x_train.device
         self.net = nn.Sequential(*copy.deepcopy(network(case, self.device)).children()).train()
         self.x, self.y = loaded.scaling(loaded.x_train), loaded.y_train
@@ -87,7 +87,7 @@ def need_cuda(device: torch.device) -> None:
 class EagerGraph(Eager):
     """The step in one CUDA graph, captured by hand; the row numbers are copied in."""
 
-    def __init__(self, case: Case, loaded: data.Data):
+    def __init__(self, case: Case, loaded: types.Data):
         super().__init__(case, loaded)
         need_cuda(self.device)
         self.rows = torch.arange(case.batch, device=self.device)
@@ -120,7 +120,7 @@ class EagerGraph(Eager):
 class Compile(Eager):
     """Forward and loss by torch.compile, which makes CUDA graphs of both directions itself."""
 
-    def __init__(self, case: Case, loaded: data.Data):
+    def __init__(self, case: Case, loaded: types.Data):
         super().__init__(case, loaded)
         need_cuda(self.device)
         self.loss = torch.compile(self.plain_loss, dynamic=False, mode="reduce-overhead")
@@ -140,7 +140,7 @@ class CompileGraph(EagerGraph):
 class Ours:
     """The engine `graph`; without a GPU its calls one by one."""
 
-    def __init__(self, case: Case, loaded: data.Data):
+    def __init__(self, case: Case, loaded: types.Data):
         device = loaded.x_train.device
         self.case, self.net = case, network(case, device).train()
         optimizer = torch.optim.SGD(self.net.parameters(), lr=RATE)
@@ -171,7 +171,7 @@ WAYS = {
 class Masked(Eager):
     """PyTorch's loop with our masks put in by hand, in the case's precision or in fp64."""
 
-    def __init__(self, case: Case, loaded: data.Data, dtype: torch.dtype = torch.float32):
+    def __init__(self, case: Case, loaded: types.Data, dtype: torch.dtype = torch.float32):
         super().__init__(case, loaded)
         self.net = self.net.to(dtype)
         self.linears = [m for m in self.net if isinstance(m, nn.Linear)]
@@ -188,7 +188,7 @@ class Masked(Eager):
                 x, p = F.relu(linear(x)), (self.case.dropout or (0.0,) * len(hidden))[layer]
                 if p > 0:
                     stream = self.number * len(self.linears) + layer
-                    keep = rng.dropout_mask(SEED, stream, *x.shape, p, device=self.device)
+                    keep = philox.dropout_mask(SEED, stream, *x.shape, p, device=self.device)
                     x = torch.where(keep, x / (1 - p), torch.zeros_like(x))
             self.number += 1
             return F.cross_entropy(last(x), y)
@@ -198,7 +198,7 @@ class Checker:
     """Holds ways against an fp64 loop over the steps of `order`; a way is back at its initial
     weights afterwards."""
 
-    def __init__(self, case: Case, loaded: data.Data, order: Tensor):
+    def __init__(self, case: Case, loaded: types.Data, order: Tensor):
         self.case, self.order = case, order
         truth, plain = Masked(case, loaded, torch.float64), Masked(case, loaded)
         self.start = _flat(truth.net)

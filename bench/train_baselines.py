@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fusedmlp.train import TrainConfig, data, fit, model, step
+from fusedmlp.train import TrainConfig, build, fit
+from fusedmlp.train.data import types
+from fusedmlp.train.engines import autograd
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def jobs(data_dir: Path | None, epochs: int, device: str) -> list[Job]:
     ]
 
 
-def plain_network(job: Job, loaded: data.Data, seed: int) -> nn.Sequential:
+def plain_network(job: Job, loaded: types.Data, seed: int) -> nn.Sequential:
     """nn.Sequential with the weights that the trainer begins with."""
     config = job.config.replace(seed=seed)
     layers: list[nn.Module] = []
@@ -48,7 +50,7 @@ def plain_network(job: Job, loaded: data.Data, seed: int) -> nn.Sequential:
     for wide, narrow, p in zip(sizes, config.hidden, config.dropout_per_layer(), strict=False):
         layers += [nn.Linear(wide, narrow), nn.ReLU(), *([nn.Dropout(p)] if p else [])]
     net = nn.Sequential(*layers, nn.Linear(sizes[-1], loaded.out_features))
-    net.load_state_dict(model.build(config, loaded).state_dict())
+    net.load_state_dict(build.build(config, loaded).state_dict())
     return net.to(loaded.x_train.device)
 
 
@@ -65,12 +67,12 @@ class Ours:
 
     name = "fusedmlp"
 
-    def __init__(self, job: Job, loaded: data.Data):
+    def __init__(self, job: Job, loaded: types.Data):
         self.job, self.data = job, loaded
 
     def run(self, seed: int) -> float:
         config = self.job.config.replace(seed=seed)
-        result = fit(model.build(config, self.data), self.data, config)
+        result = fit(build.build(config, self.data), self.data, config)
         if result.interrupted:
             raise KeyboardInterrupt
         return result.history[-1]["test_accuracy"]
@@ -82,7 +84,7 @@ class InMemory:
 
     name = "PyTorch, in-memory loop"
 
-    def __init__(self, job: Job, loaded: data.Data):
+    def __init__(self, job: Job, loaded: types.Data):
         self.job, self.data = job, loaded
         self.x, self.x_test = loaded.scaling(loaded.x_train), loaded.scaling(loaded.x_test)
 
@@ -94,13 +96,13 @@ class InMemory:
         for _ in range(self.job.epochs):
             order = torch.randperm(len(self.x), device=self.x.device)
             for rows in order.split(batch):
-                with step.autocast(self.x.device, self.job.config.precision):
+                with autograd.autocast(self.x.device, self.job.config.precision):
                     loss = F.cross_entropy(net(self.x[rows]), self.data.y_train[rows])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 total += loss.detach()
-            with step.autocast(self.x.device, self.job.config.precision):
+            with autograd.autocast(self.x.device, self.job.config.precision):
                 right = accuracy(net, self.x_test, self.data.y_test)
         return right
 
@@ -110,7 +112,7 @@ class DataLoaders:
 
     name = "PyTorch, torchvision + DataLoader"
 
-    def __init__(self, job: Job, loaded: data.Data, folder: Path, workers: int = 0):
+    def __init__(self, job: Job, loaded: types.Data, folder: Path, workers: int = 0):
         from torchvision import datasets, transforms
 
         self.job, self.data, self.workers = job, loaded, workers
@@ -148,7 +150,7 @@ class ScikitLearn:
 
     name = "scikit-learn MLPClassifier"
 
-    def __init__(self, job: Job, loaded: data.Data):
+    def __init__(self, job: Job, loaded: types.Data):
         self.job = job
         parts = loaded.scaling(loaded.x_train), loaded.y_train
         parts += loaded.scaling(loaded.x_test), loaded.y_test
@@ -180,7 +182,7 @@ class ScikitLearn:
 
 def unpack(data_dir: Path | None, folder: Path) -> None:
     """The four files where torchvision wants them, unpacked."""
-    from fusedmlp.train import idx
+    from fusedmlp.train.data import idx
 
     root = data_dir if data_dir is not None else idx.default_folder()
     raw = folder / "FashionMNIST" / "raw"

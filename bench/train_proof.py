@@ -26,8 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fusedmlp import rng
-from fusedmlp.train import data, datasets, model, step
+from fusedmlp.spec import philox
+from fusedmlp.train import build
+from fusedmlp.train.data import datasets, types
+from fusedmlp.train.engines import autograd
 
 from . import record
 from .timing import percentile, spread
@@ -100,7 +102,7 @@ def _compare(rows: list[dict], name: str) -> None:
 class _Masked:
     """PyTorch's own loop in any dtype, with the package's masks put in by hand."""
 
-    def __init__(self, job: Job, loaded: data.Data, dtype: torch.dtype):
+    def __init__(self, job: Job, loaded: types.Data, dtype: torch.dtype):
         self.net = plain_network(job, loaded, job.config.seed).to(dtype)
         self.linears = [m for m in self.net if isinstance(m, nn.Linear)]
         self.ps, self.seed = job.config.dropout_per_layer(), job.config.seed
@@ -114,7 +116,9 @@ class _Masked:
             x = F.relu(linear(x))
             if p > 0:
                 stream = self.step * len(self.linears) + layer
-                keep = rng.dropout_mask(self.seed, stream, len(x), x.shape[1], p, device=x.device)
+                keep = philox.dropout_mask(
+                    self.seed, stream, len(x), x.shape[1], p, device=x.device
+                )
                 x = torch.where(keep, x / (1 - p), torch.zeros_like(x))
         loss = F.cross_entropy(self.linears[-1](x), self.data.y_train[rows])
         self.optimizer.zero_grad()
@@ -123,7 +127,7 @@ class _Masked:
         self.step += 1
 
 
-def _parity(job: Job, loaded: data.Data, at: list[int], seeds: int) -> list[dict]:
+def _parity(job: Job, loaded: types.Data, at: list[int], seeds: int) -> list[dict]:
     """One row for each number of steps; ratios as median, p20 and p80 over seeds."""
     found: dict[int, list[list[torch.Tensor]]] = {steps: [] for steps in at}
     for seed in range(seeds):
@@ -152,13 +156,15 @@ def _rms(errors: torch.Tensor) -> float:
     return errors.square().mean().sqrt().item()
 
 
-def _errors(job: Job, loaded: data.Data, at: list[int]) -> Iterator[tuple[int, list[torch.Tensor]]]:
+def _errors(
+    job: Job, loaded: types.Data, at: list[int]
+) -> Iterator[tuple[int, list[torch.Tensor]]]:
     """(steps, [ours, PyTorch's]): differences from fp64 of all parameters."""
     truth, plain = _Masked(job, loaded, torch.float64), _Masked(job, loaded, torch.float32)
     engine = _engine(job, loaded)
     done, epoch = 0, 0
     while done < max(at, default=0):
-        order = data.permutation(job.config.seed, epoch, len(loaded.x_train))
+        order = types.permutation(job.config.seed, epoch, len(loaded.x_train))
         epoch += 1
         for rows in order.to(loaded.x_train.device).split(job.config.batch_size):
             for loop in (truth, plain):
@@ -173,13 +179,13 @@ def _errors(job: Job, loaded: data.Data, at: list[int]) -> Iterator[tuple[int, l
                 return
 
 
-def _engine(job: Job, loaded: data.Data):
-    net = model.build(job.config, loaded).to(loaded.x_train.device).train()
-    optimizer = model.optimizer_for(net, job.config, "cross_entropy")
-    task = step.Task(net, optimizer, "cross_entropy", loaded.x_train.device)
+def _engine(job: Job, loaded: types.Data):
+    net = build.build(job.config, loaded).to(loaded.x_train.device).train()
+    optimizer = build.optimizer_for(net, job.config, "cross_entropy")
+    task = autograd.Task(net, optimizer, "cross_entropy", loaded.x_train.device)
     task.x, task.y, task.scaling = loaded.x_train, loaded.y_train, loaded.scaling
     task.seed = job.config.seed
-    engine = step.choose(job.config.engine, task)
+    engine = autograd.choose(job.config.engine, task)
     engine.set_step(0)
     return engine
 

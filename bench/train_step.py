@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from fusedmlp.train import datasets
+from fusedmlp.train.data import datasets
 
 from . import record
 from .timing import spread

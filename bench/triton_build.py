@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from fusedmlp.kernels.triton import configs
+from fusedmlp.backends.triton import tiles
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -49,11 +49,11 @@ _SHORT = {
 _MODULES = ("bias_act_dropout", "cross_entropy", "dgrad_act", "linear_act")
 
 
-def tile_target(name: str) -> configs.Target:
+def tile_target(name: str) -> tiles.Target:
     """What the choice of tiles knows of a target."""
     if name.startswith("gfx"):
-        return configs.Target("hip", 0, 304, configs.SHARED["hip"])
-    return configs.target(int(name.removeprefix("sm_")))
+        return tiles.Target("hip", 0, 304, tiles.SHARED["hip"])
+    return tiles.target(int(name.removeprefix("sm_")))
 
 
 @dataclass
@@ -77,9 +77,9 @@ def recording(target: str) -> Iterator[list[Launch]]:
 
     with contextlib.ExitStack() as stack:
         for name in _MODULES:
-            module = importlib.import_module(f"fusedmlp.kernels.triton.{name}")
+            module = importlib.import_module(f"fusedmlp.backends.triton.{name}")
             stack.enter_context(mock.patch.object(module, "launch", launch))
-        gemm = importlib.import_module("fusedmlp.kernels.triton.gemm")
+        gemm = importlib.import_module("fusedmlp.backends.triton.gemm")
         stack.enter_context(mock.patch.object(gemm, "capability", lambda t: tile_target(target)))
         yield launches
 
@@ -128,7 +128,7 @@ def _is_compiled(node: ast.stmt) -> bool:
 def _kernels_hash() -> str:
     """Of all that is compiled in the Triton files, not of host code, comments and layout."""
     found = hashlib.sha256(triton.__version__.encode())
-    for path in sorted(Path(configs.__file__).parent.glob("*.py")):
+    for path in sorted(Path(tiles.__file__).parent.glob("*.py")):
         for node in ast.parse(path.read_text()).body:
             if _is_compiled(node):
                 found.update(ast.dump(node).encode())

@@ -27,7 +27,7 @@ _CODE = """
 import json, platform, torch
 from pathlib import Path
 from fusedmlp import dispatch, dtypes, verify, ops
-from fusedmlp.kernels.native import extension
+from fusedmlp.backends import native as extension
 
 has = torch._C._dispatch_has_kernel_for_dispatch_key
 found = {

@@ -1,4 +1,4 @@
-// The flat lists in which mlp_fwd and mlp_bwd take a whole network, fusedmlp/nets.py: of the CPU's
+// The flat lists in which mlp_fwd and mlp_bwd take a whole network, fusedmlp/spec/layers.py: of the CPU's
 // ops and of CUDA's.
 #pragma once
 

@@ -1,5 +1,5 @@
 // What the ops over whole training steps have in common: checks of their arguments, and pointers
-// for cpu/step.h. What each argument is, is said in fusedmlp/train/native_op.py.
+// for cpu/step.h. What each argument is, is said in fusedmlp/train/engines/native_op.py.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

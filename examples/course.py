@@ -3,8 +3,9 @@
 import argparse
 from pathlib import Path
 
-from fusedmlp.train import TrainConfig, datasets, plots
-from fusedmlp.train.data import permutation, resolved
+from fusedmlp.train import TrainConfig, plots
+from fusedmlp.train.data import datasets
+from fusedmlp.train.data.types import permutation, resolved
 
 BLUE, RED, GREEN, GREY = "#1f6fb4", "#c0261c", "#1a7f37", "#808080"
 

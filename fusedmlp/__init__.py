@@ -7,11 +7,12 @@ import importlib
 
 from . import functional
 from ._version import __version__
-from .dispatch import BackendError, backends, explain, use_backend
+from .backends.choice import explain
+from .backends.registry import BackendError, backends, use_backend
 from .functional import dropout_state
+from .fusion.surgery import fuse, unfuse
+from .fusion.tracing import compile_backend
 from .nn import FusedDropout, FusedLinear, FusedMLP, FusedSequential
-from .surgery import fuse, unfuse
-from .tracing import compile_backend
 
 __all__ = [
     "BackendError",

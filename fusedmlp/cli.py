@@ -108,20 +108,20 @@ def _run(argv: list[str]) -> int:
     if wrong:
         return _say(wrong[0], MISUSED)
     if command in ("info", "verify"):
-        from . import info
+        from .commands import info
 
         return getattr(info, f"{command}_command")(rest)
     if command == "tune":
-        from . import tuning
+        from .commands import tune
 
-        return tuning.command(rest)
+        return tune.command(rest)
     from .train import commands
 
     return getattr(commands, command)(rest)
 
 
 def _failed(error: Exception) -> int:
-    from .dispatch import BackendError
+    from .backends.registry import BackendError
     from .train.errors import TrainError, UsageError
 
     if isinstance(error, UsageError):

@@ -12,7 +12,7 @@ from math import prod
 
 import torch
 
-from . import nets
+from .spec import layers
 
 _COUNTER = "torch.utils.flop_counter"
 
@@ -30,7 +30,7 @@ def _linear_act(x, w, *rest, **_) -> int:
 def _products(x, params, ints, numbers) -> list[int]:
     """x w^T of each layer."""
     rows = prod(x[:-1])
-    return [2 * rows * prod(layer.w) for layer in nets.layers(params, ints, numbers)]
+    return [2 * rows * prod(layer.w) for layer in layers.layers(params, ints, numbers)]
 
 
 def _mlp_fwd(x, params, state, ints, numbers, *rest, **_) -> int:
@@ -40,7 +40,7 @@ def _mlp_fwd(x, params, state, ints, numbers, *rest, **_) -> int:
 def _mlp_bwd(dy, x, params, state, ys, hs, ints, numbers, row_offset, needs, need_dx, **_) -> int:
     total, need_below = 0, need_dx
     for product, need in zip(_products(x, params, ints, numbers), needs, strict=True):
-        total += product * (bool(need & nets.W) + need_below)
+        total += product * (bool(need & layers.W) + need_below)
         need_below = need_below or need != 0
     return total
 

@@ -13,9 +13,11 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import activations, checks, context, differentiable, dispatch, dtypes, ops, rng
-from .autograd import BiasActDropout, LinearAct
-from .loss import cross_entropy  # noqa: F401
+from . import context, ops
+from .autograd.cross_entropy import cross_entropy  # noqa: F401
+from .autograd.linear_act import BiasActDropout, LinearAct
+from .backends import choice, composite, registry
+from .spec import activations, checks, dtypes, philox
 
 _NONE = activations.NONE
 
@@ -60,7 +62,7 @@ class dropout_state:
         state = self._state
         if state is None or state.device != device:
             if self._numbers is not None:
-                state = rng.state_of(*self._numbers, device)
+                state = philox.state_of(*self._numbers, device)
             elif state.device.type == "cpu":
                 state = state.to(device)
             else:
@@ -106,7 +108,7 @@ def _call_state(op: str, like: Tensor, seed, stream, row_offset) -> tuple[Tensor
         state, offset = draw_state(like)
         return state, stream, row_offset + offset
     seed = checks.int64(op, "seed", seed)
-    return rng.state_of(seed, stream, like.device), 0, row_offset
+    return philox.state_of(seed, stream, like.device), 0, row_offset
 
 
 # Other subclasses of Tensor (DTensor, ExpandedWeight, quantised weights) bring functions of their
@@ -167,7 +169,7 @@ def run_linear_act(
     rows = checks.rows(x)
     if threshold:
         checks.row_range("linear_act", rows, n, row_offset)
-    route = dispatch.select(
+    route = choice.select(
         "linear_act", device_type, x.dtype, act, threshold != 0, rows, k, n, backend
     )
     if _transformed():
@@ -180,8 +182,8 @@ def run_linear_act(
 
 def linear_act_on(route: str, args: tuple) -> Tensor:
     """linear_act by a route of dispatch.select; `args` are those of the op, in its order."""
-    if route == dispatch.EAGER:
-        return differentiable.linear_act(*args)
+    if route == registry.EAGER:
+        return composite.linear_act(*args)
     if _needs_grad(*args[:4]):
         return LinearAct.apply(*args[:5], route, *args[5:])
     return ops.BY_BACKEND[route].linear_act_infer(*args)
@@ -210,7 +212,7 @@ def run_bias_act_dropout(
     if threshold:
         checks.row_range(op, rows, columns, row_offset)
     args = (x, b, slope, state, act, alpha, threshold, scale, layer, row_offset)
-    route = dispatch.select(
+    route = choice.select(
         op, x.device.type, x.dtype, act, threshold != 0, rows, 0, columns, backend
     )
     if _transformed():
@@ -220,8 +222,8 @@ def run_bias_act_dropout(
 
 def bias_act_dropout_on(route: str, args: tuple) -> Tensor:
     """bias_act_dropout by a route of dispatch.select; `args` are those of the op, in its order."""
-    if route == dispatch.EAGER:
-        return differentiable.bias_act_dropout(*args)
+    if route == registry.EAGER:
+        return composite.bias_act_dropout(*args)
     if _needs_grad(*args[:3]):
         return BiasActDropout.apply(*args[:4], route, *args[4:])
     return ops.BY_BACKEND[route].bias_act_dropout_fwd(*args)
@@ -234,10 +236,10 @@ def _functorch_route(op: str, backend: str | None) -> str:
 
 
 def _only_eager(op: str, backend: str | None, why: str) -> str:
-    named = dispatch.explicit(backend)
+    named = registry.explicit(backend)
     if named in (None, "reference"):
-        return dispatch.EAGER
-    raise dispatch.BackendError(
+        return registry.EAGER
+    raise registry.BackendError(
         f"{op}: backend {named!r} was asked for but cannot be used:\n    {why}"
     )
 
@@ -259,7 +261,7 @@ def linear_act(
     """Dropout of an activation of a linear map, in one differentiable call.
 
     Same values as F.dropout(activation(F.linear(input, weight, bias)), p, training) with this
-    package's mask (rng.py), where a dropped element is +0 whatever it was.
+    package's mask (philox.py), where a dropped element is +0 whatever it was.
 
     input       (..., K)  fp32, fp16 or bf16 (fp64 on the reference backend)
     weight      (N, K)    dtype and device of input
@@ -295,7 +297,7 @@ def linear_act(
     row_offset = checks.row_range(op, 0, 0, row_offset)
     if training and p > 0:
         checks.tensor(op, "input", input)
-        threshold, scale = rng.threshold_and_scale(p)
+        threshold, scale = philox.threshold_and_scale(p)
         state, layer, row_offset = _call_state(op, input, seed, stream, row_offset)
     if slope is not None:
         checks.tensor(op, "input", input)
@@ -347,7 +349,7 @@ def bias_act_dropout(
     p = checks.probability(op, p)
     row_offset = checks.row_range(op, 0, 0, row_offset)
     if training and p > 0:
-        threshold, scale = rng.threshold_and_scale(p)
+        threshold, scale = philox.threshold_and_scale(p)
         state, layer, row_offset = _call_state(op, input, seed, stream, row_offset)
     return run_bias_act_dropout(
         input, bias, slope, state, act, alpha, threshold, scale, layer, row_offset, backend
@@ -382,7 +384,7 @@ def dropout(
     row_offset = checks.row_range(op, 0, 0, row_offset)
     if not training or p == 0:
         return input
-    threshold, scale = rng.threshold_and_scale(p)
+    threshold, scale = philox.threshold_and_scale(p)
     state, layer, row_offset = _call_state(op, input, seed, stream, row_offset)
     return run_bias_act_dropout(
         input, None, None, state, _NONE, 0.0, threshold, scale, layer, row_offset, backend

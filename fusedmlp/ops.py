@@ -14,8 +14,10 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, dtypes, flops, nets
-from .activations import SAVE_NOTHING, SAVE_Y, SAVE_Z, saves
+from . import flops
+from .backends import registry
+from .spec import checks, dtypes, layers
+from .spec.activations import SAVE_NOTHING, SAVE_Y, SAVE_Z, saves
 
 _EPILOGUE = (
     "Tensor? b, Tensor? slope, Tensor? state, int act, float alpha, "
@@ -29,9 +31,9 @@ SCHEMAS = {
         f"(Tensor dy, Tensor? saved, {_EPILOGUE}, int saves, bool need_db, bool need_dslope)"
         " -> (Tensor dz, Tensor db, Tensor dslope)"
     ),
-    # A whole network, in the flat form of nets.py. Forward gives the y of each layer, then x w^T of
-    # those whose z backward reads, or the last y alone; backward dx, then the gradient of each of
-    # the params, of no elements where it is not needed.
+    # A whole network, in the flat form of spec/layers.py. Forward gives the y of each layer, then
+    # x w^T of those whose z backward reads, or the last y alone; backward dx, then the gradient of
+    # each of the params, of no elements where it is not needed.
     "mlp_fwd": (
         "(Tensor x, Tensor[] params, Tensor? state, int[] ints, float[] numbers, int row_offset, "
         "bool keep) -> Tensor[]"
@@ -114,20 +116,20 @@ def _fake_bwd(dy, saved, b, slope, *rest):
 
 
 def _check_mlp_fwd(x, params, state, ints, numbers, row_offset, keep=True):
-    op, count = "mlp", len(ints) // nets.INTS
-    known = all(bits & nets.W and bits < 8 for bits in nets.bits_of(ints))
+    op, count = "mlp", len(ints) // layers.INTS
+    known = all(bits & layers.W and bits < 8 for bits in layers.bits_of(ints))
     if (
         not known
         or count == 0
-        or len(params) != nets.count_params(ints)
-        or ((len(ints), len(numbers)) != (nets.INTS * count, nets.NUMBERS * count))
+        or len(params) != layers.count_params(ints)
+        or ((len(ints), len(numbers)) != (layers.INTS * count, layers.NUMBERS * count))
     ):
         raise ValueError(
-            f"{op}: {nets.INTS} ints, {nets.NUMBERS} floats and the tensors that they name must be "
-            f"given for each layer, got {len(ints)}, {len(numbers)} and {len(params)}"
+            f"{op}: {layers.INTS} ints, {layers.NUMBERS} floats and the tensors that they name "
+            f"must be given for each layer, got {len(ints)}, {len(numbers)} and {len(params)}"
         )
     like = x
-    for layer in nets.layers(params, ints, numbers):
+    for layer in layers.layers(params, ints, numbers):
         columns = layer.w.shape[0] if layer.w.dim() else 0
         checks.linear(op, like, layer.w, layer.b)
         checks.epilogue(op, x, columns, layer.act, layer.slope, state, layer.threshold, row_offset)
@@ -139,21 +141,21 @@ def _keeps_z(x, ints, numbers) -> list[bool]:
     return [
         saves(act, alpha, x.dtype, threshold != 0) == SAVE_Z
         for act, threshold, alpha in zip(
-            ints[:: nets.INTS], ints[1 :: nets.INTS], numbers[:: nets.NUMBERS], strict=True
+            ints[:: layers.INTS], ints[1 :: layers.INTS], numbers[:: layers.NUMBERS], strict=True
         )
     ]
 
 
 def _check_mlp_bwd(dy, x, params, state, ys, hs, ints, numbers, row_offset, needs=(), need_dx=True):
     _check_mlp_fwd(x, params, state, ints, numbers, row_offset)
-    op, count = "mlp", len(ints) // nets.INTS
+    op, count = "mlp", len(ints) // layers.INTS
     of_z = sum(_keeps_z(x, ints, numbers))
     if (len(ys), len(hs), len(needs)) != (count, of_z, count):
         raise ValueError(
             f"{op}: ys, hs and needs must have {count}, {of_z} and {count} entries, "
             f"got {len(ys)}, {len(hs)} and {len(needs)}"
         )
-    width = [layer.w.shape[0] for layer in nets.layers(params, ints, numbers)][-1]
+    width = [layer.w.shape[0] for layer in layers.layers(params, ints, numbers)][-1]
     wanted = (*x.shape[:-1], width)
     if dy.shape != wanted:
         raise ValueError(f"{op}: dy must be {tuple(wanted)} like the output, got {tuple(dy.shape)}")
@@ -161,7 +163,7 @@ def _check_mlp_bwd(dy, x, params, state, ys, hs, ints, numbers, row_offset, need
 
 def _fake_mlp_fwd(x, params, state, ints, numbers, row_offset, keep):
     _check_mlp_fwd(x, params, state, ints, numbers, row_offset)
-    widths = [layer.w.shape[0] for layer in nets.layers(params, ints, numbers)]
+    widths = [layer.w.shape[0] for layer in layers.layers(params, ints, numbers)]
     ys = [x.new_empty((*x.shape[:-1], n)) for n in widths]
     hs = [
         x.new_empty((*x.shape[:-1], n))
@@ -173,7 +175,7 @@ def _fake_mlp_fwd(x, params, state, ints, numbers, row_offset, keep):
 
 def _fake_mlp_bwd(dy, x, params, state, ys, hs, ints, numbers, row_offset, needs, need_dx):
     _check_mlp_bwd(dy, x, params, state, ys, hs, ints, numbers, row_offset, needs)
-    wanted = nets.needed(ints, needs)
+    wanted = layers.needed(ints, needs)
     grads = [t.new_empty(t.shape if wants else 0) for t, wants in zip(params, wanted, strict=True)]
     return [x.new_empty(x.shape if need_dx else 0), *grads]
 
@@ -211,7 +213,7 @@ def _python_kernel(op: str, backend: str):
 
     def kernel(*args):
         if not loaded:
-            loaded.append(getattr(importlib.import_module(f"fusedmlp.kernels.{backend}"), op))
+            loaded.append(getattr(importlib.import_module(f"fusedmlp.backends.{backend}"), op))
         check(*args)
         return loaded[0](*args)
 
@@ -228,9 +230,9 @@ def _native_not_loaded(op: str):
     def kernel(*args):
         device_type = args[0].device.type
         name = op.removesuffix("_fwd").removesuffix("_infer").removesuffix("_bwd")
-        dispatch.require("native", device_type, args[0].dtype, name)
+        registry.require("native", device_type, args[0].dtype, name)
         if device_type in tried:
-            raise dispatch.BackendError(f"{name}: the extension has no {op} for {device_type!r}")
+            raise registry.BackendError(f"{name}: the extension has no {op} for {device_type!r}")
         tried.add(device_type)
         return getattr(torch.ops.fusedmlp, op).native(*args)
 
@@ -238,7 +240,7 @@ def _native_not_loaded(op: str):
 
 
 for _op, _schema in SCHEMAS.items():
-    for _backend in dispatch.BACKENDS:
+    for _backend in registry.BACKENDS:
         _name = f"{_op}.{_backend.name}"
         _lib.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
         _kernel = (
@@ -272,7 +274,7 @@ BY_BACKEND = {
     b.name: SimpleNamespace(
         **{op: getattr(getattr(torch.ops.fusedmlp, op), b.name) for op in SCHEMAS}
     )
-    for b in dispatch.BACKENDS
+    for b in registry.BACKENDS
 }
 
 flops.register()

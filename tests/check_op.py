@@ -1,20 +1,14 @@
-"""The one way to compare an op with the truth: cases, and the error budget of fusedmlp.verify."""
+"""The one way to compare an op with the truth: cases, and the error budget of `fusedmlp verify`."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from fusedmlp.verify import (  # noqa: F401
-    DTYPES,
-    SEED,
-    STREAM,
+from fusedmlp.commands.verify import (
     Case,
-    call,
     excess,
-    leaves_of,
     oracle,
     plain,
-    run,
 )
 
 # name -> (M, K, N), and why it is there

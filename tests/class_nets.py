@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fusedmlp import fuse, surgery
+from fusedmlp import fuse
+from fusedmlp.fusion import surgery
 
 
 class Net(nn.Module):

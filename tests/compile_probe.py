@@ -16,11 +16,11 @@ from triton._C.libtriton import ir
 from triton.compiler.compiler import make_backend
 
 from bench import triton_build
-from fusedmlp import activations, rng
-from fusedmlp.kernels.triton import bias_act_dropout as epilogue
-from fusedmlp.kernels.triton import configs, linear_act
-from fusedmlp.kernels.triton.cross_entropy import cross_entropy
-from fusedmlp.kernels.triton.dgrad_act import dgrad_act
+from fusedmlp.backends.triton import bias_act_dropout as epilogue
+from fusedmlp.backends.triton import linear_act, tiles
+from fusedmlp.backends.triton.cross_entropy import cross_entropy
+from fusedmlp.backends.triton.dgrad_act import dgrad_act
+from fusedmlp.spec import activations, philox
 
 TARGET = "sm_90"
 BACKEND = make_backend(triton_build.TARGETS[TARGET])
@@ -48,12 +48,12 @@ def calls(m, n, k, dtype):
         return torch.empty(shape, dtype=kind, device="meta")
 
     x, w, b, state = empty(m, k), empty(n, k), empty(n), empty(2, kind=torch.int64)
-    threshold, scale = rng.threshold_and_scale(0.1)
+    threshold, scale = philox.threshold_and_scale(0.1)
     for act in ("gelu", "prelu") if dtype == torch.float32 else ("gelu",):
         slope = empty(n) if act == "prelu" else None
         numbers = slope, state, activations.IDS[act], 0.01, threshold, scale, 0, 0
         for splits in (1, 2):
-            tile = configs.Tile(16, 16, 16, 4, 2, splits=splits)
+            tile = tiles.Tile(16, 16, 16, 4, 2, splits=splits)
             # A split is only made where K is longer than a tile.
             deep = (empty(m, k + 16), empty(n, k + 16)) if splits > 1 else (x, w)
             yield (
@@ -63,7 +63,7 @@ def calls(m, n, k, dtype):
                 ),
             )
         rest = b, *numbers, activations.SAVE_Z, True, slope is not None
-        tile = configs.Tile(16, 16, 16, 4, 2)
+        tile = tiles.Tile(16, 16, 16, 4, 2)
         yield (
             f"dgrad_act {act}",
             lambda rest=rest, tile=tile: dgrad_act(x, empty(k, n), empty(m, n), *rest, tile=tile),

@@ -9,11 +9,11 @@ if not torch.cuda.is_available():
     # Triton reads this when it is first imported; its kernels then run on CPU tensors.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from fusedmlp import dispatch
+from fusedmlp.backends import registry
 
 
 def _skip_unless_usable(name: str, device_type: str) -> None:
-    reasons = dispatch._BY_NAME[name].refuses(device_type, torch.float32)
+    reasons = registry._BY_NAME[name].refuses(device_type, torch.float32)
     if reasons:
         pytest.skip(f"{name} on {device_type}: {'; '.join(reasons)}")
 

@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fusedmlp import rng
 from fusedmlp.nn import FusedMLP
-from fusedmlp.train import TrainConfig, native_op
-from fusedmlp.train.data import Data, permutation
-from fusedmlp.train.epsilon_hat import EpsilonHatAdam
-from fusedmlp.train.graph_step import Graph
+from fusedmlp.spec import philox
+from fusedmlp.train import TrainConfig
+from fusedmlp.train.data.types import Data, permutation
+from fusedmlp.train.engines import native_op
+from fusedmlp.train.engines.autograd import Task, choose
+from fusedmlp.train.engines.graph import Graph
+from fusedmlp.train.optim import EpsilonHatAdam
 from fusedmlp.train.schedule import Schedule
-from fusedmlp.train.step import Task, choose
 
 
 def need_native() -> None:
@@ -76,7 +77,7 @@ def state_equal(a: nn.Module, b: nn.Module) -> bool:
 
 
 # Drawn once for all loops and seeds of the weights: in plain PyTorch a mask takes a step's time.
-mask = functools.lru_cache(maxsize=2000)(rng.dropout_mask)
+mask = functools.lru_cache(maxsize=2000)(philox.dropout_mask)
 
 
 class Plain:

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 import fusedmlp
 import fusedmlp.sklearn
 import fusedmlp.train
-from fusedmlp import activations, cli
+from fusedmlp import cli
 from fusedmlp import functional as FF
+from fusedmlp.spec import activations
 from fusedmlp.train import Member, TrainConfig, crossval, fit, fit_many
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

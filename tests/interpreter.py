@@ -96,8 +96,8 @@ def use_triton(monkeypatch) -> None:
     """For a test whose Triton kernels run in the interpreter, or not at all where it cannot run."""
     if reason := unusable():
         pytest.skip(reason)
-    from fusedmlp.kernels.triton import configs
+    from fusedmlp.backends.triton import tiles
 
     # The interpreter runs one program after the other: fewer and larger ones.
-    monkeypatch.setattr(configs, "_SMALL_TILE", 4096)
+    monkeypatch.setattr(tiles, "_SMALL_TILE", 4096)
     repair(monkeypatch)

@@ -59,8 +59,8 @@ class Driver:
 
 driver.set_active(Driver())
 
-from fusedmlp import rng  # noqa: E402
-from fusedmlp.kernels.triton import bias_act_dropout, configs, launch, linear_act  # noqa: E402
+from fusedmlp.backends.triton import bias_act_dropout, launch, linear_act, tiles  # noqa: E402
+from fusedmlp.spec import philox  # noqa: E402
 
 
 def calls():
@@ -74,7 +74,7 @@ def calls():
         (memory[:32].view(1, 32), 0.5, 2**40),
         (memory[:15].view(15, 1), 0.5, 3),
     ):
-        threshold, scale = rng.threshold_and_scale(p)
+        threshold, scale = philox.threshold_and_scale(p)
         n = x.shape[1]
         yield x, torch.zeros(n), torch.zeros(16, n), (state, 1, 0.0, threshold, scale, layer, 7)
 
@@ -91,7 +91,7 @@ def run() -> list:
         linear_act.linear_act_infer(x, w, None, None, state, *numbers)
         if x.shape == (1, 32):
             # One row: M is a number of Python's, also in the kernel that adds up the splits.
-            tile = configs.Tile(16, 16, 16, 4, 2, splits=2)
+            tile = tiles.Tile(16, 16, 16, 4, 2, splits=2)
             linear_act.run(x, w, None, None, state, *numbers, keep_h=False, tile=tile)
     return [list(r) for r in recorded]
 

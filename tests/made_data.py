@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedmlp.train.data import Data, Scaling
+from fusedmlp.train.data.types import Data, Scaling
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN_EXTRA = ("tyro", "safetensors", "matplotlib", "numpy")

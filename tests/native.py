@@ -4,24 +4,25 @@ import ctypes
 
 import pytest
 
-from fusedmlp import activations, ops, rng
-from fusedmlp.kernels.native import extension
+from fusedmlp import ops
+from fusedmlp.backends import native
+from fusedmlp.spec import activations, philox
 
-_REASON = extension.unavailable("cpu")
+_REASON = native.unavailable("cpu")
 needs_native = pytest.mark.skipif(_REASON is not None, reason=f"native on cpu: {_REASON}")
 NATIVE = ops.BY_BACKEND["native"]
 
 
 def library() -> ctypes.CDLL:
     """What the extension offers to ctypes."""
-    opened = ctypes.CDLL(str(extension.library("cpu")))
+    opened = ctypes.CDLL(str(native.library("cpu")))
     opened.fusedmlp_cpu_isa.restype = ctypes.c_char_p
     return opened
 
 
 def numbers(act="none", p=0.0, layer=0, row_offset=0, alpha=0.01):
     """act, alpha, threshold, scale, layer, row_offset."""
-    threshold, scale = rng.threshold_and_scale(p)
+    threshold, scale = philox.threshold_and_scale(p)
     return activations.IDS[act], alpha, threshold, scale, layer, row_offset
 
 

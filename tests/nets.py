@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fusedmlp
-from fusedmlp import rng
+from fusedmlp.spec import philox
 
 SEED, STREAM = 7, 40
 
@@ -49,7 +49,7 @@ def by_hand(net, x, layers=(0, 1)):
         if type(m) is nn.Dropout and m.training and m.p > 0:
             rows = x.shape[:-1].numel()
             stream = STREAM + next(layers)
-            keep = rng.dropout_mask(SEED, stream, rows, x.shape[-1], m.p, device=x.device)
+            keep = philox.dropout_mask(SEED, stream, rows, x.shape[-1], m.p, device=x.device)
             x = torch.where(keep.reshape(x.shape), x * (1 / (1 - m.p)), 0.0)
         else:
             x = m(x)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from build_tools import check_abi
-from fusedmlp.kernels.native import extension
+from fusedmlp.backends import native
 
 OTHERS = [p for p in os.environ.get("FUSEDMLP_OTHER_PYTHON", "").split(os.pathsep) if p]
 NO_OTHER = "FUSEDMLP_OTHER_PYTHON names no Python with another torch"
@@ -17,8 +17,8 @@ NO_OTHER = "FUSEDMLP_OTHER_PYTHON names no Python with another torch"
 
 @pytest.fixture(autouse=True)
 def _built():
-    if not extension.library("cpu").exists():
-        pytest.skip(extension._not_built("cpu"))
+    if not native.library("cpu").exists():
+        pytest.skip(native._not_built("cpu"))
 
 
 @pytest.mark.slow
@@ -38,7 +38,7 @@ def test_a_function_that_a_torch_lacks_is_found(tmp_path):
     """Against this torch nothing is missing; against a folder without libtorch everything is."""
     if shutil.which("nm") is None or sys.platform != "linux":
         pytest.skip("no nm here")
-    library = extension.library("cpu")
+    library = native.library("cpu")
     own = Path(torch.__file__).parent / "lib"
     needed, missing = check_abi.missing_symbols(own, library)
     assert len(needed) > 20 and "torch_library_impl" in needed and not missing

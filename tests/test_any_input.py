@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import fusedmlp.functional as FF
-from fusedmlp import activations, dispatch, rng
+from fusedmlp.backends import registry
+from fusedmlp.spec import activations, philox
 
 pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 from hypothesis import given, settings  # noqa: E402
@@ -40,7 +41,7 @@ KINDS = st.sampled_from(["contiguous", "transposed", "sliced", "offset"])
     st.sampled_from(["reference", "native"]),
 )
 def test_any_shape_and_stride(leading, k, n, kx, kw, kdy, act, p, name):
-    if dispatch._BY_NAME[name].refuses("cpu", torch.float32):
+    if registry._BY_NAME[name].refuses("cpu", torch.float32):
         name = "reference"
     g = torch.Generator().manual_seed(3)
     x = torch.randn(*leading, k, generator=g)
@@ -74,7 +75,7 @@ def test_any_shape_and_stride(leading, k, n, kx, kw, kdy, act, p, name):
     st.integers(1, 3),
 )
 def test_native_masks_are_those_of_the_specification(seed, stream, m, n, p, row_offset, threads):
-    if reasons := dispatch._BY_NAME["native"].refuses("cpu", torch.float32):
+    if reasons := registry._BY_NAME["native"].refuses("cpu", torch.float32):
         pytest.skip("; ".join(reasons))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -84,11 +85,11 @@ def test_native_masks_are_those_of_the_specification(seed, stream, m, n, p, row_
         )
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(y != 0, rng.dropout_mask(seed, stream, m, n, p, row_offset=row_offset))
+    assert torch.equal(y != 0, philox.dropout_mask(seed, stream, m, n, p, row_offset=row_offset))
 
 
 def _scalar_window(seed: int, stream: int, row: int, column: int) -> int:
-    """docs/dropout.md in Python integers, written apart from rng.py."""
+    """docs/dropout.md in Python integers, written apart from philox.py."""
     low = 0xFFFFFFFF
     c = [column // 8, row, stream & low, (stream >> 32) & low]
     k = [seed & low, (seed >> 32) & low]
@@ -107,7 +108,7 @@ _INT64 = st.integers(-(2**63), 2**63 - 1)
 @given(_INT64, _INT64, st.integers(0, 2**32 - 4), st.integers(0, 40))
 def test_windows_are_those_of_the_specification(seed, stream, row_offset, columns):
     state = torch.tensor([seed, stream])
-    got = rng.windows(state, 0, 3, columns, row_offset)
+    got = philox.windows(state, 0, 3, columns, row_offset)
     expected = [
         [_scalar_window(seed, stream, row_offset + r, c) for c in range(columns)] for r in range(3)
     ]

@@ -8,8 +8,9 @@ from torch.autograd.functional import hessian, jacobian
 
 import fusedmlp
 import fusedmlp.functional as FF
-from fusedmlp import fuse, rng
-from fusedmlp.autograd_mlp import Mlp
+from fusedmlp import fuse
+from fusedmlp.autograd.mlp import Mlp
+from fusedmlp.spec import philox
 
 from .nets import on_backend  # noqa: F401
 
@@ -59,7 +60,7 @@ def test_a_network_as_one_op(act, backend):
 
 
 def test_cross_entropy(backend):
-    if fusedmlp.dispatch._BY_NAME[backend].refuses("cpu", torch.float32, "cross_entropy"):
+    if fusedmlp.backends.registry._BY_NAME[backend].refuses("cpu", torch.float32, "cross_entropy"):
         pytest.skip("this backend has no cross_entropy for a CPU")
     target = torch.tensor([0, 2, 1])
     _same_when_mapped(
@@ -74,7 +75,7 @@ def test_gradients_of_weights_with_dropout(frozen, monkeypatch):
     net = fuse(nn.Sequential(nn.Linear(6, 5), nn.GELU(), nn.Dropout(0.5), nn.Linear(5, 3)))
     net[0].weight.requires_grad_(not frozen)
     weights = [p for p in net.parameters() if p.requires_grad]
-    x, keep = torch.randn(4, 6), rng.dropout_mask(3, 0, 4, 5, 0.5)
+    x, keep = torch.randn(4, 6), philox.dropout_mask(3, 0, 4, 5, 0.5)
     with fusedmlp.dropout_state(3):
         y = net(x)
     by_hand = net[3](torch.where(keep, F.gelu(net[0](x)) * 2.0, 0.0))

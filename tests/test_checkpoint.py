@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fusedmlp.train import TrainConfig, TrainError, UsageError, checkpoint, fit, folder
+from fusedmlp.train import TrainConfig, TrainError, UsageError, checkpoint, fit, run_folder
 from fusedmlp.train.state import Position
 
 from . import made_data
@@ -130,14 +130,14 @@ def test_a_run_folder_holds_what_it_should(tmp_path):
     data = made_data.pictures()
     net = network(sizes=(64, 16, 4), dropout=0.1)
     result = fit(net, data, config(epochs=3, out=tmp_path / "run"))
-    assert result.paths.keys() == set(folder.FILES) - {
+    assert result.paths.keys() == set(run_folder.FILES) - {
         "residuals.png",
         "results.csv",
         "crossval.png",
     }
     rows = list(csv.DictReader(open(tmp_path / "run" / "metrics.csv")))
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
-    assert tuple(rows[0]) == folder.METRICS and rows[0]["val_loss"] == ""
+    assert tuple(rows[0]) == run_folder.METRICS and rows[0]["val_loss"] == ""
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     wanted = (
         "dataset, dims, activation, dropout, epochs, seed, test_accuracy, test_loss, train_loss, "
@@ -210,7 +210,7 @@ def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path):
 
     def start():
         barrier.wait()
-        found.append(folder.create(None, tmp_path / "runs", False, "{}").path.name)
+        found.append(run_folder.create(None, tmp_path / "runs", False, "{}").path.name)
 
     threads = [threading.Thread(target=start) for _ in range(8)]
     for thread in threads:
@@ -222,9 +222,9 @@ def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path):
 
 def test_two_runs_cannot_take_one_named_folder(tmp_path):
     (tmp_path / "run").mkdir()
-    folder.create(tmp_path / "run", None, False, "{}")
+    run_folder.create(tmp_path / "run", None, False, "{}")
     with pytest.raises(TrainError, match="already holds a run"):
-        folder.create(tmp_path / "run", None, False, "{}")
+        run_folder.create(tmp_path / "run", None, False, "{}")
 
 
 def test_a_run_that_fails_before_its_first_checkpoint_leaves_nothing(tmp_path):
@@ -234,9 +234,9 @@ def test_a_run_that_fails_before_its_first_checkpoint_leaves_nothing(tmp_path):
 
 
 def test_the_last_good_checkpoint_is_kept_when_the_loss_runs_away(tmp_path, monkeypatch):
-    from fusedmlp.train import trainer
+    from fusedmlp.train import loop
 
-    monkeypatch.setattr(trainer, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
     net, data = network(), made_data.blobs()
 
     def spoil(module, inputs):

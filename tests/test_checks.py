@@ -9,7 +9,9 @@ from torch import nn
 
 import fusedmlp
 import fusedmlp.functional as FF
-from fusedmlp import BackendError, FusedDropout, FusedLinear, activations, dispatch, rng
+from fusedmlp import BackendError, FusedDropout, FusedLinear
+from fusedmlp.backends import registry
+from fusedmlp.spec import activations, philox
 
 X, W, B = torch.randn(4, 5), torch.randn(6, 5), torch.randn(6)
 
@@ -254,7 +256,7 @@ def test_ops_called_directly_refuse_with_the_same_words(wrong, backend, device):
 
 def test_fp64_is_refused_by_a_kernel_backend_by_name_and_runs_otherwise():
     x = X.double()
-    if not dispatch._BY_NAME["native"].refuses("cpu", torch.float32):
+    if not registry._BY_NAME["native"].refuses("cpu", torch.float32):
         with pytest.raises(BackendError, match="(?s)cannot be used:.*fp64 is not one of its dtype"):
             FF.dropout(x, backend="native")
     assert FF.dropout(x).dtype == torch.float64
@@ -320,7 +322,7 @@ def _same_number(p):
 
 
 def test_any_number_is_a_probability():
-    x, want = torch.ones(8, 16), rng.dropout_mask(1, 0, 8, 16, 0.5)
+    x, want = torch.ones(8, 16), philox.dropout_mask(1, 0, 8, 16, 0.5)
     for p in _same_number(0.5):
         nn.Dropout(p)
         assert torch.equal(FF.dropout(x, p, seed=1) != 0, want)
@@ -350,4 +352,4 @@ def test_a_probability_that_is_changed_in_place_is_seen():
         p.fill_(value)
         for f in (net, layer):
             with fusedmlp.dropout_state(1):
-                assert torch.equal(f(x) != 0, rng.dropout_mask(1, 0, 8, 16, value))
+                assert torch.equal(f(x) != 0, philox.dropout_mask(1, 0, 8, 16, value))

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from fusedmlp import cli
-from fusedmlp.train import TrainConfig, checkpoint, fetch, idx
+from fusedmlp.train import TrainConfig, checkpoint
+from fusedmlp.train.data import fetch, idx
 
 from . import made_data
 
@@ -165,12 +166,12 @@ def _save(image: torch.Tensor, path, mode="L") -> str:
 @pytest.fixture
 def trained_on_pictures(tmp_path):
     """A run on 8x8 pictures, each with one bright quarter."""
-    from fusedmlp.train import fit, model
+    from fusedmlp.train import build, fit
 
     made = made_data.pictures(rows=400)
     settings = TrainConfig(epochs=15, batch_size=32, hidden=(32,), out=tmp_path / "run")
     settings = settings.replace(init="default", lr=0.5, device="cpu")
-    fit(model.build(settings, made), made, settings)
+    fit(build.build(settings, made), made, settings)
     return made
 
 

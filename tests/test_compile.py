@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fusedmlp
 import fusedmlp.functional as FF
-from fusedmlp import activations, rng
+from fusedmlp.spec import activations, philox
 
 NUMBERS = (0.01, 2**31, 2.0, 1, 3)  # alpha, threshold, scale, layer, row_offset
 OPCHECK = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -98,7 +98,9 @@ def test_a_state_tensor_that_advances_does_not_recompile(device):
 
     compiled = torch.compile(f, backend=counter)
     for step in range(5):
-        assert torch.equal(compiled(x) != 0, rng.dropout_mask(5, step, 16, 32, 0.5, device=device))
+        assert torch.equal(
+            compiled(x) != 0, philox.dropout_mask(5, step, 16, 32, 0.5, device=device)
+        )
         state[1] += 1
     assert counter.frame_count <= 2
 

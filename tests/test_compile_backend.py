@@ -6,7 +6,8 @@ import torch._dynamo
 from torch import nn
 
 import fusedmlp
-from fusedmlp import activations, functional, fuse
+from fusedmlp import functional, fuse
+from fusedmlp.spec import activations
 
 from .class_nets import Functional, Net
 

@@ -11,13 +11,15 @@ from torch.utils.checkpoint import checkpoint
 
 import fusedmlp
 import fusedmlp.functional as FF
-from fusedmlp import context, dispatch, fuse, rng
+from fusedmlp import context, fuse
+from fusedmlp.backends import registry
+from fusedmlp.spec import philox
 
 X = torch.ones(8, 16)
 
 
 def _mask(seed, stream=0, row_offset=0):
-    return rng.dropout_mask(seed, stream, 8, 16, 0.5, row_offset=row_offset)
+    return philox.dropout_mask(seed, stream, 8, 16, 0.5, row_offset=row_offset)
 
 
 def _drawn(f=FF.dropout):
@@ -44,14 +46,14 @@ def nothing_is_left_behind():
 
 def test_a_new_thread_starts_without_settings_and_leaves_none():
     def other():
-        before = dispatch.explicit(None), len(context.now().scopes)
+        before = registry.explicit(None), len(context.now().scopes)
         fusedmlp.use_backend("native")
         fusedmlp.dropout_state(9).__enter__()
         return before
 
     with fusedmlp.use_backend("reference"), fusedmlp.dropout_state(3):
         assert _in_thread(other) == (None, 0)
-        assert dispatch.explicit(None) == "reference"
+        assert registry.explicit(None) == "reference"
         assert torch.equal(_drawn(), _mask(3))
 
 
@@ -62,7 +64,7 @@ def test_two_threads_inside_blocks_at_once_see_their_own():
     def run(seed, name):
         with fusedmlp.use_backend(name), fusedmlp.dropout_state(seed):
             barrier.wait()
-            found[seed] = dispatch.explicit(None), torch.equal(_drawn(), _mask(seed))
+            found[seed] = registry.explicit(None), torch.equal(_drawn(), _mask(seed))
             barrier.wait()
 
     threads = [threading.Thread(target=run, args=a) for a in ((1, "reference"), (2, "native"))]
@@ -71,7 +73,7 @@ def test_two_threads_inside_blocks_at_once_see_their_own():
     for thread in threads:
         thread.join()
     assert found[1] == ("reference", True)
-    if dispatch._BY_NAME["native"].refuses("cpu", torch.float32):
+    if registry._BY_NAME["native"].refuses("cpu", torch.float32):
         pytest.skip("native cannot run here")
     assert found[2] == ("native", True)
 
@@ -80,7 +82,7 @@ def test_asyncio_tasks_inherit_and_do_not_see_each_other():
     found = {}
 
     async def task(seed):
-        inherited = dispatch.explicit(None)
+        inherited = registry.explicit(None)
         with fusedmlp.dropout_state(seed):
             await asyncio.sleep(0)
             fusedmlp.use_backend(None)
@@ -90,7 +92,7 @@ def test_asyncio_tasks_inherit_and_do_not_see_each_other():
     async def main():
         with fusedmlp.use_backend("reference"):
             await asyncio.gather(*(task(seed) for seed in (1, 2, 3)))
-            return dispatch.explicit(None)
+            return registry.explicit(None)
 
     assert asyncio.run(main()) == "reference"
     assert found == {seed: ("reference", True) for seed in (1, 2, 3)}
@@ -114,7 +116,7 @@ def test_a_backend_set_inside_a_state_block_outlives_it():
     with fusedmlp.use_backend(None):
         with fusedmlp.dropout_state(5):
             fusedmlp.use_backend("reference")
-        assert dispatch.explicit(None) == "reference"
+        assert registry.explicit(None) == "reference"
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -124,7 +126,7 @@ def test_what_autograd_repeats_in_a_thread_of_its_own_has_the_settings_of_the_ca
     seen = []
 
     def block(x):
-        seen.append((threading.get_ident(), dispatch.explicit(None)))
+        seen.append((threading.get_ident(), registry.explicit(None)))
         return FF.linear_act(x, w, None, "gelu", p=0.5)
 
     class Nest(torch.autograd.Function):
@@ -184,7 +186,7 @@ def test_blocks_inside_a_compiled_function():
         with fusedmlp.dropout_state(state), fusedmlp.use_backend("reference"):
             with fusedmlp.dropout_state(7):
                 inner = FF.dropout(x, 0.5)
-            return inner, FF.dropout(x, 0.5), dispatch.explicit(None)
+            return inner, FF.dropout(x, 0.5), registry.explicit(None)
 
     inner, outer, named = _compiled(f, fullgraph=True)(X)
     assert torch.equal(inner != 0, _mask(7)) and torch.equal(outer != 0, _mask(5, 1))
@@ -198,8 +200,8 @@ def test_a_graph_break_inside_a_block_keeps_it_and_no_other_thread_sees_it():
         with fusedmlp.dropout_state(5), fusedmlp.use_backend("reference"):
             y = FF.dropout(x, 0.5)
             torch._dynamo.graph_break()
-            found.append((torch.equal(_drawn(), _mask(5)), dispatch.explicit(None)))
-            found.append(_in_thread(dispatch.explicit, None))
+            found.append((torch.equal(_drawn(), _mask(5)), registry.explicit(None)))
+            found.append(_in_thread(registry.explicit, None))
             return y, FF.dropout(x, 0.5)
 
     for y in _compiled(f)(X):
@@ -238,7 +240,7 @@ def test_grid_search_in_threads_finds_the_scores_of_one_thread():
 
     with pytest.warns(ConvergenceWarning):
         assert scores(4) == scores(1)
-    assert dispatch.explicit(None) is None and context.now().scopes == ()
+    assert registry.explicit(None) is None and context.now().scopes == ()
     assert torch.equal(torch.get_rng_state(), before)
     masks = {tuple(_drawn().flatten().tolist()) for _ in range(3)}
     assert len(masks) == 3, "every dropout of the process has the same mask"

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import fusedmlp.functional as FF
-from fusedmlp import activations, rng
-from fusedmlp.differentiable import _plain as plain_activation
+from fusedmlp.backends.composite import _plain as plain_activation
+from fusedmlp.spec import activations, philox
 
 from .check_op import DTYPES
 
@@ -98,7 +98,7 @@ def _same_corner(got, want, signed):
 @pytest.mark.parametrize("op", OPS)
 def test_a_dropped_element_is_plus_zero_with_zero_gradient(op, act, backend, device):
     """Selected, never multiplied: also where the input is NaN or infinite, and at p = 1."""
-    keep = rng.dropout_mask(5, 0, 4, len(CORNERS), 0.5)
+    keep = philox.dropout_mask(5, 0, 4, len(CORNERS), 0.5)
     for p, dropped in ((0.5, ~keep), (1.0, torch.ones_like(keep))):
         x = torch.tensor([CORNERS] * 4, device=device)
         slope = torch.tensor([0.25], device=device) if act == "prelu" else None
@@ -163,7 +163,7 @@ def test_the_gradient_behind_a_clamp_is_0_where_relu_squared_overflows(dtype, ba
         kept = y.detach() != 0
         want = x.clone().requires_grad_()
         (F.relu(want).square() * kept).clamp(max=4.0).sum().backward()
-        scale = rng.threshold_and_scale(p)[1] if p else 1.0
+        scale = philox.threshold_and_scale(p)[1] if p else 1.0
         torch.testing.assert_close(got.grad, want.grad * scale)
         assert want.grad[0] == 0
 

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 
 import fusedmlp
 import fusedmlp.functional as FF
-from fusedmlp import dispatch, ops
-from fusedmlp.verify import excess
+from fusedmlp import ops
+from fusedmlp.backends import registry
+from fusedmlp.commands.verify import excess
 
 from . import interpreter
 from .check_op import DTYPES
@@ -26,7 +27,7 @@ def loss_backend(request, device, monkeypatch) -> str | None:
     name = request.param
     if name is not None:
         _skip_unless_usable(name, device)
-        reasons = dispatch._BY_NAME[name].refuses(device, torch.float32, "cross_entropy")
+        reasons = registry._BY_NAME[name].refuses(device, torch.float32, "cross_entropy")
         if reasons:
             pytest.skip(f"{name} on {device}: {'; '.join(reasons)}")
     if name == "triton" and device == "cpu":
@@ -233,7 +234,7 @@ def test_wrong_arguments_are_named():
 
 def test_a_backend_without_it_is_refused_with_the_reason(device):
     _skip_unless_usable("native", device)
-    if not dispatch._BY_NAME["native"].refuses(device, torch.float32, "cross_entropy"):
+    if not registry._BY_NAME["native"].refuses(device, torch.float32, "cross_entropy"):
         pytest.skip(f"native has it for {device} tensors")
     with pytest.raises(fusedmlp.BackendError, match="has no cross_entropy for cpu tensors"):
         FF.cross_entropy(torch.randn(3, 4), torch.tensor([0, 1, 2]), backend="native")

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from fusedmlp import cli
-from fusedmlp.train import TrainConfig, UsageError, compare, crossval, datasets, fit
+from fusedmlp.train import TrainConfig, UsageError, compare, crossval, fit
+from fusedmlp.train import build as models
 from fusedmlp.train import crossvalidation as cv
-from fusedmlp.train import model as models
-from fusedmlp.train.data import Data, Scaling
-from fusedmlp.train.ensemble import fit_many
-from fusedmlp.train.native_many import NativeMany
-from fusedmlp.train.progress import Quiet
+from fusedmlp.train.console import Quiet
+from fusedmlp.train.data import datasets
+from fusedmlp.train.data.types import Data, Scaling
+from fusedmlp.train.engines.native_many import NativeMany
+from fusedmlp.train.many import fit_many
 
 from . import made_data
 

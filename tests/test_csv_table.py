@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from fusedmlp.train import TrainConfig, TrainError, UsageError, csv_table, data, datasets
+from fusedmlp.train import TrainConfig, TrainError, UsageError
+from fusedmlp.train.data import csv_table, datasets, types
 
 from . import made_data
 
@@ -17,7 +18,7 @@ import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 
 
-def load(**settings) -> data.Data:
+def load(**settings) -> types.Data:
     return datasets.load(TrainConfig(**settings))
 
 
@@ -98,7 +99,7 @@ def test_an_unknown_target_column_is_a_usage_error(tmp_path):
         load(dataset=_csv(tmp_path, "a,b\n1,2\n"), target="c")
 
 
-def _with_target(tmp_path, values) -> data.Data:
+def _with_target(tmp_path, values) -> types.Data:
     rows = "".join(f"{i},{value}\n" for i, value in enumerate(values))
     return csv_table.read_csv(_csv(tmp_path, "a,y\n" + rows), None)
 

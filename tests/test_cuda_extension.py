@@ -16,14 +16,15 @@ import torch.nn.functional as F
 
 import fusedmlp.functional as FF
 from bench import cuda_kernels
-from fusedmlp import activations, ops, rng
-from fusedmlp.kernels.native import extension
+from fusedmlp import ops
+from fusedmlp.backends import native
+from fusedmlp.spec import activations, philox
 
 from .conftest import _skip_unless_usable
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
-LIBRARY = extension.library("cuda")
+LIBRARY = native.library("cuda")
 
 
 def sources(*folders):
@@ -56,7 +57,7 @@ def test_kernels_know_nothing_of_torch_and_wait_for_nothing():
 @pytest.fixture(scope="module")
 def library():
     if not LIBRARY.exists():
-        pytest.skip(extension._not_built("cuda"))
+        pytest.skip(native._not_built("cuda"))
     return LIBRARY
 
 
@@ -70,7 +71,7 @@ def test_extension_loads_and_lists_its_ops_without_a_gpu(library):
     code = """
 import torch, json, sys
 from fusedmlp import ops
-from fusedmlp.kernels.native import extension
+from fusedmlp.backends.native import extension
 reason = extension.unavailable("cuda")
 has = torch._C._dispatch_has_kernel_for_dispatch_key
 print(json.dumps([reason, {op: has(f"fusedmlp::{op}.native", "CUDA") for op in ops.SCHEMAS}]))
@@ -134,7 +135,7 @@ def cuda():
 
 
 def numbers(act="none", p=0.0):
-    threshold, scale = rng.threshold_and_scale(p)
+    threshold, scale = philox.threshold_and_scale(p)
     return activations.IDS[act], 0.01, threshold, scale, 0, 0
 
 
@@ -161,7 +162,7 @@ def test_a_captured_graph_draws_a_new_mask_on_each_replay(cuda):
         graph.replay()
         seed, stream = state.tolist()
         masks.append((y != 0).cpu())
-        assert torch.equal(masks[-1], rng.dropout_mask(seed, stream, 64, 72, 0.5))
+        assert torch.equal(masks[-1], philox.dropout_mask(seed, stream, 64, 72, 0.5))
     assert not torch.equal(masks[0], masks[1]) and not torch.equal(masks[1], masks[2])
 
 

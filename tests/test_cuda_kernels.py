@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fusedmlp import activations, rng
+from fusedmlp.spec import activations, philox
 
 from . import check_op
 from .check_op import DTYPES, SEED, STREAM, Case
@@ -49,13 +49,13 @@ def machine(request, plain_machine):
 
 
 def numbers(act="none", p=0.0, alpha=0.01, layer=3, row_offset=5):
-    threshold, scale = rng.threshold_and_scale(p)
+    threshold, scale = philox.threshold_and_scale(p)
     return activations.IDS[act], alpha, threshold, scale, layer, row_offset
 
 
 def keep(m, n, p):
     """The mask that `numbers` asks for."""
-    return rng.dropout_mask(SEED, STREAM + 3, m, n, p, row_offset=5)
+    return philox.dropout_mask(SEED, STREAM + 3, m, n, p, row_offset=5)
 
 
 def assert_within_budget(case, inputs, **got):
@@ -116,7 +116,7 @@ def test_elementwise_kernels_are_within_the_error_budget(dtype, shape, machine):
             continue  # the budget of one element can be 0
         assert_within_budget(case, inputs, **got)
         if p:
-            dropped = ~rng.dropout_mask(SEED, STREAM, m, n, p)
+            dropped = ~philox.dropout_mask(SEED, STREAM, m, n, p)
             assert (got["y"][dropped] == 0).all() and (got["dx"][dropped] == 0).all()
 
 
@@ -175,7 +175,7 @@ def test_masks_are_those_of_the_specification_at_any_address(dtype, columns):
 
 def assert_all_bits_of_a_window_count():
     """At thresholds that are windows of elements: anything else decides by the upper bits alone."""
-    windows = rng.windows(STATE, 3, 3, 16, 5)
+    windows = philox.windows(STATE, 3, 3, 16, 5)
     for exact in windows[1, :8].tolist():
         for threshold in (exact, exact + 1):
             numbers = activations.NONE, 0.0, threshold, 1.0, 3, 5
@@ -191,7 +191,7 @@ def test_a_large_row_offset_wraps_as_32_bits():
     x = torch.ones(20, 9)
     args = *numbers(p=0.5)[:-1], 2**32 - 20
     y = launchers.bias_act_dropout_fwd(x, None, None, STATE, *args)
-    mask = rng.dropout_mask(SEED, STREAM + 3, 20, 9, 0.5, row_offset=2**32 - 20)
+    mask = philox.dropout_mask(SEED, STREAM + 3, 20, 9, 0.5, row_offset=2**32 - 20)
     assert torch.equal(y != 0, mask)
 
 
@@ -229,7 +229,7 @@ def test_the_tensor_core_kernel_is_within_the_error_budget(tile, shape, machine)
             alone, none = launchers.linear_act_fwd(*args, tile=tile, want_h=False)
             assert torch.equal(y, alone) and none is None
         if p:
-            assert (y[~rng.dropout_mask(SEED, STREAM, m, n, p)] == 0).all()
+            assert (y[~philox.dropout_mask(SEED, STREAM, m, n, p)] == 0).all()
         if m * n > 1:
             assert_within_budget(case, inputs, y=y)
             bare = replace(case, act="none", p=0.0, bias=False)

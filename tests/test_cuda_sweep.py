@@ -10,7 +10,7 @@ from itertools import count
 import pytest
 import torch
 
-from fusedmlp import activations, rng
+from fusedmlp.spec import activations, philox
 
 from . import test_cuda_kernels as kernels
 from .check_op import DTYPES, SEED, STREAM, Case
@@ -39,7 +39,7 @@ VECTORS = ("own", "fp32", "own shifted", "fp32 shifted")
 
 
 def assert_masked(p, y):
-    assert not p or (y[~rng.dropout_mask(SEED, STREAM, *y.shape, p)] == 0).all()
+    assert not p or (y[~philox.dropout_mask(SEED, STREAM, *y.shape, p)] == 0).all()
 
 
 def elementwise(dtype):

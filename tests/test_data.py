@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fusedmlp.train import TrainConfig, TrainError, data, datasets, fetch, idx
+from fusedmlp.train import TrainConfig, TrainError
+from fusedmlp.train.data import datasets, fetch, idx, types
 
 from . import made_data
 
@@ -31,7 +32,7 @@ def _no_network(monkeypatch, tmp_path):
     monkeypatch.setenv("FUSEDMLP_DATA", str(tmp_path / "cache"))
 
 
-def load(**settings) -> data.Data:
+def load(**settings) -> types.Data:
     return datasets.load(TrainConfig(**settings))
 
 
@@ -197,11 +198,11 @@ def test_the_real_fashion_mnist_is_recognised():
 @pytest.mark.parametrize("share", [0.1, 0.2, 0.5])
 def test_a_split_is_stratified_disjoint_complete_and_fixed(share):
     labels = torch.cat([torch.full((n,), i) for i, n in enumerate((500, 60, 40))])
-    kept, held = data.hold_out(600, share, labels)
+    kept, held = types.hold_out(600, share, labels)
     assert torch.equal(torch.cat([kept, held]).sort().values, torch.arange(600))
     for label, count in enumerate((500, 60, 40)):
         assert abs(int((labels[held] == label).sum()) - share * count) <= 1
-    assert torch.equal(held, data.hold_out(600, share, labels)[1])
+    assert torch.equal(held, types.hold_out(600, share, labels)[1])
 
 
 def test_a_validation_set_is_taken_from_the_training_rows():
@@ -213,12 +214,12 @@ def test_a_validation_set_is_taken_from_the_training_rows():
 
 def test_a_split_that_leaves_nothing_is_a_clear_error():
     with pytest.raises(TrainError, match="leaves no rows on one side"):
-        data.hold_out(3, 0.01)
+        types.hold_out(3, 0.01)
 
 
 def test_standardized_inputs_have_mean_0_and_deviation_1():
     for made in (made_data.blobs(), made_data.pictures()):
-        scaled = data.standardized(made)
+        scaled = types.standardized(made)
         inputs = scaled.scaling(scaled.x_train)
         by = None if made.image_shape else 0
         mean = inputs.mean() if by is None else inputs.mean(by)
@@ -238,13 +239,13 @@ def test_tables_are_scaled_as_standardscaler_does_in_fp64():
     x[:, 2] *= 1e-12
     x[:, 3] = 1e6 - x[:, 3]
     y = (3e7 + torch.arange(160).double() / 7).reshape(-1, 1)
-    made = data.Data("table", x[:120], y[:120], x[120:], y[120:])
-    found = data.standardized(made)
+    made = types.Data("table", x[:120], y[:120], x[120:], y[120:])
+    found = types.standardized(made)
     for part, given in (("x", x), ("y", y)):
         wanted = torch.from_numpy(StandardScaler().fit(given[:120]).transform(given))
         both = torch.cat([getattr(found, f"{part}_train"), getattr(found, f"{part}_test")])
         torch.testing.assert_close(both, wanted, rtol=1e-9, atol=1e-9)
-    narrow = data.prepared(made, True)
+    narrow = types.prepared(made, True)
     assert narrow.x_train.dtype == narrow.y_train.dtype == torch.float32
     assert len(narrow.x_train[:, 0].unique()) == 120
     torch.testing.assert_close(
@@ -255,7 +256,7 @@ def test_tables_are_scaled_as_standardscaler_does_in_fp64():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.int32])
 def test_rows_of_any_type_are_scaled_in_fp64(dtype):
     x = (1_000_000 + torch.arange(300).reshape(100, 3)).to(dtype)
-    found = data.standardized(data.Data("rows", x, torch.arange(100) % 2, classes=("a", "b")))
+    found = types.standardized(types.Data("rows", x, torch.arange(100) % 2, classes=("a", "b")))
     wide = x.double()
     wanted = (wide - wide.mean(0)) / wide.std(0, correction=0)
     torch.testing.assert_close(found.scaling(found.x_train).double(), wanted, atol=1e-6, rtol=0)
@@ -263,22 +264,22 @@ def test_rows_of_any_type_are_scaled_in_fp64(dtype):
 
 def test_scaling_survives_its_way_through_json():
     for made in (made_data.blobs(), made_data.pictures()):
-        found = data.standardized(made)
+        found = types.standardized(made)
         listed = json.loads(json.dumps(found.describe()))
-        again = data.Scaling.from_dict(listed["scaling"])
+        again = types.Scaling.from_dict(listed["scaling"])
         assert torch.equal(again(made.x_train), found.scaling(found.x_train))
         assert listed["digest"] == made.digest()
 
 
 def test_pixels_are_scaled_as_torchvision_does():
     rows = torch.arange(256, dtype=torch.uint8).view(1, 256)
-    assert torch.equal(data.Scaling(255.0)(rows), rows.float().div(255))
+    assert torch.equal(types.Scaling(255.0)(rows), rows.float().div(255))
 
 
 def test_orders_of_epochs_and_seeds_differ_and_repeat():
-    orders = [data.permutation(seed, epoch, 100) for seed in (0, 1) for epoch in (0, 1, 2)]
+    orders = [types.permutation(seed, epoch, 100) for seed in (0, 1) for epoch in (0, 1, 2)]
     assert len({tuple(order.tolist()) for order in orders}) == 6
-    assert torch.equal(orders[4], data.permutation(1, 1, 100))
+    assert torch.equal(orders[4], types.permutation(1, 1, 100))
     assert torch.equal(orders[0].sort().values, torch.arange(100))
 
 

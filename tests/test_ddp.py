@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedmlp import rng
+from fusedmlp.spec import philox
 from fusedmlp.train.distributed import World
 
 from . import made_data
@@ -63,11 +63,12 @@ def _weights(run: Path) -> dict[str, torch.Tensor]:
 
 def _exact(rows: Path) -> dict[str, torch.Tensor]:
     """The run in fp64, as the truth for both."""
-    from fusedmlp.train import datasets, fit, model
+    from fusedmlp.train import build, fit
+    from fusedmlp.train.data import datasets
 
     config = commands.parse_train(["--dataset", str(rows), *FLAGS, "--backend", "reference"])
     loaded = datasets.load(config)
-    net = model.build(config, loaded).double()
+    net = build.build(config, loaded).double()
     fit(net, loaded, config)
     return net.state_dict()
 
@@ -142,10 +143,10 @@ def test_ctrl_c_ends_all_processes_at_one_step_with_a_checkpoint(rows, tmp_path)
 @pytest.mark.parametrize("batch", [1, 5, 50, 64])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_shares_of_a_batch_cover_it_once_with_its_masks(batch, size):
-    whole = rng.dropout_mask(3, 7, batch, 20, 0.5)
+    whole = philox.dropout_mask(3, 7, batch, 20, 0.5)
     shares = [World(rank, size).rows(batch) for rank in range(size)]
     assert shares[0][0] == 0 and shares[-1][1] == batch
-    parts = [rng.dropout_mask(3, 7, b - a, 20, 0.5, row_offset=a) for a, b in shares]
+    parts = [philox.dropout_mask(3, 7, b - a, 20, 0.5, row_offset=a) for a, b in shares]
     assert torch.equal(torch.cat(parts), whole)
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from fusedmlp import cli
-from fusedmlp.train import TrainConfig, TrainError, UsageError, data, datasets, fit, model, source
+from fusedmlp.train import TrainConfig, TrainError, UsageError, build, fit
+from fusedmlp.train.data import datasets, inputs, types
 
 from . import made_data
 from .test_train import network
@@ -34,15 +35,15 @@ def run(*arguments) -> int:
         return stop.code
 
 
-def table(rows: int = 400, **changes) -> data.Data:
+def table(rows: int = 400, **changes) -> types.Data:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, 3, generator=generator, dtype=torch.float64)
     y = x.sum(1, keepdim=True)
-    return data.Data("table.csv", x, y, is_table=True, **changes)
+    return types.Data("table.csv", x, y, is_table=True, **changes)
 
 
 def settings_of(given, **settings) -> dict:
-    found = data.resolved(TrainConfig(**settings), given).to_dict()
+    found = types.resolved(TrainConfig(**settings), given).to_dict()
     names = ("init", "init_std", "optimizer", "lr", "standardize", "epochs", "batch_size")
     return {name: found[name] for name in names}
 
@@ -90,15 +91,15 @@ def test_several_hidden_layers_take_pytorchs_weights_but_for_the_courses(hidden,
 )  # fmt: skip
 def test_tables_are_scaled_and_small_ones_take_small_steps(rows, batch, epochs):
     x = torch.empty(1, 3).expand(rows, 3)  # in no more memory than a row
-    given = data.Data("t", x, torch.empty(1, 1).expand(rows, 1), is_table=True)
+    given = types.Data("t", x, torch.empty(1, 1).expand(rows, 1), is_table=True)
     assert settings_of(given) == OF_TABLES | {"batch_size": batch, "epochs": epochs}
 
 
 def test_tensors_and_loaders_of_the_caller_are_taken_as_they_are():
     x = torch.randn(20, 3)
     for y, lr in ((torch.arange(20) % 2, 0.1), (x.sum(1), 0.01)):
-        assert settings_of(source.of((x, y), TrainConfig())) == COURSE | {"lr": lr}
-    assert settings_of(source.Loaders([]))["optimizer"] == "sgd"
+        assert settings_of(inputs.of((x, y), TrainConfig())) == COURSE | {"lr": lr}
+    assert settings_of(inputs.Loaders([]))["optimizer"] == "sgd"
 
 
 FLAGS = {
@@ -115,7 +116,7 @@ FLAGS = {
 @pytest.mark.parametrize("name", FLAGS)
 def test_a_setting_that_is_given_decides(name):
     for given in (table(), made_data.pictures()):
-        found = data.resolved(TrainConfig(**FLAGS[name]), given)
+        found = types.resolved(TrainConfig(**FLAGS[name]), given)
         for setting, value in FLAGS[name].items():
             assert getattr(found, setting) == value
     assert settings_of(table(), init_std=0.02)["init"] == "normal"
@@ -245,7 +246,7 @@ def test_an_npz_of_floats_is_a_table_and_pictures_are_not(tmp_path):
     np.savez("b.npz", x_train=x.astype(np.uint8), y_train=np.arange(20) % 2)
     for file, is_table in (("t.npz", True), ("p.npz", False), ("b.npz", False)):
         config = TrainConfig(dataset=file)
-        assert data.resolved(config, datasets.read(config)).standardize is is_table
+        assert types.resolved(config, datasets.read(config)).standardize is is_table
     found = datasets.load(TrainConfig(dataset="t.npz"))
     assert len(found.x_train[:, 0].unique()) == len(found.x_train)
 
@@ -264,9 +265,9 @@ def test_the_error_of_a_diverging_run_names_what_is_left_to_try():
 def test_r2_and_rmse_are_scikit_learns(targets):
     generator = torch.Generator().manual_seed(0)
     y = 1e6 + 300 * torch.randn(50, targets, generator=generator, dtype=torch.float64)
-    made = data.prepared(data.Data("t", y, y, y, y), True)
+    made = types.prepared(types.Data("t", y, y, y, y), True)
     outputs = made.y_test + 0.3 * torch.randn(50, targets, generator=generator)
-    found = model.regression(outputs, made)
+    found = build.regression(outputs, made)
     predicted = made.target_scaling.undo(outputs)
     assert found["test_r2"] == pytest.approx(metrics.r2_score(y, predicted), abs=1e-6)
     mean = metrics.mean_squared_error(y, predicted)

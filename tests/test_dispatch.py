@@ -10,22 +10,23 @@ import torch
 
 import fusedmlp
 import fusedmlp.functional as FF
-from fusedmlp import BackendError, context, dispatch
+from fusedmlp import BackendError, context
+from fusedmlp.backends import choice, registry
 
 
 @pytest.fixture
 def no_native(monkeypatch):
     """A machine without the extension."""
-    broken = dispatch.Backend(
+    broken = registry.Backend(
         "native",
         lambda d: "not built, and here is why",
-        dispatch.BACKENDS[0].dtypes,
-        "fusedmlp.kernels.native",
+        registry.BACKENDS[0].dtypes,
+        "fusedmlp.backends.native",
     )
-    monkeypatch.setattr(dispatch, "BACKENDS", (broken, *dispatch.BACKENDS[1:]))
-    monkeypatch.setitem(dispatch._BY_NAME, "native", broken)
-    monkeypatch.setattr(dispatch, "_usable", {})
-    monkeypatch.setattr(dispatch, "_logged", set())
+    monkeypatch.setattr(registry, "BACKENDS", (broken, *registry.BACKENDS[1:]))
+    monkeypatch.setitem(registry._BY_NAME, "native", broken)
+    monkeypatch.setattr(registry, "_usable", {})
+    registry.log_once.cache_clear()
 
 
 def _select(**change):
@@ -39,7 +40,7 @@ def _select(**change):
         in_features=784,
         out_features=256,
     )
-    return dispatch.select(**args | change)
+    return choice.select(**args | change)
 
 
 def test_a_named_backend_that_cannot_run_raises_with_every_reason(no_native):
@@ -56,7 +57,7 @@ def test_a_named_backend_that_cannot_run_raises_with_every_reason(no_native):
 def test_automatic_choice_falls_back_and_logs_once(no_native, caplog):
     with caplog.at_level(logging.INFO, logger="fusedmlp"):
         assert [_select() for _ in range(3)] == ["reference"] * 3
-        assert _select(dropout=False) == dispatch.EAGER
+        assert _select(dropout=False) == registry.EAGER
     messages = [r.getMessage() for r in caplog.records]
     assert messages == ["linear_act: backend 'native' was passed over: not built, and here is why"]
 
@@ -68,7 +69,7 @@ def test_argument_beats_context_beats_environment(monkeypatch):
         with pytest.raises(ValueError, match="unknown backend"):
             _select(backend="nothing")
         with fusedmlp.use_backend(None):
-            monkeypatch.setattr(dispatch, "_from_environment", "reference")
+            monkeypatch.setattr(registry, "_from_environment", "reference")
             assert _select() == "reference"
     code = "from fusedmlp import explain; print(explain().choice)"
     env = os.environ | {"FUSEDMLP_BACKEND": "reference"}
@@ -83,13 +84,13 @@ def test_use_backend_is_a_setter_and_a_context():
     before = context.now().backend
     try:
         fusedmlp.use_backend("reference")
-        assert dispatch.explicit(None) == "reference"
+        assert registry.explicit(None) == "reference"
         with fusedmlp.use_backend("native"):
-            assert dispatch.explicit(None) == "native"
-        assert dispatch.explicit(None) == "reference"
+            assert registry.explicit(None) == "native"
+        assert registry.explicit(None) == "reference"
         with pytest.raises(ValueError, match="use_backend: unknown backend 'x'; known: native"):
             fusedmlp.use_backend("x")
-        assert dispatch.explicit(None) == "reference"
+        assert registry.explicit(None) == "reference"
     finally:
         fusedmlp.use_backend(before)
 
@@ -110,14 +111,14 @@ def test_explain_says_what_select_does():
     ):
         e = fusedmlp.explain(rows=rows, out_features=n, p=p, activation=act)
         assert e.choice == _select(
-            rows=rows, out_features=n, dropout=p > 0, act=fusedmlp.activations.IDS[act]
+            rows=rows, out_features=n, dropout=p > 0, act=fusedmlp.spec.activations.IDS[act]
         )
 
 
 def test_a_fallback_never_computes_another_function(no_native):
     """Every activation, dtype and op gives the reference's values where native is missing."""
-    for name in fusedmlp.activations.NAMES:
-        for dtype in dispatch._BY_NAME["reference"].dtypes:
+    for name in fusedmlp.spec.activations.NAMES:
+        for dtype in registry._BY_NAME["reference"].dtypes:
             x = torch.randn(7, 13, dtype=dtype)
             slope = torch.full((1,), 0.2, dtype=dtype) if name == "prelu" else None
             for p in (0.0, 0.5):
@@ -129,8 +130,8 @@ def test_a_fallback_never_computes_another_function(no_native):
 
 def test_bf16_on_an_old_gpu_is_refused_before_the_kernel_is(monkeypatch):
     """The kernels need compute capability 8.0 for it; fp16 runs there."""
-    named = dispatch._BY_NAME["native"]
-    native = dispatch.Backend("native", lambda d: None, named.dtypes, named.module, named.missing)
+    named = registry._BY_NAME["native"]
+    native = registry.Backend("native", lambda d: None, named.dtypes, named.module, named.missing)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     (reason,) = native.refuses("cuda", torch.bfloat16)
     assert "compute capability 8.0 or newer, this one has 7.5; use fp16" in reason
@@ -144,13 +145,13 @@ def test_bf16_on_an_old_gpu_is_refused_before_the_kernel_is(monkeypatch):
 def a_gpu(monkeypatch):
     """As on a machine where every backend runs on a GPU."""
     there = [
-        dispatch.Backend(b.name, lambda d: None, b.dtypes, b.module) for b in dispatch.BACKENDS
+        registry.Backend(b.name, lambda d: None, b.dtypes, b.module) for b in registry.BACKENDS
     ]
-    monkeypatch.setattr(dispatch, "BACKENDS", tuple(there))
+    monkeypatch.setattr(registry, "BACKENDS", tuple(there))
     for backend in there:
-        monkeypatch.setitem(dispatch._BY_NAME, backend.name, backend)
-    monkeypatch.setattr(dispatch, "_usable", {})
-    monkeypatch.setattr(dispatch, "_logged", set())
+        monkeypatch.setitem(registry._BY_NAME, backend.name, backend)
+    monkeypatch.setattr(registry, "_usable", {})
+    registry.log_once.cache_clear()
 
 
 UNMEASURED = "this GPU has not been measured: plain PyTorch is used; run `fusedmlp tune`"
@@ -158,14 +159,14 @@ UNMEASURED = "this GPU has not been measured: plain PyTorch is used; run `fusedm
 
 def test_a_gpu_that_was_not_measured_runs_plain_pytorch_and_says_so_once(a_gpu, caplog):
     with caplog.at_level(logging.INFO, logger="fusedmlp"):
-        for act in range(len(fusedmlp.activations.NAMES)):
+        for act in range(len(fusedmlp.spec.activations.NAMES)):
             for rows in (1, 256, 65536):
                 args = dict(device_type="cuda", act=act, rows=rows)
-                assert _select(**args, dropout=False) == dispatch.EAGER
+                assert _select(**args, dropout=False) == registry.EAGER
                 # Eager PyTorch has not the masks that are promised.
                 assert _select(**args, dropout=True) == "reference"
                 assert _select(**args, backend="triton") == "triton"
-        assert dispatch.select_mlp("cuda", torch.float32, 256, 784, [(1, True, 256)], None) is None
+        assert choice.select_mlp("cuda", torch.float32, 256, 784, [(1, True, 256)], None) is None
         with fusedmlp.use_backend("native"):
             assert _select(device_type="cuda") == "native"
     (message,) = [r.getMessage() for r in caplog.records]
@@ -173,20 +174,20 @@ def test_a_gpu_that_was_not_measured_runs_plain_pytorch_and_says_so_once(a_gpu, 
 
 
 def test_explain_says_that_a_gpu_was_not_measured(a_gpu):
-    for p, choice in ((0.0, "eager"), (0.5, "reference")):
+    for p, chosen in ((0.0, "eager"), (0.5, "reference")):
         e = fusedmlp.explain(p=p, device="cuda")
-        assert e.choice == choice and e.why.startswith(UNMEASURED)
+        assert e.choice == chosen and e.why.startswith(UNMEASURED)
     assert "fastest" not in str(fusedmlp.explain()) and "EPYC" in str(fusedmlp.explain())
 
 
 def test_compiled_calls_follow_the_same_rule(a_gpu, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert _select(device_type="cuda", dropout=False) == dispatch.EAGER
+    assert _select(device_type="cuda", dropout=False) == registry.EAGER
     assert _select(device_type="cuda", dropout=True) == "reference"
 
 
 def test_an_engine_that_was_asked_for_by_name_runs_fused_kernels_on_a_gpu(a_gpu):
-    assert dispatch.named_for_engine("cuda", torch.float32, "linear_act") == "triton"
-    assert dispatch.named_for_engine("cpu", torch.float32, "linear_act") is None
+    assert choice.named_for_engine("cuda", torch.float32, "linear_act") == "triton"
+    assert choice.named_for_engine("cpu", torch.float32, "linear_act") is None
     with fusedmlp.use_backend("reference"):
-        assert dispatch.named_for_engine("cuda", torch.float32, "linear_act") == "reference"
+        assert choice.named_for_engine("cuda", torch.float32, "linear_act") == "reference"

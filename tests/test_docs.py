@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from fusedmlp import environment, rng
+from fusedmlp import environment
+from fusedmlp.spec import philox
 
 ROOT = Path(__file__).parent.parent
 DROPOUT = (ROOT / "docs" / "dropout.md").read_text()
@@ -24,24 +25,24 @@ def _table() -> str:
     lines = ["| seed | stream | row | columns | windows |", "|---|---|---|---|---|"]
     for seed, stream, row, column in KNOWN:
         group, state = column // 8, torch.tensor([seed, stream])
-        words = rng.philox(
+        words = philox.philox(
             (
                 torch.tensor(group),
                 torch.tensor(row),
-                state[1] & rng._LOW32,
-                state[1] >> 32 & rng._LOW32,
+                state[1] & philox._LOW32,
+                state[1] >> 32 & philox._LOW32,
             ),
-            (state[0] & rng._LOW32, state[0] >> 32 & rng._LOW32),
+            (state[0] & philox._LOW32, state[0] >> 32 & philox._LOW32),
         )
         w = [int(x) for x in words]
-        both = [(w[k], (w[k] >> 16 | w[(k + 1) % 4] << 16) & rng._LOW32) for k in range(4)]
+        both = [(w[k], (w[k] >> 16 | w[(k + 1) % 4] << 16) & philox._LOW32) for k in range(4)]
         shown = " ".join(f"{x:08x}" for pair in both for x in pair)
         lines.append(f"| {seed} | {stream} | {row} | {column} to {column + 7} | `{shown}` |")
     return "\n".join(lines)
 
 
 def _mask() -> str:
-    keep = rng.dropout_mask(42, 7, 4, 32, 0.5)
+    keep = philox.dropout_mask(42, 7, 4, 32, 0.5)
     rows = ["".join("1" if k else "0" for k in row) for row in keep.tolist()]
     return "\n".join(["```", *rows, "```"])
 
@@ -58,7 +59,7 @@ def test_the_known_answers_are_those_of_the_code():
 def test_windows_of_a_whole_row_are_the_known_answers():
     """The table is made word by word; a row of rng.windows must hold the same."""
     for seed, stream, row, column in KNOWN[:4]:
-        got = rng.windows(torch.tensor([seed, stream]), 0, 1, column + 8, row)[0, column:]
+        got = philox.windows(torch.tensor([seed, stream]), 0, 1, column + 8, row)[0, column:]
         shown = " ".join(f"{x:08x}" for x in got.tolist())
         assert shown in _between(DROPOUT, "known-answers")
 

@@ -8,9 +8,19 @@ import pytest
 import torch
 from torch import nn
 
-from fusedmlp.train import Member, Scaling, UsageError, ensemble, fit, fit_many, refuses_many
-from fusedmlp.train.native_many import NativeMany, Share
-from fusedmlp.train.native_step import Native
+from fusedmlp.train import (
+    Member,
+    Scaling,
+    UsageError,
+    fit,
+    fit_many,
+    refuses_many,
+)
+from fusedmlp.train import (
+    many as ensemble,
+)
+from fusedmlp.train.engines.native import Native
+from fusedmlp.train.engines.native_many import NativeMany, Share
 
 from . import made_data
 from .engines import OPTIMIZERS, config, need_native, network, state_equal, task_of
@@ -175,7 +185,7 @@ def test_short_epochs_share_a_call_and_end_where_a_loss_does(monkeypatch):
     monkeypatch.setattr(
         NativeMany, "_call", lambda self, shares: (calls.append(len(shares)), call(self, shares))[1]
     )
-    monkeypatch.setattr("fusedmlp.train.native_many.FIRST", 1000.0)
+    monkeypatch.setattr("fusedmlp.train.engines.native_many.FIRST", 1000.0)
     members, twins = made(), made()
     history = fit_many(members, x, y, loss="cross_entropy")
     assert calls == [3]
@@ -264,7 +274,7 @@ def test_64_run_together_and_65_one_after_the_other():
 
 def test_one_member_takes_all_threads_in_long_calls(monkeypatch):
     """Calls of one step, as a slow machine would make them, change no bit either."""
-    monkeypatch.setattr("fusedmlp.train.native_many.CALL_SECONDS", 0.0)
+    monkeypatch.setattr("fusedmlp.train.engines.native_many.CALL_SECONDS", 0.0)
     x, y = blobs()
     members, twins = members_of(FLAGS["adamw"][:1]), members_of(FLAGS["adamw"][:1])
     history = fit_many(members, x, y, loss="cross_entropy")

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 import fusedmlp
-from fusedmlp import cli, dispatch, environment, fuse, info
+from fusedmlp import cli, environment, fuse
+from fusedmlp.backends import registry
+from fusedmlp.commands import info
 
 WRONG = {
     "FUSEDMLP_BACKEND": ("foo", "one of native, triton, reference"),
@@ -62,7 +64,7 @@ def test_seconds_that_nobody_can_wait(seconds, monkeypatch):
 
 def test_a_wrong_backend_is_named_by_whatever_asks_for_one(monkeypatch):
     """A container once raised KeyError: 'foo'."""
-    monkeypatch.setattr(dispatch, "_from_environment", "foo")
+    monkeypatch.setattr(registry, "_from_environment", "foo")
     x, net = torch.ones(4, 6), nn.Sequential(nn.Linear(6, 3), nn.ReLU(), nn.Linear(3, 2))
     calls = (
         lambda: fuse(net)(x),
@@ -72,7 +74,7 @@ def test_a_wrong_backend_is_named_by_whatever_asks_for_one(monkeypatch):
         lambda: fusedmlp.functional.dropout(x),
         lambda: fusedmlp.functional.cross_entropy(x, torch.zeros(4, dtype=torch.int64)),
         fusedmlp.explain,
-        lambda: fusedmlp.surgery.report(fuse(net)),
+        lambda: fusedmlp.fusion.surgery.report(fuse(net)),
     )
     for call in calls:
         with pytest.raises(ValueError, match="FUSEDMLP_BACKEND must be one of .* got 'foo'"):

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedmlp.train import crossval, fit, model, native_judge
-from fusedmlp.train.data import Data, Scaling
+from fusedmlp.train import build, crossval, fit
+from fusedmlp.train.data.types import Data, Scaling
+from fusedmlp.train.engines import native_evaluate
 
 from . import made_data
 from .engines import OPTIMIZERS, config, engine_of, need_native, network
@@ -102,8 +103,8 @@ def test_evaluations_of_one_network(name, each_way):
     engine = engine_of("native", network(sizes=NETWORKS[name]), data, OPTIMIZERS["sgd"])
     found = each_way(lambda: tuple(engine.judge(data.x_test, data.y_test).tolist()), times=20)
     assert len(set(found)) == 1
-    wanted = model.judge(
-        "cross_entropy", model.predict(engine.task.model, data.x_test, Scaling()), data.y_test
+    wanted = build.judge(
+        "cross_entropy", build.predict(engine.task.model, data.x_test, Scaling()), data.y_test
     )
     torch.testing.assert_close(torch.tensor(found[0]).double(), wanted, rtol=1e-5, atol=0)
 
@@ -114,11 +115,11 @@ def test_evaluations_and_predictions_of_many_networks(each_way):
     rows = [(torch.arange(n, 1500), torch.arange(0, 1500, 2)) for n in range(len(nets))]
 
     def judged() -> tuple:
-        sums = native_judge.judge(nets, data.x_test, data.y_test, rows, loss="cross_entropy")
-        one = native_judge.judge(
+        sums = native_evaluate.judge(nets, data.x_test, data.y_test, rows, loss="cross_entropy")
+        one = native_evaluate.judge(
             nets[2:3], data.x_test, data.y_test, rows[2:3], loss="cross_entropy"
         )
-        outputs = [model.predict(net, data.x_test, Scaling()) for net in nets[1:3]]
+        outputs = [build.predict(net, data.x_test, Scaling()) for net in nets[1:3]]
         return tuple(t.numpy().tobytes() for t in (sums, one, *outputs))
 
     assert len(set(each_way(judged, times=3))) == 1

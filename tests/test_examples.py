@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedmlp.train import idx
+from fusedmlp.train.data import idx
 
 pytest.importorskip("matplotlib", reason="the lessons draw: pip install 'fusedmlp[train]'")
 pytest.importorskip("sklearn", reason="the lessons read its digits: pip install 'fusedmlp[train]'")

@@ -10,8 +10,9 @@ import sys
 import pytest
 import torch
 
-from fusedmlp import activations, environment
-from fusedmlp.kernels.native import extension
+from fusedmlp import environment
+from fusedmlp.backends import native
+from fusedmlp.spec import activations
 
 from .made_data import ROOT
 from .native import needs_native
@@ -34,7 +35,7 @@ import logging, sys
 from pathlib import Path
 import torch, fusedmlp
 from fusedmlp.functional import linear_act
-from fusedmlp.kernels.native import extension
+from fusedmlp.backends.native import extension
 logging.basicConfig(level=logging.INFO, stream=sys.stdout)
 extension._FOLDER = Path({folder!r})
 x, w = torch.ones(512, 64), torch.ones(2048, 64)
@@ -59,7 +60,7 @@ def assert_passed_over(folder, reason: str) -> None:
 
 
 def whole() -> bytes:
-    return extension.library("cpu").read_bytes()
+    return native.library("cpu").read_bytes()
 
 
 @needs_native
@@ -76,11 +77,11 @@ def test_a_file_is_damaged_from_its_last_byte_on(tmp_path):
     path, content = tmp_path / "_native_cpu.so", whole()
     for length in (0, 4, 63, 64, 100, len(content) // 3, len(content) - 1):
         path.write_bytes(content[:length])
-        assert extension._ends_early(path) == (length >= 64)  # the loader refuses shorter ones
+        assert native._ends_early(path) == (length >= 64)  # the loader refuses shorter ones
     path.write_bytes(content)
-    assert not extension._ends_early(path)
+    assert not native._ends_early(path)
     path.write_bytes(b"\x7fELF\x01" + content[5:200])  # of 32 bits
-    assert not extension._ends_early(path)
+    assert not native._ends_early(path)
 
 
 def test_an_extension_without_ops_is_passed_over(tmp_path):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from fusedmlp.train import fetch
+from fusedmlp.train.data import fetch
 
 from . import made_data
 

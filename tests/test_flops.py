@@ -11,13 +11,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import fusedmlp
-from fusedmlp import FusedLinear, FusedMLP, dispatch, functional, fuse, ops, unfuse
-from fusedmlp.autograd_mlp import Net
+from fusedmlp import FusedLinear, FusedMLP, functional, fuse, ops, unfuse
+from fusedmlp.autograd.mlp import Net
+from fusedmlp.backends import registry
 
 from .nets import on_backend, ops_called  # noqa: F401
 
 ROUTES = ["eager", "reference", "native"]
-_HAS_NATIVE = not dispatch._BY_NAME["native"].refuses("cpu", torch.float32)
+_HAS_NATIVE = not registry._BY_NAME["native"].refuses("cpu", torch.float32)
 
 
 def count(f) -> int:
@@ -114,7 +115,7 @@ def test_the_op_of_a_network_counts_as_its_layers(frozen, needs_dx, backend):
     x = torch.randn(5, 6, requires_grad=needs_dx)
     parameters = [plain[0].weight, plain[0].bias, plain[1].weight]
     parameters += [t for m in (plain[2], plain[4]) for t in m.parameters()]
-    act = fusedmlp.activations.IDS
+    act = fusedmlp.spec.activations.IDS
     ints = [act["prelu"], 0, 0, 7, act["gelu"], 0, 1, 3, act["none"], 0, 2, 3]
     net = Net(backend, ints, [0.0, 1.0] * 3, x)
 

@@ -10,16 +10,8 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 import fusedmlp
-from fusedmlp import (
-    FusedDropout,
-    FusedLinear,
-    FusedMLP,
-    FusedSequential,
-    activations,
-    functional,
-    fuse,
-    unfuse,
-)
+from fusedmlp import FusedDropout, FusedLinear, FusedMLP, FusedSequential, functional, fuse, unfuse
+from fusedmlp.spec import activations
 
 from .nets import in_state, mlp
 

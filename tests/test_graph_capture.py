@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fusedmlp.train.graph_step import STEPS, Graph
+from fusedmlp.train.engines.graph import STEPS, Graph
 
 from . import made_data
 from .engines import OPTIMIZERS, on, state_equal

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import fusedmlp
-from fusedmlp.train import fit, graph_calls, model, trainer
-from fusedmlp.train.data import standardized
-from fusedmlp.train.graph_step import JUDGED, Graph
+from fusedmlp.train import build, fit, loop
+from fusedmlp.train.data.types import standardized
+from fusedmlp.train.engines import graph_calls
+from fusedmlp.train.engines.graph import JUDGED, Graph
 
 from . import made_data
 from .conftest import _skip_unless_usable
@@ -39,8 +40,8 @@ def _backend(request, device, monkeypatch):
 
 def wanted_of(engine, data):
     task = engine.task
-    outputs = model.predict(task.model, data.x_test, data.scaling, task.precision)
-    return model.judge(task.loss, outputs, data.y_test)
+    outputs = build.predict(task.model, data.x_test, data.scaling, task.precision)
+    return build.judge(task.loss, outputs, data.y_test)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -106,8 +107,8 @@ def test_a_run_does_not_call_the_model_for_its_tests(device, monkeypatch):
     monkeypatch.setattr(Graph, "refuses", Graph.objections)
     calls = []
     results = {}
-    evaluate = trainer.evaluate
-    monkeypatch.setattr(trainer, "evaluate", lambda *a, **k: calls.append(1) or evaluate(*a, **k))
+    evaluate = loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", lambda *a, **k: calls.append(1) or evaluate(*a, **k))
     for engine in ("graph", "autograd"):
         settings = config(engine=engine, device=device, epochs=2, batch_size=64)
         net = network(sizes=(12, 16, 3), dropout=0.5)

@@ -11,14 +11,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedmlp
-from fusedmlp import activations
-from fusedmlp.kernels import reference
-from fusedmlp.train import TrainError, explain, fit, graph_calls
-from fusedmlp.train.data import Data, permutation, standardized
-from fusedmlp.train.epsilon_hat import EpsilonHatAdam
-from fusedmlp.train.graph_step import STEPS, Graph
+from fusedmlp.backends import reference
+from fusedmlp.spec import activations
+from fusedmlp.train import TrainError, explain, fit
+from fusedmlp.train.data.types import Data, permutation, standardized
+from fusedmlp.train.engines import graph_calls
+from fusedmlp.train.engines.autograd import Autograd, choose, why
+from fusedmlp.train.engines.graph import STEPS, Graph
+from fusedmlp.train.optim import EpsilonHatAdam
 from fusedmlp.train.schedule import Schedule
-from fusedmlp.train.step import Autograd, choose, why
 
 from . import made_data
 from .engines import (

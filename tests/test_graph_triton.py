@@ -15,11 +15,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedmlp
-from fusedmlp.train import graph_calls
-from fusedmlp.train.data import Data, Scaling, permutation, standardized
-from fusedmlp.train.graph_step import STEPS, Graph
+from fusedmlp.train.data.types import Data, Scaling, permutation, standardized
+from fusedmlp.train.engines import graph_calls
+from fusedmlp.train.engines.autograd import Autograd
+from fusedmlp.train.engines.graph import STEPS, Graph
 from fusedmlp.train.schedule import Schedule
-from fusedmlp.train.step import Autograd
 
 from . import made_data
 from .conftest import _skip_unless_usable
@@ -66,7 +66,7 @@ def test_the_same_steps_as_autograd_with_every_setting(name, device):
 # What gives memory or looks at it in another way: no kernel.
 FREE = {"empty", "empty_like", "new_empty", "empty_strided", "detach", "alias", "view", "t"}
 FREE |= {"_unsafe_view", "transpose", "slice", "split", "select", "unbind", "unsqueeze"}
-TRITON = "fusedmlp.kernels.triton"
+TRITON = "fusedmlp.backends.triton"
 
 
 class Launches(TorchDispatchMode):
@@ -79,7 +79,7 @@ class Launches(TorchDispatchMode):
         for name in ("bias_act_dropout", "cross_entropy", "dgrad_act", "linear_act"):
             module = importlib.import_module(f"{TRITON}.{name}")
             monkeypatch.setattr(module, "launch", self._launch)
-        gemm, configs = map(importlib.import_module, (f"{TRITON}.gemm", f"{TRITON}.configs"))
+        gemm, configs = map(importlib.import_module, (f"{TRITON}.gemm", f"{TRITON}.tiles"))
         monkeypatch.setattr(gemm, "capability", lambda t: configs.target(90))
 
     def _launch(self, kernel, *args, **constants):

@@ -77,7 +77,7 @@ import shutil, tempfile
 from pathlib import Path
 from unittest import mock
 from bench import kernel_cases, kernels, triton_build
-from fusedmlp.kernels.triton import configs
+from fusedmlp.backends.triton import configs
 
 kernel = kernel_cases.sample()[0]
 launch = kernels._launch(kernel)
@@ -90,7 +90,7 @@ def code_hash(text=text, **change):
     gemm.write_text(text)
     triton_build._kernels_hash.cache_clear()
     made = triton_build.Launch(**vars(launch) | change)
-    with mock.patch.object(configs, "__file__", str(folder / "configs.py")):
+    with mock.patch.object(configs, "__file__", str(folder / "tiles.py")):
         return triton_build.code_hash(made, kernel.target)
 
 first = code_hash()

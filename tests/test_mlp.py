@@ -6,10 +6,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import fusedmlp
-from fusedmlp import activations, dispatch, nets, rng
-from fusedmlp.autograd_mlp import Mlp, Net
+from fusedmlp.autograd.mlp import Mlp, Net
+from fusedmlp.backends import registry
+from fusedmlp.commands.verify import excess
 from fusedmlp.ops import BY_BACKEND
-from fusedmlp.verify import excess
+from fusedmlp.spec import activations, philox
+from fusedmlp.spec import layers as nets
 
 STATE = torch.tensor([5, 7])
 ACTS = range(len(activations.NAMES))
@@ -29,7 +31,7 @@ def network(rows, dims, act, p, dtype=torch.float32, biases=None, seed=0):
     for i, (k, n) in enumerate(zip(dims, dims[1:], strict=False)):
         last = i == len(dims) - 2
         a = activations.NONE if last else act
-        threshold, scale = rng.threshold_and_scale(p) if p and not last else (0, 1.0)
+        threshold, scale = philox.threshold_and_scale(p) if p and not last else (0, 1.0)
         has = nets.W | (nets.B if biases is None or biases[i] else 0)
         params.append(torch.randn(n, k, generator=g) / k**0.5)
         if has & nets.B:
@@ -71,7 +73,7 @@ def plain(net, row_offset=3):
         elif layer.act != activations.NONE:
             y = activations.TABLE[layer.act].forward(y, layer.alpha)
         if layer.threshold:
-            keep = rng.keep_mask(
+            keep = philox.keep_mask(
                 STATE, layer.layer, y.shape[0], y.shape[1], layer.threshold, row_offset
             )
             y = torch.where(keep, y * layer.scale, 0.0)
@@ -213,7 +215,7 @@ def dropout_net(act=nn.ReLU):
 
 def on_mlp(net):
     """The net fused, and proof that its forward is one op."""
-    if dispatch.BACKENDS[0].refuses("cpu", torch.float32):
+    if registry.BACKENDS[0].refuses("cpu", torch.float32):
         pytest.skip("the extension is not built")
     fused = fusedmlp.fuse(net)
     assert "Mlp" in type(fused(torch.randn(4, 6)).grad_fn).__name__
@@ -344,7 +346,7 @@ def test_what_is_put_in_the_place_of_a_parameter_is_seen(change):
 
 def test_modules_on_any_backend_with_the_op(backend, monkeypatch):
     """What nn does with the op, on a backend that is not chosen for it."""
-    monkeypatch.setattr(dispatch, "has_mlp", lambda name, device, dtype: True)
+    monkeypatch.setattr(registry, "has_mlp", lambda name, device, dtype: True)
     fused, x = fusedmlp.fuse(dropout_net(nn.Tanh)), torch.randn(4, 6)
     with fusedmlp.use_backend(backend), fusedmlp.dropout_state(1):
         y = fused(x)

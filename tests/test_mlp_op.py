@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import fusedmlp.functional as FF
-from fusedmlp import activations, dispatch, nets, ops, rng
-from fusedmlp.verify import Case, excess, leaves_of
+from fusedmlp import ops
+from fusedmlp.backends import registry
+from fusedmlp.commands.verify import Case, excess, leaves_of
+from fusedmlp.spec import activations, layers, philox
 
 from . import interpreter
 from .check_op import DTYPES, SEED, STREAM
@@ -34,15 +36,15 @@ def mlp_backend(request, device, monkeypatch) -> str:
         key = {"cpu": "CPU", "cuda": "CUDA"}[device]
         if not torch._C._dispatch_has_kernel_for_dispatch_key("fusedmlp::mlp_fwd.native", key):
             pytest.skip(f"the extension has no mlp for {device} tensors")
-    elif not hasattr(importlib.import_module(f"fusedmlp.kernels.{name}"), "mlp_fwd"):
+    elif not hasattr(importlib.import_module(f"fusedmlp.backends.{name}"), "mlp_fwd"):
         pytest.skip(f"{name} has no mlp")
     if name == "triton" and device == "cpu":
         if reason := interpreter.unusable():
             pytest.skip(reason)
-        from fusedmlp.kernels.triton import configs
+        from fusedmlp.backends.triton import tiles
 
         # The interpreter runs one program after the other: fewer and larger ones.
-        monkeypatch.setattr(configs, "_SMALL_TILE", 4096)
+        monkeypatch.setattr(tiles, "_SMALL_TILE", 4096)
         interpreter.repair(monkeypatch)
     return name
 
@@ -52,7 +54,7 @@ class Net:
 
     def __init__(self, widths, acts, p, dtype, device, leading=(67,), bias=True, alpha=0.01):
         self.acts, self.p, self.dtype, self.alpha = acts, p, dtype, alpha
-        threshold, scale = rng.threshold_and_scale(p)
+        threshold, scale = philox.threshold_and_scale(p)
         self.state = torch.tensor([SEED, STREAM], device=device)
         self.tensors = {"x": torch.randn(*leading, widths[0])}
         self.dy = torch.randn(*leading, widths[-1]).to(device, dtype)
@@ -65,7 +67,7 @@ class Net:
         self.params = [self.tensors[name] for name in self.names]
         self.ints = []
         for i, act in enumerate(acts):
-            bits = zip(nets.BITS, ("w", "b", "slope"), strict=True)
+            bits = zip(layers.BITS, ("w", "b", "slope"), strict=True)
             has = sum(bit for bit, name in bits if f"{name}{i}" in self.tensors)
             self.ints += [activations.IDS[act], threshold, i, has]
         self.numbers = [alpha, scale] * len(acts)
@@ -89,7 +91,7 @@ class Net:
             self.ints,
             self.numbers,
             5,
-            nets.bits_of(self.ints) if needs is None else needs,
+            layers.bits_of(self.ints) if needs is None else needs,
             need_dx,
         )
         named = dict(zip(["x", *self.names], found, strict=True))
@@ -155,7 +157,7 @@ def test_the_outputs_are_those_of_the_layers_to_the_bit(mlp_backend, device):
     kept, x = net.forward(mlp_backend), net.x
     of_backend = ops.BY_BACKEND[mlp_backend]
     hs = kept[3:]
-    for i, layer in enumerate(nets.layers(net.params, net.ints, net.numbers)):
+    for i, layer in enumerate(layers.layers(net.params, net.ints, net.numbers)):
         args = x, layer.w, *layer.epilogue(net.state, 5)
         if activations.saves(layer.act, layer.alpha, x.dtype, True) == activations.SAVE_Z:
             y, h = of_backend.linear_act_fwd(*args)
@@ -217,7 +219,7 @@ def test_layers_below_the_first_that_learns_are_not_run(device, monkeypatch):
     _skip_unless_usable("triton", device)
     if device == "cpu" and (reason := interpreter.unusable()):
         pytest.skip(reason)
-    from fusedmlp.kernels.triton import mlp  # the module
+    from fusedmlp.backends.triton import mlp  # the module
 
     calls = []
     dgrad_act = mlp.dgrad_act
@@ -309,12 +311,12 @@ def test_wrong_arguments_are_refused(mlp_backend, device):
 
 def test_an_extension_without_the_op_says_so(device, monkeypatch):
     """An older build: the reason, not a crash."""
-    if dispatch._BY_NAME["native"].refuses(device, torch.float32):
+    if registry._BY_NAME["native"].refuses(device, torch.float32):
         pytest.skip("native cannot run here")
     net = Net((6, 4), ("relu",), 0.0, torch.float32, device)
     key = {"cpu": "CPU", "cuda": "CUDA"}[device]
     if torch._C._dispatch_has_kernel_for_dispatch_key("fusedmlp::mlp_fwd.native", key):
         assert len(net.forward("native")) == 1
     else:
-        with pytest.raises(dispatch.BackendError, match="the extension has no mlp_fwd"):
+        with pytest.raises(registry.BackendError, match="the extension has no mlp_fwd"):
             net.forward("native")

@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 
-from fusedmlp import activations, environment, rng
-from fusedmlp.kernels.native import extension
+from fusedmlp import environment
+from fusedmlp.backends import native
+from fusedmlp.spec import activations, philox
 
 from . import check_op
 from .native import bwd, fwd, library, needs_native
@@ -59,8 +60,8 @@ def test_masks_are_those_of_rng(isa, act):
     for rows, columns in MASK_SHAPES:
         for p in (2**-31, 0.1, 0.5, 1 - 2**-31):
             y = fwd(torch.ones(rows, columns), None, act, state=state, p=p, layer=5)
-            threshold = rng.threshold_and_scale(p)[0]
-            keep = rng.keep_mask(state, 5, rows, columns, threshold)
+            threshold = philox.threshold_and_scale(p)[0]
+            keep = philox.keep_mask(state, 5, rows, columns, threshold)
             assert torch.equal(y != 0, keep), f"{rows} x {columns}, p = {p}"
 
 
@@ -70,7 +71,7 @@ def test_masks_of_the_last_rows_and_in_every_dtype(isa):
         for rows, columns in ((6, 20), (5, 300)):
             offset = 2**32 - rows
             y = fwd(torch.ones(rows, columns, dtype=dtype), state=state, p=0.5, row_offset=offset)
-            keep = rng.keep_mask(state, 0, rows, columns, 2**31, offset)
+            keep = philox.keep_mask(state, 0, rows, columns, 2**31, offset)
             assert torch.equal(y != 0, keep)
 
 
@@ -91,7 +92,7 @@ def test_scalar_philox_is_that_of_rng():
             ctypes.c_int64(seed), ctypes.c_int64(stream), ctypes.c_uint32(row),
             ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(columns),
         )  # fmt: skip
-        want = rng.windows(torch.tensor([seed, stream]), 0, 1, columns, row)[0]
+        want = philox.windows(torch.tensor([seed, stream]), 0, 1, columns, row)[0]
         assert torch.equal(out.long() & 0xFFFFFFFF, want)
 
 
@@ -241,7 +242,7 @@ def test_the_environment_limits_the_instruction_set(name, isa):
     if name != isa:
         pytest.skip("one process for each name is enough")
     code = (
-        "from fusedmlp.kernels.native import extension as e; import ctypes\n"
+        "from fusedmlp.backends.native import extension as e; import ctypes\n"
         "assert e.unavailable('cpu') is None\n"
         "f = ctypes.CDLL(str(e.library('cpu'))).fusedmlp_cpu_isa\n"
         "f.restype = ctypes.c_char_p; print(f().decode())"
@@ -256,24 +257,24 @@ def test_the_environment_limits_the_instruction_set(name, isa):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """An empty folder in the place of the package, for the time of a test."""
-    monkeypatch.setattr(extension, "_FOLDER", tmp_path)
-    extension.unavailable.cache_clear()
+    monkeypatch.setattr(native, "_FOLDER", tmp_path)
+    native.unavailable.cache_clear()
     yield tmp_path
     monkeypatch.undo()
-    extension.unavailable.cache_clear()
+    native.unavailable.cache_clear()
 
 
 def test_a_missing_extension_says_how_to_build_it(folder):
-    assert "FUSEDMLP_BUILD=cpu pip install --no-build-isolation ." in extension.unavailable("cpu")
+    assert "FUSEDMLP_BUILD=cpu pip install --no-build-isolation ." in native.unavailable("cpu")
 
 
 def test_what_the_build_left_out_is_the_reason(folder):
     (folder / "_build_info.json").write_text('{"left_out": {"cpu": "no compiler was found"}}')
-    assert "no compiler was found" in extension.unavailable("cpu")
+    assert "no compiler was found" in native.unavailable("cpu")
 
 
 def test_a_broken_extension_is_a_reason_and_no_error(folder):
     (folder / "_native_cpu.so").write_bytes(b"not a library")
     (folder / "_build_info.json").write_text('{"torch": "2.0.0"}')
-    reason = extension.unavailable("cpu")
+    reason = native.unavailable("cpu")
     assert "built for torch 2.0.0" in reason and "rebuild with" in reason

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from fusedmlp import activations
-from fusedmlp.train import TrainError, checkpoint, fit, model, native_judge, trainer
-from fusedmlp.train.data import Data, Scaling, standardized
-from fusedmlp.train.progress import Quiet
+from fusedmlp.spec import activations
+from fusedmlp.train import TrainError, build, checkpoint, fit, loop
+from fusedmlp.train.console import Quiet
+from fusedmlp.train.data.types import Data, Scaling, standardized
+from fusedmlp.train.engines import native_evaluate
 
 from . import made_data
 from .engines import OPTIMIZERS, config, engine_of, need_native, network
@@ -36,7 +37,7 @@ def test_loss_and_accuracy_are_those_of_the_model(case):
     # Training mode, and smoothing of the training loss: neither has a part in a test.
     engine = engine_of("native", net, data, OPTIMIZERS["sgd"], loss, label_smoothing=0.3)
     sums = engine.judge(data.x_test, data.y_test)
-    wanted = model.judge(loss, model.predict(net, data.x_test, data.scaling), data.y_test)
+    wanted = build.judge(loss, build.predict(net, data.x_test, data.scaling), data.y_test)
     torch.testing.assert_close(sums, wanted, rtol=1e-5, atol=0)
     assert sums[1:].tolist() == wanted[1:].tolist()
     again = engine.judge(data.x_test, data.y_test)
@@ -49,8 +50,8 @@ def test_every_activation_is_that_of_the_model(activation):
     net = network(sizes=(12, 20, 9, 3), activation=activation)
     engine = engine_of("native", net, data, OPTIMIZERS["sgd"])
     sums = engine.judge(data.x_test, data.y_test)
-    wanted = model.judge(
-        "cross_entropy", model.predict(net, data.x_test, data.scaling), data.y_test
+    wanted = build.judge(
+        "cross_entropy", build.predict(net, data.x_test, data.scaling), data.y_test
     )
     torch.testing.assert_close(sums, wanted, rtol=1e-5, atol=0)
 
@@ -95,7 +96,7 @@ def test_rows_that_it_does_not_take_are_left_to_the_model():
 
 def test_a_run_does_not_call_the_model_for_its_tests(monkeypatch):
     calls = []
-    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: calls.append(1) or (0.0, 0.0))
+    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: calls.append(1) or (0.0, 0.0))
     result = fit(network(sizes=(12, 16, 3)), made_data.blobs(), config(engine="native"))
     assert not calls and result.history[-1]["test_accuracy"] > 0.5
     fit(network(sizes=(12, 16, 3)), made_data.blobs(), config(engine="autograd"))
@@ -114,7 +115,7 @@ class Spoil(Quiet):
 
 
 def test_the_last_good_checkpoint_is_kept_when_the_loss_runs_away(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
     settings = config(engine="native", epochs=5, out=tmp_path / "run")
     with pytest.raises(TrainError, match="no longer finite.*last good checkpoint"):
         fit(network(sizes=(12, 16, 3)), made_data.blobs(), settings, progress=Spoil())
@@ -133,14 +134,16 @@ def test_many_networks_are_judged_as_each_alone():
     ]
     rows = len(data.x_train)
     parts = [(torch.arange(n, rows, 2), torch.arange(n + 5)) for n in range(3)]
-    sums = native_judge.judge(nets, data.x_train, data.y_train, parts, loss="cross_entropy")
+    sums = native_evaluate.judge(nets, data.x_train, data.y_train, parts, loss="cross_entropy")
     assert sums.shape == (3, 2, 3) and all(net.training for net in nets)
     for net, of_net, mine in zip(nets, parts, sums, strict=True):
         engine = engine_of("native", net, data, OPTIMIZERS["sgd"])
         for chosen, found in zip(of_net, mine, strict=True):
             alone = engine.judge(data.x_train[chosen], data.y_train[chosen])
             assert torch.equal(found, alone)
-    one = native_judge.judge(nets[:1], data.x_train, data.y_train, parts[:1], loss="cross_entropy")
+    one = native_evaluate.judge(
+        nets[:1], data.x_train, data.y_train, parts[:1], loss="cross_entropy"
+    )
     assert torch.equal(one[0], sums[0])
 
 
@@ -150,7 +153,7 @@ def test_many_networks_of_which_one_is_of_other_modules_are_left_to_the_caller()
     rows = [(torch.arange(9),)] * 2
 
     def judge(models, x=data.x_train):
-        return native_judge.judge(models, x, data.y_train, rows, loss="cross_entropy")
+        return native_evaluate.judge(models, x, data.y_train, rows, loss="cross_entropy")
 
     assert judge([plain, plain]) is not None
     assert judge([plain, odd]) is None

@@ -8,10 +8,10 @@ from torch import nn
 
 import fusedmlp
 from fusedmlp.train import TrainError, fit
-from fusedmlp.train.epsilon_hat import EpsilonHatAdam
-from fusedmlp.train.native_step import Native
-from fusedmlp.train.progress import Quiet
-from fusedmlp.train.step import choose
+from fusedmlp.train.console import Quiet
+from fusedmlp.train.engines.autograd import choose
+from fusedmlp.train.engines.native import Native
+from fusedmlp.train.optim import EpsilonHatAdam
 
 from . import made_data
 from .engines import OPTIMIZERS, config, need_native, network, task_of

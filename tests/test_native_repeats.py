@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fusedmlp.train import TrainError, fit
-from fusedmlp.train.data import Data, permutation
-from fusedmlp.train.progress import Quiet
+from fusedmlp.train.console import Quiet
+from fusedmlp.train.data.types import Data, permutation
 
 from . import made_data
 from .engines import (

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from fusedmlp import activations, fuse
-from fusedmlp.train import step
-from fusedmlp.train.data import Data, permutation, standardized
-from fusedmlp.train.epsilon_hat import EpsilonHatAdam
+from fusedmlp import fuse
+from fusedmlp.spec import activations
+from fusedmlp.train.data.types import Data, permutation, standardized
+from fusedmlp.train.engines import autograd
+from fusedmlp.train.optim import EpsilonHatAdam
 
 from . import made_data
 from .engines import (
@@ -85,7 +86,7 @@ def test_logistic_losses_keep_to_the_trajectory(outputs):
     (loss, *rest), (wanted, *others) = (engine.read() for engine in engines)
     assert loss == pytest.approx(wanted, rel=1e-5) and rest == others == [0.0, 300]
     sums = engines[0].judge(data.x_test, data.y_test)
-    wanted = step.judge("logistic", net(data.x_test), data.y_test)
+    wanted = autograd.judge("logistic", net(data.x_test), data.y_test)
     torch.testing.assert_close(sums, wanted, rtol=1e-4, atol=0)
 
 

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import fusedmlp
-from fusedmlp import FusedDropout, FusedLinear, FusedMLP, FusedSequential, activations, rng, surgery
+from fusedmlp import FusedDropout, FusedLinear, FusedMLP, FusedSequential
+from fusedmlp.fusion import surgery
 from fusedmlp.nn import ReLUSquared
+from fusedmlp.spec import activations, philox
 
 from .nets import SEED, STREAM, by_hand, in_state, mlp, on_backend  # noqa: F401
 
@@ -149,7 +151,7 @@ def test_fused_dropout_draws_the_specified_mask(shape, backend):
     y = in_state(FusedDropout(0.25), x)
     rows = x.shape[:-1].numel() if x.dim() else 1
     columns = x.shape[-1] if x.dim() else 1
-    keep = rng.dropout_mask(SEED, STREAM, rows, columns, 0.25, device=x.device).reshape(shape)
+    keep = philox.dropout_mask(SEED, STREAM, rows, columns, 0.25, device=x.device).reshape(shape)
     want = torch.where(keep, x * (1 / 0.75), 0.0)
     torch.testing.assert_close(y, want)
     torch.testing.assert_close(torch.autograd.grad(y.sum(), x), torch.autograd.grad(want.sum(), x))

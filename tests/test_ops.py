@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fusedmlp.functional as FF
-from fusedmlp import activations, rng
+from fusedmlp.spec import activations, philox
 
 from . import check_op
 from .check_op import DTYPES, SHAPES, Case
@@ -196,7 +196,7 @@ def test_backward_uses_the_mask_of_forward(op, dtype, backend, device):
     for act in activations.NAMES:
         case = Case(op, 33, 4, 45, act, 0.5, DTYPES[dtype], device, bias=False)
         inputs = case.inputs() | {"dy": torch.ones(33, 45, dtype=DTYPES[dtype], device=device)}
-        keep = rng.dropout_mask(check_op.SEED, check_op.STREAM, 33, 45, 0.5, device=device)
+        keep = philox.dropout_mask(check_op.SEED, check_op.STREAM, 33, 45, 0.5, device=device)
         leaves = check_op.leaves_of(inputs)
         y = check_op.call(case, leaves, backend)
         assert not (y[~keep] != 0).any()

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fusedmlp import rng
+from fusedmlp.spec import philox
 
 from . import test_cuda_kernels as kernels
 from .check_op import SEED, STREAM, Case
@@ -56,7 +56,7 @@ def products():
         args += kernels.numbers("relu", 0.3, layer=0, row_offset=0)
         y, _ = launchers.linear_act_fwd(*args, tile="medium")
         kernels.assert_within_budget(case, inputs, y=y)
-        assert (y[~rng.dropout_mask(SEED, STREAM, m, n, 0.3)] == 0).all()
+        assert (y[~philox.dropout_mask(SEED, STREAM, m, n, 0.3)] == 0).all()
 
 
 def elements():
@@ -66,7 +66,7 @@ def elements():
         inputs = case.inputs()
         got = kernels.run_elementwise(case, inputs)
         kernels.assert_within_budget(case, inputs, **got)
-        assert (got["y"][~rng.dropout_mask(SEED, STREAM, m, n, 0.3)] == 0).all()
+        assert (got["y"][~philox.dropout_mask(SEED, STREAM, m, n, 0.3)] == 0).all()
     kernels.assert_all_bits_of_a_window_count()
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import fusedmlp.functional as FF
-from fusedmlp import activations, rng
+from fusedmlp.spec import activations, philox
 
 PLAIN = {
     "none": lambda z: z,
@@ -51,9 +51,9 @@ def test_forward_and_gradients_are_those_of_torch(act):
 def test_dropout_is_a_masked_and_scaled_activation(act):
     x, w, b, slope = _tensors(act)
     got = FF.linear_act(x, w, b, act, slope=slope, p=0.3, seed=5, stream=9, backend="reference")
-    keep = rng.dropout_mask(5, 9, *got.shape, 0.3)
+    keep = philox.dropout_mask(5, 9, *got.shape, 0.3)
     expected = _expected(act, F.linear(x, w, b), slope)
-    scale = rng.threshold_and_scale(0.3)[1]
+    scale = philox.threshold_and_scale(0.3)[1]
     assert scale == torch.tensor(1 / 0.7, dtype=torch.float32).item()
     torch.testing.assert_close(got, torch.where(keep, expected * scale, 0.0))
 

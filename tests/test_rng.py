@@ -7,7 +7,7 @@ import torch
 
 import fusedmlp
 import fusedmlp.functional as FF
-from fusedmlp import rng
+from fusedmlp.spec import philox
 
 # Known answers of Philox 4x32-10, published with Random123 (kat_vectors): counter, key, words.
 RANDOM123 = [
@@ -28,25 +28,25 @@ RANDOM123 = [
 @pytest.mark.parametrize(("counter", "key", "words"), RANDOM123)
 def test_philox_gives_the_published_words(counter, key, words):
     counter, key = ([torch.tensor(w) for w in ws] for ws in (counter, key))
-    assert tuple(int(w) for w in rng.philox(counter, key)) == words
+    assert tuple(int(w) for w in philox.philox(counter, key)) == words
 
 
 def test_layer_adds_to_the_stream_and_wraps():
     top = 2**63 - 1
-    a = rng.windows(torch.tensor([1, top]), 3, 4, 9)
-    b = rng.windows(torch.tensor([1, -(2**63) + 2]), 0, 4, 9)
+    a = philox.windows(torch.tensor([1, top]), 3, 4, 9)
+    b = philox.windows(torch.tensor([1, -(2**63) + 2]), 0, 4, 9)
     assert torch.equal(a, b)
 
 
 def test_row_offset_shifts_rows():
-    whole = rng.dropout_mask(1, 2, 32, 20, 0.5)
-    part = rng.dropout_mask(1, 2, 10, 20, 0.5, row_offset=13)
+    whole = philox.dropout_mask(1, 2, 32, 20, 0.5)
+    part = philox.dropout_mask(1, 2, 10, 20, 0.5, row_offset=13)
     assert torch.equal(whole[13:23], part)
 
 
 @pytest.mark.parametrize("p", [0.0, 1e-12, 2.0**-32, 0.1, 0.5, 1 - 2.0**-32, 1.0])
 def test_threshold_and_scale_come_from_one_rounding_each(p):
-    threshold, scale = rng.threshold_and_scale(p)
+    threshold, scale = philox.threshold_and_scale(p)
     assert threshold == round(p * 2**32)
     if 0 < threshold < 2**32:
         assert scale == torch.tensor(1 / (1 - p), dtype=torch.float64).float().item()
@@ -81,22 +81,22 @@ def _suspicious(keep: torch.Tensor, scale: float, p: float) -> list[str]:
 
 @pytest.mark.parametrize("p", [0.001, 0.05, 0.1, 0.3, 0.5, 0.9])
 def test_mask_is_unbiased_and_uncorrelated(p):
-    keep = rng.dropout_mask(20, 22, 4096, 1024, p)
-    assert _suspicious(keep, rng.threshold_and_scale(p)[1], p) == []
+    keep = philox.dropout_mask(20, 22, 4096, 1024, p)
+    assert _suspicious(keep, philox.threshold_and_scale(p)[1], p) == []
 
 
 def test_a_mask_with_a_byte_wide_threshold_is_caught():
     """Negative control, shipped by a well-known library: dropped below floor(256 p) / 256."""
     p = 0.1
-    byte = rng.windows(torch.tensor([20, 22]), 0, 4096, 1024) >> 24
+    byte = philox.windows(torch.tensor([20, 22]), 0, 4096, 1024) >> 24
     assert "mean" in _suspicious(byte >= math.floor(256 * p), 1 / (1 - p), p)
 
 
 def test_a_mask_that_repeats_every_32_rows_is_caught():
     """Negative control, shipped by a well-known library: the row block is not in the counter."""
     p = 0.1
-    keep = rng.dropout_mask(20, 22, 32, 1024, p).repeat(128, 1)
-    assert "lag (32, 0)" in _suspicious(keep, rng.threshold_and_scale(p)[1], p)
+    keep = philox.dropout_mask(20, 22, 32, 1024, p).repeat(128, 1)
+    assert "lag (32, 0)" in _suspicious(keep, philox.threshold_and_scale(p)[1], p)
 
 
 # --- seeds --------------------------------------------------------------------------------------
@@ -113,8 +113,8 @@ def test_manual_seed_reproduces_and_two_draws_differ():
 
 def test_a_one_dimensional_input_is_row_0():
     x = torch.ones(50)
-    assert torch.equal(FF.dropout(x, seed=3) != 0, rng.dropout_mask(3, 0, 1, 50, 0.5)[0])
-    assert torch.equal(FF.dropout(x[0], seed=3) != 0, rng.dropout_mask(3, 0, 1, 1, 0.5)[0, 0])
+    assert torch.equal(FF.dropout(x, seed=3) != 0, philox.dropout_mask(3, 0, 1, 50, 0.5)[0])
+    assert torch.equal(FF.dropout(x[0], seed=3) != 0, philox.dropout_mask(3, 0, 1, 1, 0.5)[0, 0])
 
 
 @pytest.mark.parametrize("numbers", [(3, 4), (-1, -(2**63)), (2**63 - 1, 0)])
@@ -132,11 +132,11 @@ def test_a_state_is_made_on_its_device_without_a_copy_from_the_host(numbers):
 
     with FakeTensorMode(), Watch():
         x = torch.empty(4, 8, device="meta")
-        made = [rng.state_of(*numbers, x.device)]
+        made = [philox.state_of(*numbers, x.device)]
         made.append(FF._call_state("dropout", x, *numbers, 0)[0])
         with fusedmlp.dropout_state(*numbers):
             made.append(FF.draw_state(x)[0])
     for state in made:
         assert (state.device.type, state.dtype, state.shape) == ("meta", torch.int64, (2,))
     assert seen and not {n for n in seen if "copy" in n or "lift" in n or n == "aten::to"}, seen
-    assert rng.state_of(*numbers, "cpu").tolist() == list(numbers)
+    assert philox.state_of(*numbers, "cpu").tolist() == list(numbers)

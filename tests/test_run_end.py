@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from fusedmlp import cli
-from fusedmlp.train import TrainError, checkpoint, crossval, finish, fit, folder, plots
-from fusedmlp.train.progress import Console
+from fusedmlp.train import TrainError, checkpoint, crossval, finish, fit, plots, run_folder
+from fusedmlp.train.console import Console
 
 from . import made_data
 from .test_train import config, network
@@ -209,7 +209,7 @@ def _fill_at(monkeypatch, count: int) -> list:
 
 def test_a_disk_that_is_full_at_any_write_is_told_as_it_is(tmp_path, monkeypatch, caplog):
     """The first checkpoint has nothing to go on from; whatever comes later has, and can."""
-    monkeypatch.setattr("fusedmlp.train.trainer.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("fusedmlp.train.loop.SAVE_SECONDS", 0.0)
     data, told, number = made_data.blobs(), [], 0
     while True:
         number += 1
@@ -322,4 +322,4 @@ def test_a_console_without_a_terminal_is_silent(monkeypatch, capsys, tmp_path):
 
 
 def test_folders_of_runs_know_all_that_runs_write():
-    assert RESULTS | PICTURES <= set(folder.FILES)
+    assert RESULTS | PICTURES <= set(run_folder.FILES)

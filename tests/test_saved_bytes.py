@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fusedmlp.functional as FF
-from fusedmlp import activations
+from fusedmlp.spec import activations
 
 from .check_op import DTYPES, Case, call, leaves_of
 

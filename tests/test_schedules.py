@@ -11,9 +11,9 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 from fusedmlp.train import TrainConfig, UsageError, checkpoint, fit
-from fusedmlp.train.progress import Quiet
+from fusedmlp.train.console import Quiet
+from fusedmlp.train.loop import Result
 from fusedmlp.train.schedule import Schedule
-from fusedmlp.train.trainer import Result
 
 from . import made_data
 from .engines import NATIVE_OPTIMIZERS, assert_near_fp64, config, native_op, network, state_equal

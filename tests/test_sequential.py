@@ -7,7 +7,9 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import fusedmlp
-from fusedmlp import FusedLinear, FusedMLP, FusedSequential, dispatch, fuse, surgery
+from fusedmlp import FusedLinear, FusedMLP, FusedSequential, fuse
+from fusedmlp.backends import registry
+from fusedmlp.fusion import surgery
 from fusedmlp.nn import ReLUSquared
 
 from .nets import SEED, assert_same, by_hand, in_state, mlp, on_backend, ops_called  # noqa: F401
@@ -190,7 +192,7 @@ def test_automatic_choice_does_what_plain_pytorch_can(dtype, device):
 
 
 def test_a_named_backend_refuses_what_it_cannot_do(device):
-    if dispatch._BY_NAME["native"].refuses(device, torch.float32):
+    if registry._BY_NAME["native"].refuses(device, torch.float32):
         pytest.skip("native cannot run here")
     net = fuse(mlp()).double()
     with fusedmlp.use_backend("native"), pytest.raises(fusedmlp.BackendError, match="fp64"):

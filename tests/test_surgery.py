@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from fusedmlp import FusedMLP, FusedSequential, fuse, surgery, unfuse
+from fusedmlp import FusedMLP, FusedSequential, fuse, unfuse
+from fusedmlp.fusion import surgery
 
 from .nets import Block, by_hand, in_state, mlp, on_backend, ops_called  # noqa: F401
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fusedmlp.train import TrainConfig, TrainError, data, datasets
+from fusedmlp.train import TrainConfig, TrainError
+from fusedmlp.train.data import datasets, types
 
 from . import made_data
 
@@ -13,7 +14,7 @@ made_data.need("numpy")
 import numpy as np  # noqa: E402
 
 
-def load(**settings) -> data.Data:
+def load(**settings) -> types.Data:
     return datasets.load(TrainConfig(**settings))
 
 

@@ -13,18 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fusedmlp import rng
 from fusedmlp.nn import FusedMLP
-from fusedmlp.train import (
-    TrainConfig,
-    fit,
-    model,
-    predict,
-    source,
-    step,
-)
-from fusedmlp.train.data import permutation
-from fusedmlp.train.surroundings import seed_generators
+from fusedmlp.spec import philox
+from fusedmlp.train import TrainConfig, build, fit, predict
+from fusedmlp.train.data import inputs
+from fusedmlp.train.data.types import permutation
+from fusedmlp.train.engines import autograd
+from fusedmlp.train.process import seed_generators
 
 from . import made_data
 
@@ -49,7 +44,7 @@ def state_equal(a: nn.Module, b: nn.Module) -> bool:
 @functools.lru_cache(maxsize=2000)
 def mask(*arguments) -> torch.Tensor:
     """For the runs in fp64 and fp32, which have the same ones."""
-    return rng.dropout_mask(*arguments)
+    return philox.dropout_mask(*arguments)
 
 
 class Plain:
@@ -153,9 +148,9 @@ def test_parameters_are_as_near_to_fp64_as_plain_pytorchs(name, ps):
 def engine_for(net: FusedMLP, data, settings: TrainConfig):
     """The autograd engine on all of the data, before its first step."""
     cpu = torch.device("cpu")
-    data = source.on_device(data, net, cpu)
-    task = step.Task(
-        net.train(), model.optimizer_for(net, settings, "cross_entropy"), "cross_entropy", cpu
+    data = inputs.on_device(data, net, cpu)
+    task = autograd.Task(
+        net.train(), build.optimizer_for(net, settings, "cross_entropy"), "cross_entropy", cpu
     )
     task.x, task.y, task.scaling, task.seed = (
         data.x_train,
@@ -163,7 +158,7 @@ def engine_for(net: FusedMLP, data, settings: TrainConfig):
         data.scaling,
         settings.seed,
     )
-    engine = step.choose("autograd", task)
+    engine = autograd.choose("autograd", task)
     engine.set_step(0)
     return engine
 
@@ -207,7 +202,7 @@ def test_the_seed_alone_decides_weights_order_and_masks():
         torch.rand(noise)
         settings = config(seed=seed, dropout=(0.5,), hidden=(16,), init="default")
         data = made_data.blobs()
-        return fit(model.build(settings, data), data, settings).model
+        return fit(build.build(settings, data), data, settings).model
 
     assert state_equal(trained(1, 3), trained(1, 77))
     assert not state_equal(trained(1, 3), trained(2, 3))
@@ -218,7 +213,7 @@ def test_the_global_generator_is_left_as_it_was(dropout):
     settings = config(dropout=(dropout,), hidden=(16,))
     before = torch.get_rng_state()
     data = made_data.blobs()
-    fit(model.build(settings, data), data, settings)
+    fit(build.build(settings, data), data, settings)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -238,11 +233,11 @@ def test_a_users_model_with_plain_dropout_repeats_too():
 def test_initial_weights_are_what_init_says():
     data = made_data.pictures()
     settings = TrainConfig(hidden=(400,), init_std=0.02, seed=9)
-    normal = model.build(settings, data)
+    normal = build.build(settings, data)
     weights = torch.cat([m.weight.flatten() for m in normal if isinstance(m, nn.Linear)])
     assert abs(weights.std().item() - 0.02) < 1e-3
     assert all((m.bias == 0).all() for m in normal if isinstance(m, nn.Linear))
-    default = model.build(settings.replace(init="default", init_std=None), data)
+    default = build.build(settings.replace(init="default", init_std=None), data)
     bound = 1 / 8  # of nn.Linear: 1 / sqrt(64)
     assert 0.9 * bound < default[0].weight.abs().max().item() <= bound
 
@@ -260,14 +255,14 @@ def test_the_mask_of_a_step_is_that_of_its_global_step_and_layer():
     net = network(sizes=(12, 16, 8, 3), dropout=0.5)
     for p in net.parameters():
         p.data.fill_(0.1)
-    task = step.Task(
+    task = autograd.Task(
         net, torch.optim.SGD(net.parameters(), lr=0.0), "cross_entropy", torch.device("cpu")
     )
     task.x, task.y, task.seed = torch.ones(5, 12), torch.zeros(5, dtype=torch.long), 42
-    engine = step.choose("autograd", task)
+    engine = autograd.choose("autograd", task)
     engine.set_step(7)
     engine.step(torch.arange(5))
-    first = rng.dropout_mask(42, 7 * 3, 5, 16, 0.5)
+    first = philox.dropout_mask(42, 7 * 3, 5, 16, 0.5)
     alive = net[0].bias.grad != 0  # a hidden unit that all rows drop gets no gradient
     assert torch.equal(alive, first.any(0))
     engine.step(torch.arange(5))

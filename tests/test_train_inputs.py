@@ -106,12 +106,12 @@ def test_an_fp64_model_is_trained_in_fp64():
 
 
 def test_the_backend_asked_for_is_used_and_the_setting_put_back():
-    from fusedmlp import dispatch
+    from fusedmlp.backends import registry
 
-    before = dispatch.explicit(None)
+    before = registry.explicit(None)
     result = fit(network(dropout=0.5), made_data.blobs(), config(backend="reference"))
     assert result.summary["backend"] == "reference"
-    assert dispatch.explicit(None) == before
+    assert registry.explicit(None) == before
 
 
 # loaders

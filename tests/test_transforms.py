@@ -9,7 +9,8 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.utils.checkpoint import checkpoint
 
 import fusedmlp
-from fusedmlp import FusedSequential, dispatch, fuse
+from fusedmlp import FusedSequential, fuse
+from fusedmlp.backends import registry
 
 from .nets import SEED, by_hand, in_state, mlp, on_backend  # noqa: F401
 
@@ -130,7 +131,7 @@ def test_torch_func_obeys_randomness():
 
 def test_a_named_kernel_backend_refuses_torch_func():
     net = fuse(mlp())
-    if dispatch._BY_NAME["native"].refuses("cpu", torch.float32):
+    if registry._BY_NAME["native"].refuses("cpu", torch.float32):
         pytest.skip("native cannot run here")
     with fusedmlp.use_backend("native"), pytest.raises(fusedmlp.BackendError, match="torch.func"):
         vmap(net.eval())(torch.randn(4, 1, 6))

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 import fusedmlp.functional as FF
-from fusedmlp import activations, rng
-from fusedmlp.kernels import reference
-from fusedmlp.verify import excess
+from fusedmlp.backends import reference
+from fusedmlp.commands.verify import excess
+from fusedmlp.spec import activations, philox
 
 from . import interpreter
 from .check_op import DTYPES, SEED, STREAM
@@ -45,17 +45,17 @@ def backend(device, monkeypatch) -> str:
     if device == "cpu":
         if reason := interpreter.unusable():
             pytest.skip(reason)
-        from fusedmlp.kernels.triton import configs
+        from fusedmlp.backends.triton import tiles
 
         # The interpreter runs one program after the other: fewer and larger ones.
-        monkeypatch.setattr(configs, "_SMALL_TILE", 4096)
+        monkeypatch.setattr(tiles, "_SMALL_TILE", 4096)
         interpreter.repair(monkeypatch)
     return "triton"
 
 
 @pytest.fixture
 def kernels(backend):
-    from fusedmlp.kernels import triton
+    from fusedmlp.backends import triton
 
     return triton
 
@@ -67,7 +67,7 @@ def _layer(m, k, n, dtype, device, act="gelu", p=0.3):
     x, w, b = (t.to(device, dtype) for t in (x, w / max(k, 1) ** 0.5, b))
     slope = torch.rand(n, generator=g).to(device, dtype) if act == "prelu" else None
     state = torch.tensor([SEED, STREAM], device=device)
-    threshold, scale = rng.threshold_and_scale(p)
+    threshold, scale = philox.threshold_and_scale(p)
     return x, w, b, slope, state, activations.IDS[act], 0.01, threshold, scale, 3, 11
 
 
@@ -91,13 +91,13 @@ TILES = {"16x16x16": (16, 16, 16), "64x32x32": (64, 32, 32), "32x64x16": (32, 64
 
 
 def _tile(name, **fields):
-    from fusedmlp.kernels.triton import configs
+    from fusedmlp.backends.triton import tiles
 
-    return configs.Tile(*TILES[name], 4, 2, **fields)
+    return tiles.Tile(*TILES[name], 4, 2, **fields)
 
 
 def _run(args, tile, keep_h=True):
-    from fusedmlp.kernels.triton import linear_act
+    from fusedmlp.backends.triton import linear_act
 
     return linear_act.run(*args, keep_h=keep_h, tile=tile)
 
@@ -113,7 +113,7 @@ def test_the_mask_does_not_depend_on_the_tile(p, name, kernels, device):
         x, w, _, *rest, layer, _ = _layer(m, 8, n, torch.float32, device, "none", p)
         far = torch.full((n,), 1e3, device=device)  # so that no kept element is 0
         y, _ = _run((x, w, far, *rest, layer, offset), _tile(name), keep_h=False)
-        mask = rng.dropout_mask(SEED, STREAM + layer, m, n, p, row_offset=offset)
+        mask = philox.dropout_mask(SEED, STREAM + layer, m, n, p, row_offset=offset)
         assert torch.equal(y.cpu() != 0, mask)
 
 
@@ -123,7 +123,7 @@ def test_dropout_alone_draws_the_bits_of_the_specification(shape, dtype, backend
     ones = torch.ones(shape, dtype=DTYPES[dtype], device=device)
     for seed, stream in ((0, 0), (-1, -1), (SEED, STREAM), (2**63 - 1, -(2**63))):
         y = FF.dropout(ones, 0.3, seed=seed, stream=stream, row_offset=5, backend=backend)
-        mask = rng.dropout_mask(seed, stream, ones[..., 0].numel(), shape[-1], 0.3, row_offset=5)
+        mask = philox.dropout_mask(seed, stream, ones[..., 0].numel(), shape[-1], 0.3, row_offset=5)
         assert torch.equal(y.cpu() != 0, mask.view(shape))
 
 
@@ -169,7 +169,7 @@ def test_operands_may_have_any_strides(descriptors, kernels, device):
 
 
 def test_fp32_products_obey_torchs_setting(kernels):
-    from fusedmlp.kernels.triton import gemm
+    from fusedmlp.backends.triton import gemm
 
     operands = torch.zeros(4, 8), torch.zeros(4, 8)
     before = torch.backends.cuda.matmul.fp32_precision
@@ -182,9 +182,9 @@ def test_fp32_products_obey_torchs_setting(kernels):
 
 
 def test_a_large_fp32_product_takes_the_librarys_gemm(kernels, device, monkeypatch):
-    from fusedmlp.kernels.triton import configs
+    from fusedmlp.backends.triton import tiles
 
-    monkeypatch.setattr(configs, "LARGEST_SLOW_PRODUCT", 0)
+    monkeypatch.setattr(tiles, "LARGEST_SLOW_PRODUCT", 0)
     args = _layer(19, 20, 21, torch.float32, device)
     _assert_within_budget(kernels.linear_act_fwd(*args), reference.linear_act_fwd, args)
 
@@ -243,7 +243,7 @@ def test_no_gradient_stays_none_where_a_square_overflowed(dtype, p, backend, dev
     y = FF.bias_act_dropout(x, None, "relu_squared", p=p, seed=5, backend=backend)
     (dx,) = torch.autograd.grad(y, x, dy)
     assert y.isinf().any()
-    kept = rng.dropout_mask(5, 0, 4, 5, p)[:, 2].to(device)
+    kept = philox.dropout_mask(5, 0, 4, 5, p)[:, 2].to(device)
     torch.testing.assert_close(dx[kept, 2], torch.full_like(dx[kept, 2], 3.0 / (1 - p)))
     dx[:, 2] = 0
     assert (dx == 0).all()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bench import kernel_cases, record
-from fusedmlp import dispatch
+from fusedmlp.backends import registry
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -81,11 +81,11 @@ def test_every_kernel_compiles_for_sizes_that_triton_compiles_apart():
 
 def test_an_unknown_activation_does_not_compile():
     """In the interpreter as on a GPU: never silently the identity."""
-    if dispatch._triton_unavailable("cpu"):
-        pytest.skip(dispatch._triton_unavailable("cpu"))
+    if registry._triton_unavailable("cpu"):
+        pytest.skip(registry._triton_unavailable("cpu"))
     import torch
 
-    from fusedmlp.kernels.triton import bias_act_dropout
+    from fusedmlp.backends.triton import bias_act_dropout
 
     x = torch.zeros(2, 8)
     with pytest.raises(Exception, match="unknown activation id"):

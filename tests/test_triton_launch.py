@@ -54,7 +54,7 @@ class Kernel:
 @pytest.fixture
 def direct_launch(monkeypatch):
     """`launch` as it is on a GPU whose number is 0, without one."""
-    from fusedmlp.kernels.triton import launch
+    from fusedmlp.backends.triton import launch
 
     monkeypatch.setattr(launch, "INTERPRET", False)
     monkeypatch.setattr(launch, "_compiled", {})

@@ -7,7 +7,7 @@ too large, or too small, by the limit that NVIDIA gives for its instructions.
 import pytest
 import torch
 
-from fusedmlp.verify import Case, excess
+from fusedmlp.commands.verify import Case, excess
 
 from . import check_op, interpreter
 from .conftest import _skip_unless_usable
@@ -36,7 +36,7 @@ def test_activations_stay_within_the_error_budget(act, p, approximate):
 
 @pytest.mark.parametrize("classes", [10, 5003])
 def test_cross_entropy_stays_within_the_error_budget(classes, approximate):
-    from fusedmlp.kernels import triton
+    from fusedmlp.backends import triton
 
     logits = 3 * torch.randn(7, classes)
     args = logits, torch.arange(7), 0.1, -1, 1.0

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from fusedmlp import cli, dispatch
+from fusedmlp import cli
+from fusedmlp.backends import registry
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -15,7 +16,7 @@ DEVICE = "NVIDIA Test, triton 3"
 
 @pytest.fixture
 def tune(tmp_path, monkeypatch):
-    from fusedmlp.kernels.triton import tune
+    from fusedmlp.backends.triton import tile_cache as tune
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tune, "_table_name", lambda device: DEVICE)
@@ -27,9 +28,9 @@ def tune(tmp_path, monkeypatch):
 
 @pytest.fixture
 def target():
-    from fusedmlp.kernels.triton import configs
+    from fusedmlp.backends.triton import tiles
 
-    return configs.target(90)
+    return tiles.target(90)
 
 
 def _stored(tune, target):
@@ -47,9 +48,9 @@ def test_without_a_file_nothing_is_stored(tune, target):
 
 
 def test_a_stored_tile_serves_its_size_class(tune, target):
-    from fusedmlp.kernels.triton import configs
+    from fusedmlp.backends.triton import tiles
 
-    tile = configs.fitting("half", 2, target)[3]._replace(splits=2)
+    tile = tiles.fitting("half", 2, target)[3]._replace(splits=2)
     _write(tune, json.dumps({DEVICE: {tune.size_class(*SIZES): list(tile)}}))
     assert _stored(tune, target) == tile
     assert tune.size_class(*SIZES) == tune.size_class("linear_act", "half", 4096, 1024, 600)
@@ -72,9 +73,9 @@ def test_a_tile_that_this_version_does_not_have_is_not_used(tune, target):
 def test_tuning_keeps_the_fastest_tile_and_shows_progress(tune, target, monkeypatch):
     import triton
 
-    from fusedmlp.kernels.triton import configs
+    from fusedmlp.backends.triton import tiles
 
-    candidates = list(configs.candidates(*SIZES, 2, target))
+    candidates = list(tiles.candidates(*SIZES, 2, target))
     times = {tile: 1.0 + i for i, tile in enumerate(reversed(candidates))}
     monkeypatch.setattr(tune, "INTERPRET", False)
     monkeypatch.setattr(tune, "_call", lambda *args: lambda tile: times[tile])
@@ -95,15 +96,15 @@ def gpu(tune, target, monkeypatch):
     """A GPU whose tiles take a time that is made up; 'none runs' for one size."""
     import triton
 
-    from fusedmlp.kernels.triton import configs
+    from fusedmlp.backends.triton import tiles
 
-    triton_backend = dispatch.Backend("triton", lambda d: None, (), "fusedmlp.kernels.triton")
-    monkeypatch.setitem(dispatch._BY_NAME, "triton", triton_backend)
+    triton_backend = registry.Backend("triton", lambda d: None, (), "fusedmlp.backends.triton")
+    monkeypatch.setitem(registry._BY_NAME, "triton", triton_backend)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(tune, "INTERPRET", False)
 
     def candidates(op, dtype, m, n, k, device):
-        return list(configs.candidates(op, "half", m, n, k, 2, target))[:3]
+        return list(tiles.candidates(op, "half", m, n, k, 2, target))[:3]
 
     def call(op, dtype, m, n, k, device):
         def run(tile):
@@ -180,7 +181,7 @@ def test_without_a_gpu_the_command_says_so(capsys):
 def test_the_command_on_a_gpu(tmp_path, monkeypatch, capsys):
     if not torch.cuda.is_available():
         pytest.skip("no GPU is available to torch")
-    from fusedmlp.kernels.triton import tune
+    from fusedmlp.backends.triton import tile_cache as tune
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tune.forget()
@@ -194,33 +195,34 @@ def test_the_command_on_a_gpu(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("arch", [80, 86, 90, 100, 120])
 def test_every_size_has_a_default_that_the_device_can_hold(arch):
-    from fusedmlp.kernels.triton import configs
+    from fusedmlp.backends.triton import tiles
 
-    target = configs.target(arch)
+    target = tiles.target(arch)
     for kind, itemsize in (("half", 2), ("tf32", 4), ("ieee", 4)):
         for m, n, k in ((1, 1, 1), (1, 1, 0), (64, 10, 65536), (16384, 16384, 4096), (10**9, 1, 1)):
             for op in ("linear_act", "dgrad_act"):
-                tile = configs.default_tile(op, kind, m, n, k, itemsize, target)
-                assert configs.shared_bytes(tile, itemsize) < target.shared
+                tile = tiles.default_tile(op, kind, m, n, k, itemsize, target)
+                assert tiles.shared_bytes(tile, itemsize) < target.shared
                 assert tile.splits == 1 or op == "linear_act"
 
 
 @pytest.mark.parametrize("kind", ["half", "tf32", "ieee"])
 def test_odd_rows_take_tiles_that_were_compiled_for_them(kind, target):
     """None with descriptors, none that spills by kernels.json, in a size class of its own."""
-    from fusedmlp.kernels.triton import configs, tune
+    from fusedmlp.backends.triton import tile_cache as tune
+    from fusedmlp.backends.triton import tiles
 
     itemsize = 2 if kind == "half" else 4
-    wide = configs.candidates("linear_act", kind, 4096, 4096, 4096, itemsize, target)
-    odd = configs.candidates("linear_act", kind, 4096, 4096, 4091, itemsize, target, True)
+    wide = tiles.candidates("linear_act", kind, 4096, 4096, 4096, itemsize, target)
+    odd = tiles.candidates("linear_act", kind, 4096, 4096, 4091, itemsize, target, True)
     assert odd and {t._replace(splits=1) for t in odd} < {t._replace(splits=1) for t in wide}
-    assert all(configs.for_odd_rows(t, kind, target) and not t.descriptors for t in odd)
+    assert all(tiles.for_odd_rows(t, kind, target) and not t.descriptors for t in odd)
     sizes = "linear_act", kind, 64, 64, 64
     assert tune.size_class(*sizes, True) != tune.size_class(*sizes)
 
 
 def test_what_odd_rows_are():
-    from fusedmlp.kernels.triton import gemm
+    from fusedmlp.backends.triton import gemm
 
     x, w = torch.zeros(8, 32), torch.zeros(4, 32)
     assert not gemm._odd(x, w) and not gemm._odd(x, w.t().contiguous().view(4, 32))

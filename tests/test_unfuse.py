@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import fusedmlp
-from fusedmlp import FusedDropout, FusedLinear, FusedMLP, FusedSequential, activations, fuse, unfuse
+from fusedmlp import FusedDropout, FusedLinear, FusedMLP, FusedSequential, fuse, unfuse
 from fusedmlp.nn import ReLUSquared
+from fusedmlp.spec import activations
 
 from .nets import in_state, on_backend, ops_called  # noqa: F401
 
@@ -325,5 +326,5 @@ def test_torchscript_is_refused_by_name(name, how, called_before, backend):
 
 
 def test_the_report_on_an_input_measures_the_plain_model():
-    report = fusedmlp.surgery.report(Model(), torch.randn(2, 3, 6))
+    report = fusedmlp.fusion.surgery.report(Model(), torch.randn(2, 3, 6))
     assert report.measured.bytes_fused < report.measured.bytes_plain

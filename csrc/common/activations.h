@@ -1,5 +1,5 @@
 // Every activation and its derivative, one element at a time, in fp32. Host and device, no torch.
-// Same ids and order as fusedmlp/activations.py; loading the extension compares the two.
+// Same ids and order as fusedmlp/spec/activations.py; loading the extension compares the two.
 #pragma once
 
 #include <cmath>

@@ -1,4 +1,4 @@
-// The mask of rng.py for VL / 2 groups of 8 columns at once: one group in each 64-bit lane, its
+// The mask of philox.py for VL / 2 groups of 8 columns at once: one group in each 64-bit lane, its
 // words in the low halves. A round is then two multiplications and two shifts.
 #pragma once
 

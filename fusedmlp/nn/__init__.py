@@ -3,7 +3,7 @@
 Drop-in for PyTorch's modules, with the same keys. Nothing here computes; functional.py does.
 """
 
-from .layers import FusedDropout, FusedLinear, ReLUSquared
+from .modules import FusedDropout, FusedLinear, ReLUSquared
 from .sequential import FusedMLP, FusedSequential
 
 __all__ = ["FusedDropout", "FusedLinear", "FusedMLP", "FusedSequential", "ReLUSquared"]

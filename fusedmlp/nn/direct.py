@@ -15,7 +15,7 @@ _FUNCTIONS = {nn.Tanh: torch.tanh, nn.Sigmoid: torch.sigmoid}
 
 
 def function(m: nn.Module) -> Callable[[Tensor], Tensor]:
-    """m, which is of an exact class that stretches.py knows and has no hooks, as a function."""
+    """m, which is of an exact class that groups.py knows and has no hooks, as a function."""
     cls = type(m)
     if cls is nn.Linear:
         return _linear(m)

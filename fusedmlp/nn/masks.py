@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import context, dispatch, functional
+from .. import context, functional
+from ..backends import registry
 
 
 def must_trace() -> bool:
@@ -39,7 +40,7 @@ class Masks:
         settings = context.now() if settings is None else settings
         self.layer = first_layer
         self.traced = traced
-        self.scopes, self.named = settings.scopes, dispatch.named_in(settings)
+        self.scopes, self.named = settings.scopes, registry.named_in(settings)
         self.row_offset = 0
         self.state: Tensor | None = None
 

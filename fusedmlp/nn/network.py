@@ -1,4 +1,4 @@
-"""Neighbouring Linear stretches as one op for all of them, where that pays (policy.py).
+"""Neighbouring Linear stretches as one op for all of them, where that pays (choice.py).
 
 Saves the host cost of each op and of its node in autograd: on small networks most of the time.
 """
@@ -8,11 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import activations, checks, dispatch, nets, rng
-from ..autograd_mlp import Mlp, Net
+from ..autograd.mlp import Mlp, Net
+from ..backends import choice
+from ..spec import activations, checks, philox
+from ..spec import layers as nets
 from . import runner
+from .groups import Single, Stretch
 from .masks import Masks
-from .stretches import Single, Stretch
 
 _PLAIN = frozenset({Tensor, nn.Parameter})
 
@@ -33,7 +35,7 @@ def find(items: list[Stretch | Single], at: int, x, masks: Masks) -> NetStep | N
     if not layers or (len(layers) == 1 and layers[0].is_bare):
         return None
     rows = checks.rows(x)
-    backend = dispatch.select_mlp(
+    backend = choice.select_mlp(
         x.device.type,
         x.dtype,
         rows,
@@ -65,7 +67,7 @@ class _Layer:
         if dropout is not None and dropout.training and dropout.p != 0:
             if not 0 < dropout.p <= 1:
                 return None
-            self.threshold, self.scale = rng.threshold_and_scale(float(dropout.p))
+            self.threshold, self.scale = philox.threshold_and_scale(float(dropout.p))
         self.params = _parameters(stretch)
         if self.params is None:
             return None

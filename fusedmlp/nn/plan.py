@@ -12,10 +12,11 @@ from operator import itemgetter
 import torch
 from torch import Tensor, nn
 
-from .. import context, dispatch
+from .. import context
+from ..backends import registry
 from . import runner
+from .groups import find, is_candidate, is_tampered
 from .masks import Masks, must_trace
-from .stretches import find, is_candidate, is_tampered
 
 _HOOKS = itemgetter(
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
@@ -125,7 +126,7 @@ class Plan:
         """The forward of the container, as the outermost fused module."""
         settings = context.now() if settings is None else settings
         if self._is_plain(x):
-            program, named = self.last, dispatch.named_in(settings)
+            program, named = self.last, registry.named_in(settings)
             if program is not None and program.key == self.key(x, first_layer, named):
                 if program.functions is not None:
                     for function in program.functions:

@@ -1,7 +1,7 @@
 """Runs the items of a container one after the other.
 
 Every choice here falls to the modules themselves where an op cannot do what they would do, unless a
-backend was asked for by name. Which child belongs to which stretch is decided in stretches.py.
+backend was asked for by name. Which child belongs to which stretch is decided in groups.py.
 """
 
 from __future__ import annotations
@@ -9,16 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import activations, checks, dispatch, dtypes, functional, rng
+from .. import functional
+from ..backends import choice, registry
+from ..spec import activations, checks, dtypes, philox
 from . import direct, network
+from .groups import Single, Stretch, is_candidate, is_fused_module, is_tampered
 from .masks import Masks
-from .stretches import (
-    Single,
-    Stretch,
-    is_candidate,
-    is_fused_module,
-    is_tampered,
-)
 
 _NONE, _PRELU, _SOFTPLUS = activations.NONE, activations.PRELU, activations.SOFTPLUS
 _TENSORS = functional.TENSORS
@@ -117,7 +113,7 @@ def run_stretch(stretch: Stretch, x, masks: Masks) -> tuple[Tensor, bool]:
             if not 0 < p <= 1:
                 return _run_plain(stretch, x), False  # F.dropout says what is wrong.
             if stretch.dropping[0] != p:
-                stretch.dropping = p, *rng.threshold_and_scale(float(p))
+                stretch.dropping = p, *philox.threshold_and_scale(float(p))
             _, threshold, scale = stretch.dropping
     if act == _NONE and threshold == 0:
         stretch.memo = None
@@ -174,8 +170,8 @@ def _choose(x, w, b, act: int, slope, drops: bool, named: str | None) -> str | N
         columns, k = w.shape
     if drops:
         checks.row_range(op, rows, columns, 0)
-    route = dispatch.select(op, x.device.type, x.dtype, act, drops, rows, k, columns, named)
-    return None if route == dispatch.EAGER else route
+    route = choice.select(op, x.device.type, x.dtype, act, drops, rows, k, columns, named)
+    return None if route == registry.EAGER else route
 
 
 def _can_run(x, w, b, act: int, slope, *, traced: bool) -> bool:
@@ -225,9 +221,9 @@ def _refuse(x, linear, named: str | None) -> None:
     if named is None or not isinstance(x, Tensor):
         return
     op = "bias_act_dropout" if linear is None else "linear_act"
-    dispatch.require(named, x.device.type, x.dtype, op)
+    registry.require(named, x.device.type, x.dtype, op)
     if type(x) not in _TENSORS or x.layout != torch.strided or x.is_nested:
-        raise dispatch.BackendError(
+        raise registry.BackendError(
             f"{op}: backend {named!r} was asked for but cannot be used:\n"
             f"    input is a {type(x).__name__} of layout {x.layout}, not a dense torch.Tensor"
         )

@@ -13,12 +13,14 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from .. import activations, checks, context
-from . import report, runner
-from .layers import ReLUSquared, refuse_torchscript
+from .. import context
+from ..fusion import report
+from ..spec import activations, checks
+from . import runner
+from .groups import find
 from .masks import Masks
+from .modules import ReLUSquared, refuse_torchscript
 from .plan import Plan
-from .stretches import find
 
 
 class FusedSequential(nn.Sequential):
@@ -126,7 +128,7 @@ class FusedMLP(FusedSequential):
     no module for activation 'none'.
 
     hidden      sizes of the hidden layers; empty for a single linear map
-    activation  a name of fusedmlp.activations.NAMES
+    activation  a name of fusedmlp.spec.activations.NAMES
     dropout     probability of dropping after each hidden layer, or one for each of them
     raises      ValueError, TypeError for arguments that no network could have
     """

@@ -19,7 +19,7 @@ from sklearn.utils import check_random_state, shuffle
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 
 from ..train.config import TrainConfig
-from ..train.surroundings import pick_device
+from ..train.process import pick_device
 from . import loop, settings
 from .weights import Weights, glorot, outputs
 

@@ -26,7 +26,7 @@ class FusedMLPClassifier(ClassifierMixin, BaseFusedMLP):
     scikit-learn 1.9, and mean the same; the same random_state gives the same first weights and
     batches, so without dropout the same training up to rounding. Except:
 
-    activation  also every name of fusedmlp.activations.NAMES, such as 'prelu' or 'gelu'
+    activation  also every name of fusedmlp.spec.activations.NAMES, such as 'prelu' or 'gelu'
     solver      'adam' or 'sgd'; 'lbfgs', and max_fun with it, has no meaning here: ValueError at
                 fit. 'adam' is Adam with the penalty in the gradient (not AdamW)
     alpha       L2 penalty: alpha / (2 B) times the sum of squared weights for a batch of B rows

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from .. import context, functional
 from ..nn import FusedMLP
-from ..train.epsilon_hat import EpsilonHatAdam
-from ..train.native_step import Native
-from ..train.step import Task
+from ..train.engines.autograd import Task
+from ..train.engines.native import Native
+from ..train.optim import EpsilonHatAdam
 from .weights import Weights, network, read, rows_of, tensor, trained
 
 _NATIVE_LOSS = {"softmax": "cross_entropy", "logistic": "logistic", "identity": "mse"}

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable
 from numbers import Integral, Real
 
-from .. import activations
+from ..spec import activations
 
 # scikit-learn's names for what this package calls otherwise.
 _SAME = {"identity": "none", "logistic": "sigmoid"}

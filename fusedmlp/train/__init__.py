@@ -3,15 +3,15 @@
 result = fusedmlp.train.fit(model, (x, y, x_test, y_test), fusedmlp.train.TrainConfig(epochs=5))
 """
 
+from .build import evaluate, predict
 from .config import TrainConfig
 from .crossvalidation import CrossvalResult, crossval
-from .data import Data, Scaling
-from .ensemble import Member, fit_many, refuses_many
+from .data.types import Data, Scaling
 from .errors import TrainError, UsageError
 from .inference import load
 from .job import run
-from .model import evaluate, predict
-from .trainer import Result, explain, fit
+from .loop import Result, explain, fit
+from .many import Member, fit_many, refuses_many
 
 __all__ = [
     "CrossvalResult",

@@ -14,9 +14,9 @@ import tyro
 
 from . import checkpoint, compare, crossval_report, crossvalidation, distributed, inference, job
 from .config import TrainConfig
+from .console import Console
 from .errors import TrainError, UsageError
-from .progress import Console
-from .surroundings import pick_device
+from .process import pick_device
 
 INTERRUPTED = 130
 

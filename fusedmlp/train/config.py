@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .. import activations
+from ..spec import activations
 from .errors import UsageError
 from .schedule import KINDS
 

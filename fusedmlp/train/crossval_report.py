@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 from . import finish
 from .compare import shown
-from .folder import RunFolder
+from .console import Console
 from .plots import PARTS, RIGHT, new_figure, png
-from .progress import Console
+from .run_folder import RunFolder
 
 SHOWN = 40  # candidates on the picture
 

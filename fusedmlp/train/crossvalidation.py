@@ -15,18 +15,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import build as models
 from . import compare as comparing
-from . import datasets, distributed, finish, folder, native_judge, source
-from . import model as models
+from . import distributed, finish
+from . import run_folder as folder
 from .config import TrainConfig
-from .data import SPLIT_SEED, Data, prepared, resolved
-from .ensemble import Member, fit_many
+from .console import Quiet
+from .data import datasets, inputs
+from .data.types import SPLIT_SEED, Data, prepared, resolved
+from .engines import native_evaluate
+from .engines.autograd import judge
 from .errors import TrainError, UsageError
 from .job import with_whole_paths
-from .progress import Quiet
-from .step import judge
-from .surroundings import borrowed, pick_device
-from .trainer import fit
+from .loop import fit
+from .many import Member, fit_many
+from .process import borrowed, pick_device
 
 MOST = 64  # networks that fit_many trains in one call
 
@@ -183,7 +186,7 @@ def _loaded(config: TrainConfig, data) -> Data:
     """The data before they are scaled, which each fold does for itself."""
     if data is None:
         return datasets.read(config)
-    given = source.of(data, config.replace(standardize=False))
+    given = inputs.of(data, config.replace(standardize=False))
     if not isinstance(given, Data):
         raise TypeError("crossval: data must be in memory, tensors or a Data, got a loader")
     return given
@@ -286,7 +289,7 @@ def _scores(left, splits, data: Data, device) -> Iterator[tuple[Score, Score]]:
     # Squares of several targets, each in its own unit, do not follow from their sum.
     if config.engine in ("auto", "native") and (std is None or std.numel() == 1):
         with borrowed(config, device):
-            sums = native_judge.judge(
+            sums = native_evaluate.judge(
                 [model for _, _, model in left],
                 data.x_train,
                 data.y_train,

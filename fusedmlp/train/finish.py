@@ -10,14 +10,15 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .. import activations, dispatch
+from ..backends import choice
 from ..nn import FusedMLP
+from ..spec import activations
 from . import plots
+from .build import dims_of, predict, regression, shape_of
 from .config import TrainConfig
-from .data import Data
+from .data.types import Data
 from .errors import TrainError
-from .folder import RunFolder
-from .model import dims_of, predict, regression, shape_of
+from .run_folder import RunFolder
 
 
 def need_packages() -> None:
@@ -105,7 +106,7 @@ def _backend(run) -> str:
     )
     dropout = any(run.about["model"]["dropout"])
     act = activations.IDS[name]
-    return dispatch.select(
+    return choice.select(
         "linear_act",
         run.task.device.type,
         dtype,

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..nn import FusedMLP
-from . import datasets
-from . import model as models
+from . import build as models
 from .checkpoint import check_same_model
 from .config import TrainConfig
-from .data import Data, Scaling
+from .data import datasets
+from .data.types import Data, Scaling
 from .errors import TrainError, UsageError
 
 

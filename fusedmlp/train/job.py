@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from . import data, datasets, distributed, model
+from . import build, distributed
 from .config import TrainConfig
-from .progress import Quiet
-from .surroundings import pick_device
-from .trainer import Result, fit_into_folder
+from .console import Quiet
+from .data import datasets, types
+from .loop import Result, fit_into_folder
+from .process import pick_device
 
 
 def run(config: TrainConfig, progress: Quiet | None = None) -> Result:
@@ -26,12 +27,12 @@ def run(config: TrainConfig, progress: Quiet | None = None) -> Result:
 
         config = config.replace(dataset=world.lead(load_first))
         loaded = loaded or datasets.read(config)
-        config = data.resolved(config, loaded)
-        loaded = data.prepared(loaded, config.standardize)
+        config = types.resolved(config, loaded)
+        loaded = types.prepared(loaded, config.standardize)
         if world.is_lead:
             for note in loaded.notes:
                 progress.note(note)
-        network = model.build(config, loaded)
+        network = build.build(config, loaded)
         return fit_into_folder(network, loaded, config, progress if world.is_lead else Quiet())
     finally:
         if distributed.started_by_torchrun():

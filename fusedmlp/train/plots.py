@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .data import Data
+from .data.types import Data
 from .errors import TrainError
 
 SHOWN, MISTAKES = (

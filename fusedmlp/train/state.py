@@ -7,15 +7,16 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 from torch import Tensor
 
-from . import checkpoint, step
+from . import checkpoint
 from .config import TrainConfig
-from .data import Data, seeded
+from .console import Quiet
+from .data.loaders import Loaders
+from .data.types import Data, seeded
 from .distributed import World
+from .engines import autograd as step
 from .errors import TrainError
-from .folder import RunFolder
-from .loaders import Loaders
-from .progress import Quiet
-from .surroundings import StopRequest
+from .process import StopRequest
+from .run_folder import RunFolder
 
 
 @dataclass

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from build_tools.toolchain import Torch
-from fusedmlp.kernels.native import extension
+from fusedmlp.backends import native
 
 from . import library
 
@@ -35,7 +35,7 @@ def pytest_configure(config):
     path = build()
     torch.ops.load_library(str(path))
     config.ptx_machine = library.Library(path)
-    extension.unavailable = lambda device_type: (
+    native.unavailable = lambda device_type: (
         None if device_type == "cpu" else "only CPU tensors run on the PTX machine"
     )
 

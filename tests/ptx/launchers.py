@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from fusedmlp import activations
+from fusedmlp.spec import activations
 
 from . import library
 from .arithmetic import Approximations

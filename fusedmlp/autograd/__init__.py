@@ -1,0 +1,1 @@
+"""The torch.autograd.Functions of the ops: what forward saves and what backward returns."""

@@ -1,0 +1,151 @@
+"""The torch.autograd.Function of each op: what is saved and what is returned.
+
+Both call registered ops only, of the backend that functional.py has resolved. With create_graph the
+gradients are built from plain differentiable PyTorch (composite.py), so that they can be
+differentiated again. Never writes to a saved tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends import composite
+from ..ops import BY_BACKEND
+from ..spec import checks
+from ..spec.activations import LEAKY_RELU, SAVE_NOTHING, SAVE_Y, SAVE_Z, saves
+
+_NO_MORE = (None,) * 8  # the backend's name, the state and the numbers have no gradients
+
+
+def is_batched(dy: Tensor) -> bool:
+    """True inside a backward that is mapped over many gradients: by torch.func.vmap, or by the
+    older machinery of is_grads_batched and jacobian(vectorize=True)."""
+    functorch = torch._C._functorch
+    return functorch.maybe_current_level() is not None or functorch.is_legacy_batchedtensor(dy)
+
+
+def is_watched(dy: Tensor) -> bool:
+    """True inside a backward whose own steps PyTorch has to see: backward(create_graph=True), and
+    one that is batched. A compiled backward is neither."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or is_batched(dy)
+
+
+def _matmul_grads(dz: Tensor, x: Tensor | None, w: Tensor | None):
+    """dx = dz w and dw = dz^T x, each if its operand is given.
+
+    dz (..., N), x (..., K), w (N, K) -> dx (..., K), dw (N, K)
+    """
+    if dz.dim() == 2 and x is not None and x.dim() == 2:
+        # The usual case, without the host cost of the general one.
+        return (None if w is None else dz.mm(w)), dz.t().mm(x)
+    dx = dw = None
+    if w is not None:
+        dx = torch.matmul(dz, w)
+    if x is not None:
+        rows = checks.rows(dz)
+        dw = torch.mm(dz.reshape(rows, dz.shape[-1]).t(), x.reshape(rows, x.shape[-1]))
+    return dx, dw
+
+
+class LinearAct(torch.autograd.Function):
+    """y = drop(act(x w^T + b)).
+
+    x (..., K), w (N, K), b (N,) or None, slope 1 or N elements or None, state (2,) int64 or None
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x, w, b, slope, state, backend, act, alpha, threshold, scale, layer, row_offset
+    ):
+        ops = BY_BACKEND[backend]
+        kind = saves(act, alpha, x.dtype, threshold != 0)
+        args = (x, w, b, slope, state, act, alpha, threshold, scale, layer, row_offset)
+        if kind == SAVE_Z:
+            y, saved = ops.linear_act_fwd(*args)
+        else:
+            y = ops.linear_act_infer(*args)
+            saved = y if kind == SAVE_Y else None
+        need_x, need_w, need_b = ctx.needs_input_grad[:3]
+        # Where the derivative is a function of z, the second derivative needs both operands.
+        through_z = kind == SAVE_Z and act != LEAKY_RELU
+        ctx.save_for_backward(
+            x if need_w or (need_x and through_z) else None,
+            w if need_x or (need_w and through_z) else None,
+            b if need_b or kind == SAVE_Z else None,
+            slope,
+            state,
+            saved,
+        )
+        ctx.backend, ctx.kind = backend, kind
+        ctx.numbers = (act, alpha, threshold, scale, layer, row_offset)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        if torch.is_autocast_enabled(dy.device.type):
+            with torch.autocast(dy.device.type, enabled=False):
+                return LinearAct._backward(ctx, dy)
+        return LinearAct._backward(ctx, dy)
+
+    @staticmethod
+    def _backward(ctx, dy):
+        x, w, b, slope, state, saved = ctx.saved_tensors
+        need_x, need_w, need_b, need_slope = ctx.needs_input_grad[:4]
+        if is_watched(dy):
+            dz, db, dslope = composite.linear_act_bwd(
+                dy, x, w, b, slope, state, saved, ctx.kind, *ctx.numbers
+            )
+        else:
+            dz, db, dslope = BY_BACKEND[ctx.backend].bias_act_dropout_bwd(
+                dy, saved, b, slope, state, *ctx.numbers, ctx.kind, need_b, need_slope
+            )
+        dx, dw = _matmul_grads(dz, x if need_w else None, w if need_x else None)
+        return (dx, dw, db if need_b else None, dslope if need_slope else None) + _NO_MORE
+
+
+class BiasActDropout(torch.autograd.Function):
+    """y = drop(act(x + b)).
+
+    x (..., N), b (N,) or None, slope 1 or N elements or None, state (2,) int64 or None
+    """
+
+    @staticmethod
+    def forward(ctx, x, b, slope, state, backend, act, alpha, threshold, scale, layer, row_offset):
+        kind = saves(act, alpha, x.dtype, threshold != 0)
+        y = BY_BACKEND[backend].bias_act_dropout_fwd(
+            x, b, slope, state, act, alpha, threshold, scale, layer, row_offset
+        )
+        saved = {SAVE_NOTHING: None, SAVE_Y: y, SAVE_Z: x}[kind]
+        keep_b = ctx.needs_input_grad[1] or kind == SAVE_Z
+        ctx.save_for_backward(b if keep_b else None, slope, state, saved)
+        ctx.backend, ctx.kind = backend, kind
+        ctx.numbers = (act, alpha, threshold, scale, layer, row_offset)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        if torch.is_autocast_enabled(dy.device.type):
+            with torch.autocast(dy.device.type, enabled=False):
+                return BiasActDropout._backward(ctx, dy)
+        return BiasActDropout._backward(ctx, dy)
+
+    @staticmethod
+    def _backward(ctx, dy):
+        b, slope, state, saved = ctx.saved_tensors
+        need_x, need_b, need_slope = ctx.needs_input_grad[:3]
+        if is_watched(dy):
+            dz, db, dslope = composite.bias_act_dropout_bwd(
+                dy, b, slope, state, saved, ctx.kind, *ctx.numbers
+            )
+        else:
+            dz, db, dslope = BY_BACKEND[ctx.backend].bias_act_dropout_bwd(
+                dy, saved, b, slope, state, *ctx.numbers, ctx.kind, need_b, need_slope
+            )
+        return (
+            dz if need_x else None,
+            db if need_b else None,
+            dslope if need_slope else None,
+        ) + _NO_MORE

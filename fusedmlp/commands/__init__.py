@@ -1,0 +1,1 @@
+"""The commands of `fusedmlp` that train nothing: info, verify, tune."""

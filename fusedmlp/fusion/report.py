@@ -1,0 +1,219 @@
+"""What of a model runs as one op, what does not, and why. Runs nothing and changes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from ..backends import choice
+from ..nn import network
+from ..nn.groups import Single, Stretch, find, is_fused_module, why_not
+from ..nn.masks import Masks
+from ..spec import activations, dtypes
+
+_ROWS = 256
+_ALONE = "by itself it is what PyTorch has"
+_SAVES = {
+    activations.SAVE_NOTHING: "nothing of its own for backward",
+    activations.SAVE_Y: "its output for backward",
+    activations.SAVE_Z: "its value before bias and activation for backward",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stretch, or one module that runs by itself.
+
+    modules  qualified names, in order
+    op       'mlp', 'linear_act', 'bias_act_dropout', or None for a module with nothing to fuse
+    layer    number that is added to the stream of the dropout state, or None
+    backend  what would run a batch of 256 rows now
+    why      the reason for the backend, or for not being fused
+    keeps    what is kept for backward in training mode
+    """
+
+    modules: tuple[str, ...]
+    text: str
+    op: str | None
+    layer: int | None = None
+    backend: str = ""
+    why: str = ""
+    keeps: str = ""
+
+    def __str__(self) -> str:
+        if self.op is None:
+            return f"{self.text}: {self.why}"
+        return f"{self.text}: {self.op} on {self.backend!r} ({self.why}); keeps {self.keeps}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """str() of it is meant to be read.
+
+    containers  qualified name -> the parts of a container, in order of their running
+    notes       what concerns a container, or the model, as a whole
+    measured    time and memory on an input, if one was given
+    """
+
+    containers: dict[str, list[Part]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    measured: object | None = None
+
+    @property
+    def fused(self) -> list[Part]:
+        return [part for parts in self.containers.values() for part in parts if part.op]
+
+    @property
+    def unfused(self) -> list[Part]:
+        return [part for parts in self.containers.values() for part in parts if not part.op]
+
+    def __str__(self) -> str:
+        lines = []
+        for name, parts in self.containers.items():
+            lines.append(f"{name or 'the module itself'}:")
+            lines += [f"    {part}" for part in parts] or ["    no children"]
+        lines += self.notes
+        if self.measured is not None:
+            lines.append(str(self.measured))
+        return "\n".join(lines) or "nothing that could be fused"
+
+
+def of(module: nn.Module, input=None) -> Report:
+    """The report on a module and all that is inside it, as it is now."""
+    containers, notes, covered = {}, [], set()
+    if torch_module._has_any_global_hook():
+        notes.append("a global module hook is registered: everything runs unfused")
+    for name, m in module.named_modules():
+        if isinstance(m, nn.Sequential):
+            reason = why_left_alone(m)
+            if reason is None and is_fused_module(m):
+                containers[name] = _parts(name, m)
+                covered.update(id(child) for child in m.children())
+            else:
+                notes.append(f"{name or 'the module itself'}: {reason or 'call fusedmlp.fuse'}")
+        elif hasattr(type(m), "fused_parts"):
+            containers[name], layer = [], m.fused_first_layer
+            for container in m.fused_parts():
+                containers[name] += _parts(name, container, layer)
+                covered.update(id(child) for child in container.children())
+                layer += container.layer_count()
+    outside = [
+        name for name, m in module.named_modules() if type(m) is nn.Linear and id(m) not in covered
+    ]
+    if outside:
+        shown = ", ".join(name or "the module itself" for name in outside[:4])
+        more = f" and {len(outside) - 4} more" if len(outside) > 4 else ""
+        notes.append(f"not in a fused container, so not fused: {shown}{more}")
+        notes += _why_not_traced(module, {name.rpartition(".")[0] for name in outside})
+    measured = None
+    if input is not None:
+        from .measure import measure
+
+        measured = measure(module, input)
+    return Report(containers, notes, measured)
+
+
+def _why_not_traced(module: nn.Module, names: set[str]) -> list[str]:
+    """For modules written as classes: what fuse(trace=True) says of each."""
+    from .tracing import why_not
+
+    notes = []
+    for name in sorted(names):
+        m = module.get_submodule(name)
+        if not is_fused_module(m) and not type(m).__module__.startswith("torch."):
+            reason = why_not(m) or "call fusedmlp.fuse with trace=True"
+            notes.append(f"{name or 'the module itself'} {type(m).__name__}: {reason}")
+    return notes
+
+
+def why_left_alone(m: nn.Sequential) -> str | None:
+    """Why the container m is not made a FusedSequential, or None."""
+    if type(m) is not nn.Sequential and not is_fused_module(m):
+        return f"left alone: {type(m).__name__} is a subclass of nn.Sequential"
+    if "forward" in m.__dict__:
+        return "left alone: its forward was replaced"
+    return None
+
+
+def _parts(name: str, container: nn.Sequential, layer: int | None = None) -> list[Part]:
+    names = [f"{name}.{key}" if name else key for key in container._modules]
+    children = list(container._modules.values())
+    parts, layer = [], container.first_layer if layer is None else layer
+    items = find(children)
+    together = _together(items)
+    for item in items:
+        if type(item) is Stretch:
+            parts.append(_stretch(item, names, layer, together.get(item.index)))
+            layer += 1
+        else:
+            parts.append(_single(item, names[item.index], layer))
+            layer += item.layers
+    return parts
+
+
+def _single(item: Single, name: str, layer: int) -> Part:
+    text = f"{name} {type(item.module).__name__}"
+    if item.fused:
+        own = "parts" if isinstance(item.module, nn.Sequential) else "op"
+        return Part((name,), text, None, layer, why=f"its own {own}, masks of this container")
+    return Part((name,), text, None, why=f"not fused, {why_not(item.module, _ALONE)}")
+
+
+def _together(items: list[Stretch | Single]) -> dict[int, tuple[str, int]]:
+    """Index of each stretch that runs in one op with its neighbours -> backend, how many do."""
+    found, at = {}, 0
+    while at < len(items):
+        first = items[at].linear if type(items[at]) is Stretch else None
+        net = None
+        if first is not None and not isinstance(first.weight, nn.UninitializedParameter):
+            like = torch.empty(1, device=first.weight.device, dtype=first.weight.dtype)
+            if like.dtype in dtypes.SUPPORTED:
+                net = network.find(
+                    items, at, like.expand(_ROWS, first.in_features), Masks(0, False)
+                )
+        if net is None:
+            at += 1
+            continue
+        for stretch in net.stretches:
+            found[stretch.index] = net.backend, len(net.stretches)
+        at += len(net.stretches)
+    return found
+
+
+def _stretch(
+    stretch: Stretch, names: list[str], layer: int, together: tuple[str, int] | None
+) -> Part:
+    names = tuple(names[stretch.index : stretch.index + len(stretch.modules)])
+    labels = [type(m).__name__ for m in stretch.modules]
+    text = ", ".join(f"{name} {label}" for name, label in zip(names, labels, strict=True))
+    if len(names) == 1 and stretch.dropout is None:
+        why = f"not fused, {_ALONE}" if together is None else "in one op with its neighbours"
+        return Part(names, text, None, layer, why=why)
+    linear, dropout = stretch.linear, stretch.dropout
+    p = dropout.p if dropout is not None else 0.0
+    training = dropout is not None and dropout.training
+    op, dtype, device, k, n = "bias_act_dropout", torch.float32, "cpu", 0, _ROWS
+    if linear is not None:
+        op, (n, k) = "linear_act", linear.weight.shape
+        dtype, device = linear.weight.dtype, linear.weight.device
+    if dtype not in dtypes.SUPPORTED:
+        return Part(names, text, None, layer, why=f"not fused, {dtype} is left to PyTorch")
+    found = choice.explain(
+        op,
+        rows=_ROWS,
+        in_features=k,
+        out_features=n,
+        activation=activations.NAMES[stretch.act],
+        p=p if training else 0.0,
+        dtype=dtype,
+        device=device,
+    )
+    kind = activations.saves(stretch.act, stretch.alpha, dtype, p > 0)
+    if together is not None:
+        backend, count = together
+        why = "an op of its own" if count == 1 else f"one op and one node of autograd for {count}"
+        return Part(names, text, "mlp", layer, backend, why, _SAVES[kind])
+    return Part(names, text, op, layer, found.choice, found.why, _SAVES[kind])

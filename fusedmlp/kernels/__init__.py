@@ -1,1 +1,0 @@
-"""One package per backend; each is imported when it is first chosen."""

@@ -1,0 +1,1 @@
+"""What every backend implements: activations, the mask, layers, dtypes, checks."""

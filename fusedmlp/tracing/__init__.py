@@ -1,6 +1,0 @@
-"""Fusing what is written as code: fuse(model, trace=True) and compile_backend."""
-
-from .backend import compile_backend
-from .modules import TracedForward, class_of, why_not
-
-__all__ = ["TracedForward", "class_of", "compile_backend", "why_not"]

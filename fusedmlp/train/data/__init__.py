@@ -1,0 +1,1 @@
+"""Data sets, tables and whatever else `fit` takes, as tensors."""

@@ -1,0 +1,107 @@
+"""The data sets that `--dataset` may name: files, image sets, and two that need no file.
+
+Images are read in data/idx.py, npz files in tables.py, csv files in csv_table.py.
+"""
+
+import torch
+
+from ..errors import TrainError, UsageError
+from . import csv_table, idx, tables
+from .scaling import Scaling
+from .types import (
+    TEST_SHARE,
+    Data,
+    hold_out,
+    prepared,
+    resolved,
+    seeded,
+    with_test,
+    with_validation,
+)
+
+
+def load(config) -> Data:
+    """The data set that the config names, split and scaled as it says, on the CPU."""
+    data = read(config)
+    return prepared(data, resolved(config, data).standardize)
+
+
+def read(config) -> Data:
+    """The data set that the config names, split as it says, not yet scaled: tables in fp64."""
+    name = str(config.dataset)
+    if name.lower().endswith(".npz"):
+        data = tables.read_npz(name, config.loss)
+    elif name.lower().endswith(".csv"):
+        data = csv_table.read_csv(name, config.target, config.loss)
+    elif name in SETS:
+        data = SETS[name](config)
+    elif name in ("auto", *idx.IMAGE_SETS):
+        try:
+            data = idx.load("fashion_mnist" if name == "auto" else name, config.data_dir)
+        except idx.NotFound as absent:
+            if name != "auto":
+                raise
+            data = digits(config, notes=(f"training on scikit-learn's digits instead: {absent}",))
+    else:
+        known = ", ".join(("auto", *idx.IMAGE_SETS, *SETS))
+        raise UsageError(
+            f"unknown dataset {name!r}; known: {known}, or a file ending in .npz or .csv"
+        )
+    if config.loss == "mse" and data.is_classes:
+        raise UsageError(
+            f"--loss mse needs a float target, but {data.name} has classes; take --loss "
+            "cross_entropy"
+        )
+    if config.loss == "cross_entropy" and not data.is_classes:
+        raise UsageError(
+            f"--loss cross_entropy needs classes, but the target of {data.name} is a float; "
+            "take --loss mse"
+        )
+    return with_validation(with_test(data), config.val_split)
+
+
+def digits(config, notes: tuple[str, ...] = ()) -> Data:
+    """scikit-learn's bundled 1,797 images of 8x8, a fifth of them held out as the test set."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise TrainError(
+            f"the digits need scikit-learn ({error}): pip install 'fusedmlp[train]'"
+            + "".join(f"\n{n}" for n in notes)
+        ) from error
+    images, labels = load_digits(return_X_y=True)
+    x, y = torch.from_numpy(images).to(torch.uint8), torch.from_numpy(labels).long()
+    kept, held = hold_out(len(x), TEST_SHARE, y)
+    return Data(
+        "digits",
+        x[kept],
+        y[kept],
+        x[held],
+        y[held],
+        classes=tuple(str(i) for i in range(10)),
+        image_shape=(8, 8),
+        scaling=Scaling(16.0),  # its pixels run from 0 to 16
+        notes=notes,
+    )
+
+
+def synthetic(config) -> Data:
+    """10 classes in 20 dimensions, 3 clusters each; needs no file, network or other package."""
+    generator = seeded("synthetic", 0)
+    centres = 1.5 * torch.randn(10, 3, 20, generator=generator)
+    labels = torch.arange(12_000) % 10
+    cluster = torch.randint(3, (12_000,), generator=generator)
+    x = centres[labels, cluster] + torch.randn(12_000, 20, generator=generator)
+    classes = tuple(f"class {i}" for i in range(10))
+    return Data(
+        "synthetic",
+        x[:10_000],
+        labels[:10_000],
+        x[10_000:],
+        labels[10_000:],
+        classes=classes,
+        is_table=True,
+    )
+
+
+SETS = {"digits": digits, "synthetic": synthetic}

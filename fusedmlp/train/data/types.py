@@ -1,0 +1,256 @@
+"""Data: a data set as tensors, how its rows become inputs, and how rows are held out.
+
+uint8 rows stay uint8, and `Scaling` makes float inputs of a gathered batch. Other rows are scaled
+once, in fp64, before they are cut to fp32: a column may have an offset that fp32 has no digits for.
+What a config names as its data set is read in datasets.py.
+"""
+
+import hashlib
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ..errors import TrainError, UsageError
+from .scaling import Scaling
+
+SPLIT_SEED = 20  # of held-out rows: the same for every run seed, so that runs can be compared
+TEST_SHARE = 0.2  # of a file that brings no test rows
+COURSE_HIDDEN = (256, 256)  # the one network of several hidden layers with the course's weights
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set. Targets: int64 (n,) for classes; float (n, k) for regression."""
+
+    name: str
+    x_train: Tensor  # (n, ...)
+    y_train: Tensor
+    x_test: Tensor | None = None
+    y_test: Tensor | None = None
+    x_val: Tensor | None = None
+    y_val: Tensor | None = None
+    classes: tuple[str, ...] | None = None  # None: regression
+    image_shape: tuple[int, int] | None = None
+    scaling: Scaling = field(default_factory=Scaling)  # of the rows as they are here
+    row_scaling: Scaling | None = None  # that the rows have gone through already
+    target_scaling: Scaling | None = None  # that a float target has gone through
+    features: tuple[str, ...] | None = None  # column names of a csv
+    target: str | None = None
+    notes: tuple[str, ...] = ()  # one line each, for whoever started the run
+    is_table: bool = False  # of a file with a number in each column: decides about defaults
+    fingerprint: str | None = None  # of the rows before they were scaled
+
+    @property
+    def in_features(self) -> int:
+        return self.x_train[0].numel()
+
+    @property
+    def out_features(self) -> int:
+        return len(self.classes) if self.classes is not None else self.y_train[0].numel()
+
+    @property
+    def is_classes(self) -> bool:
+        return self.classes is not None
+
+    def to(self, device) -> "Data":
+        moved = {
+            name: tensor.to(device)
+            for name in ("x_train", "y_train", "x_test", "y_test", "x_val", "y_val")
+            if (tensor := getattr(self, name)) is not None
+        }
+        return replace(self, scaling=self.scaling.to(device), **moved)
+
+    def describe(self) -> dict:
+        """What evaluate and predict need of it later, in plain values."""
+        return {
+            "name": self.name,
+            "classes": list(self.classes) if self.classes is not None else None,
+            "image_shape": list(self.image_shape) if self.image_shape else None,
+            "scaling": (self.row_scaling or self.scaling).to_dict(),
+            "target_scaling": self.target_scaling.to_dict() if self.target_scaling else None,
+            "features": list(self.features) if self.features else None,
+            "target": self.target,
+            "rows": len(self.x_train),
+            "digest": self.digest(),
+        }
+
+    def digest(self) -> str:
+        """Fingerprint of the training rows, so that a run is not resumed on other data.
+
+        64 rows spread over the set, all targets and the sizes: 2 ms instead of 100 for
+        Fashion-MNIST.
+        """
+        if self.fingerprint is not None:
+            return self.fingerprint
+        picked = self.x_train[
+            torch.linspace(0, len(self.x_train) - 1, 64, device=self.x_train.device).long()
+        ]
+        whole = hashlib.blake2b(
+            repr((tuple(self.x_train.shape), self.x_train.dtype)).encode(), digest_size=8
+        )
+        whole.update(picked.cpu().contiguous().numpy().tobytes())
+        whole.update(self.y_train.cpu().contiguous().numpy().tobytes())
+        return whole.hexdigest()
+
+
+def seeded(purpose: str, seed: int, index: int = 0) -> torch.Generator:
+    """A CPU generator for one purpose of one run; the global one has no part in it."""
+    text = f"{purpose}:{seed}:{index}".encode()
+    number = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+    return torch.Generator().manual_seed(number >> 1)
+
+
+def permutation(seed: int, epoch: int, rows: int) -> Tensor:
+    """The order of training rows in one epoch, the same for every engine: (rows,) int64, CPU."""
+    return torch.randperm(rows, generator=seeded("order", seed, epoch))
+
+
+def hold_out(
+    rows: int, share: float, labels: Tensor | None = None, seed: int = SPLIT_SEED
+) -> tuple[Tensor, Tensor]:
+    """(kept, held) row numbers, each in rising order; with labels the same share of every class.
+
+    labels (rows,) int64
+    """
+    generator = seeded("split", seed)
+    order = torch.randperm(rows, generator=generator)
+    if labels is not None:
+        by_class = order[torch.argsort(labels.cpu()[order], stable=True)]
+        # Every class is spread evenly over the list, so any cut of it holds the same share of each.
+        counts = torch.bincount(labels.cpu())
+        counts = counts[counts > 0]
+        place = torch.cat([(torch.arange(int(n)) + 0.5) / n for n in counts])
+        order = by_class[torch.argsort(place, stable=True)]
+    held = round(rows * share)
+    if share > 0 and not 0 < held < rows:
+        raise TrainError(
+            f"a share of {share} of {rows} rows leaves no rows on one side; take another share "
+            "or more data"
+        )
+    return order[held:].sort().values, order[:held].sort().values
+
+
+def with_validation(data: Data, share: float) -> Data:
+    """Hold out a share of the training rows, stratified for classes."""
+    if share == 0.0:
+        return data
+    kept, held = hold_out(len(data.x_train), share, data.y_train if data.is_classes else None)
+    return replace(
+        data,
+        x_train=data.x_train[kept],
+        y_train=data.y_train[kept],
+        x_val=data.x_train[held],
+        y_val=data.y_train[held],
+    )
+
+
+def with_test(data: Data) -> Data:
+    """Hold out a fifth of the rows as a test set where the file brings none, and say so."""
+    if data.x_test is not None:
+        return data
+    kept, held = hold_out(len(data.x_train), TEST_SHARE, data.y_train if data.is_classes else None)
+    return replace(
+        data,
+        x_train=data.x_train[kept],
+        y_train=data.y_train[kept],
+        x_test=data.x_train[held],
+        y_test=data.y_train[held],
+        notes=(
+            *data.notes,
+            f"{data.name} brings no test rows: {len(held)} of its {len(data.x_train)} are held out",
+        ),
+    )
+
+
+def standardized(data: Data, rows: Tensor | None = None) -> Data:
+    """Inputs, and a float target, of mean 0 and deviation 1 over the training rows, or over those
+    of them that `rows` numbers.
+
+    Images have one pair of numbers, tables one for each feature.
+    """
+    x, y = data.x_train, data.y_train
+    if rows is not None:
+        x, y = x[rows], y[rows]
+    scaling = Scaling.of(x, data.scaling.divisor, each=data.image_shape is None)
+    return scaled(data, scaling, None if data.is_classes else Scaling.of(y))
+
+
+def scaled(data: Data, scaling: Scaling, target_scaling: Scaling | None) -> Data:
+    """The data with bytes to be scaled as they are gathered, other rows and targets scaled."""
+
+    def through(scaling: Scaling, rows: Tensor | None) -> Tensor | None:
+        if rows is None:
+            return None
+        # A model in fp64 gets what there is.
+        wide = rows.dtype in (torch.float64, torch.int64)
+        return replace(scaling, dtype=torch.float64 if wide else torch.float32)(rows)
+
+    parts = ("train", "test", "val")
+    data = replace(data, fingerprint=data.digest())
+    if data.x_train.dtype == torch.uint8:
+        data = replace(data, scaling=scaling.to(dtype=torch.float32))
+    else:
+        inputs = {f"x_{part}": through(scaling, getattr(data, f"x_{part}")) for part in parts}
+        data = replace(data, scaling=Scaling(), row_scaling=scaling, **inputs)
+    if target_scaling is None:
+        return data
+    targets = {f"y_{part}": through(target_scaling, getattr(data, f"y_{part}")) for part in parts}
+    note = f"losses are in units of the variance of {data.target or 'the target'}"
+    return replace(data, target_scaling=target_scaling, notes=(*data.notes, note), **targets)
+
+
+def in_fp32(data: Data) -> Data:
+    """The data with fp64 rows and targets cut to fp32, which the engines read."""
+    narrow = {
+        name: tensor.float()
+        for part in ("train", "test", "val")
+        for name in (f"x_{part}", f"y_{part}")
+        if (tensor := getattr(data, name)) is not None and tensor.dtype == torch.float64
+    }
+    return replace(data, fingerprint=data.digest(), **narrow) if narrow else data
+
+
+def prepared(data: Data, standardize: bool, rows: Tensor | None = None) -> Data:
+    """What `read` gives, as networks are trained on it."""
+    return in_fp32(standardized(data, rows) if standardize else data)
+
+
+def resolved(config, data):
+    """The config with all that was left to the data filled in.
+
+    data  a Data, or Loaders, which are taken as images are
+    """
+    is_table = isinstance(data, Data) and data.is_table
+    if is_table and config.momentum and config.optimizer is None:
+        raise UsageError(
+            f"--momentum belongs to --optimizer sgd, and for a table as {data.name} the default is "
+            "adam; give --optimizer sgd too"
+        )
+    batch, epochs = 256, 10
+    if is_table:
+        batch, epochs = _table_lengths(len(data.x_train))
+    elif data.name == "digits":
+        batch, epochs = 32, 30
+    init = config.init
+    if init is None:
+        is_normal = not is_table and (len(config.hidden) < 2 or config.hidden == COURSE_HIDDEN)
+        init = "normal" if is_normal or config.init_std is not None else "default"
+    config = config.replace(
+        batch_size=config.batch_size or batch,
+        epochs=config.epochs or epochs,
+        optimizer=config.optimizer or ("adam" if is_table else "sgd"),
+        standardize=is_table if config.standardize is None else config.standardize,
+        init=init,
+        init_std=0.01 if init == "normal" and config.init_std is None else config.init_std,
+    )
+    if config.lr is None and isinstance(data, Data):
+        loss = "cross_entropy" if data.is_classes else "mse"
+        config = config.replace(lr=config.learning_rate(loss))
+    return config.check()
+
+
+def _table_lengths(rows: int) -> tuple[int, int]:
+    """(batch size, epochs) of a table. Small ones take small steps: about 60 an epoch."""
+    batch = min(256, max(16, 1 << (rows // 64).bit_length()))
+    return batch, 50 if rows < 10_000 else 30

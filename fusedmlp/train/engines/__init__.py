@@ -1,0 +1,1 @@
+"""What runs the training steps: PyTorch's autograd, the native extension, a CUDA graph."""

@@ -1,0 +1,221 @@
+"""The `graph` engine: several training steps in one CUDA graph of fused kernels.
+
+Parameters are updated where they lie and the optimiser's state lies in the torch.optim object, so
+checkpoints are those of the `autograd` engine. It has never run on a GPU: `auto` does not take it.
+On other devices the same calls are made one by one, which is how they are tested.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..optim import EpsilonHatAdam
+from . import graph_calls
+from .graph_calls import Calls
+from .plain_layers import (
+    against_data,
+    against_optimizer,
+    against_parameters,
+    against_rows,
+    layers_of,
+)
+
+if TYPE_CHECKING:
+    from .autograd import Task
+
+log = logging.getLogger("fusedmlp")
+
+STEPS = 16  # of one graph, where as many of the same size follow each other
+SIZES = (STEPS, 4, 1)  # of the graphs that the steps of a call are made up of
+JUDGED = 4  # graphs of evaluations that are held, each of data of its own
+
+
+class Graph:
+    """Steps of plain layers and SGD, Adam or AdamW on one GPU, without Python between them."""
+
+    name = "graph"
+    automatic = False  # until a results file of a GPU says that it is right and fast
+
+    @staticmethod
+    def refuses(task: Task) -> list[str]:
+        if task.device.type != "cuda":
+            return [f"it runs on a CUDA GPU, the device is {task.device.type}"]
+        return Graph.objections(task)
+
+    @staticmethod
+    def objections(task: Task) -> list[str]:
+        """The reasons that do not depend on the device."""
+        reasons = []
+        if task.precision == "fp16":
+            reasons.append("fp16 waits for the host, which decides on the scale of the loss")
+        if task.world.size > 1:
+            reasons.append("it runs in one process")
+        reasons += against_optimizer(task.optimizer)
+        if type(task.optimizer) is EpsilonHatAdam:
+            reasons.append("torch's fused Adam has another place for epsilon")
+        layers, against = layers_of(task.model)
+        reasons += against
+        reasons += against_parameters(task.model, task.optimizer, task.device.type)
+        return reasons + (against_data(task, layers) if layers and not against else [])
+
+    def __init__(self, task: Task):
+        self.task = task
+        self.calls = Calls(task, len(task.x))
+        self.number = 0
+        self.rows = 0  # since the last read
+        self.held: list[Tensor] = []
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        self.tried: set[tuple] = set()  # what has run outside of a graph
+        self.judged: dict[tuple, tuple[Tensor, Tensor]] = {}  # the data that graphs read
+        self.captures = task.device.type == "cuda"
+        self.pool = torch.cuda.graph_pool_handle() if self.captures else None
+
+    def set_step(self, number: int) -> None:
+        self.number = number
+        self.calls.stream.fill_(number * self.task.mask_layers)
+
+    def step(self, indices: Tensor) -> None:
+        self.steps(indices, max(1, len(indices)))
+
+    def steps(self, order: Tensor, batch: int) -> None:
+        """order (n,): rows of the data; steps of `batch` rows, the last one fewer."""
+        if batch > self.calls.capacity and len(order) > self.calls.capacity:
+            self._grow(batch)
+        for part in order.split(max(1, self.calls.capacity // batch) * batch):
+            self._part(part, batch)
+
+    def _grow(self, capacity: int) -> None:
+        """For steps on more rows than there are data, some of them more than once."""
+        totals = self.calls.totals
+        self.calls = Calls(self.task, capacity)
+        self.calls.totals.copy_(totals)
+        self.set_step(self.number)
+        self.graphs.clear()
+        self.tried.clear()
+        self.held = []
+
+    def _part(self, order: Tensor, batch: int) -> None:
+        held = self.calls.prepare()
+        if [id(t) for t in held] != [id(t) for t in self.held]:
+            # The optimiser was given another state: graphs write to the memory of the old one.
+            self.graphs.clear()
+            self.held = held
+            self.calls.count_updates()
+        whole, rest = divmod(len(order), batch)
+        steps = whole + (rest > 0)
+        schedule = self.task.schedule
+        factors = None if schedule.is_constant else schedule.factors(self.number, steps)
+        self.calls.load(order, factors)
+        self._run(batch, whole)
+        if rest:
+            self._run(rest, 1)
+        self.number += steps
+        self.rows += len(order)
+        if self.calls.adam is not None:
+            state = self.task.optimizer.state
+            torch._foreach_add_([state[p]["step"] for p in self.task.model.parameters()], steps)
+
+    def _run(self, rows: int, count: int) -> None:
+        """The next `count` steps, of `rows` rows each."""
+        if not count:
+            return
+        most = graph_calls.VALUES // (rows * self.calls.layers[0].linear.in_features)
+        while count:
+            several = next(n for n in SIZES if n <= max(1, min(count, most)))
+            self._go((rows, several), functools.partial(self.calls.run, rows, several))
+            count -= several
+        torch.autograd.graph.increment_version(self.calls.parameters)
+
+    def _go(self, key: tuple, calls: Callable[[], None]) -> None:
+        """Calls that are the same for each key: the first time as they are, then as a graph."""
+        if self.captures and key not in self.tried:
+            self._outside(calls)
+            self.tried.add(key)
+            return
+        if self.captures and key not in self.graphs:
+            try:
+                self.graphs[key] = self._captured(calls)
+            except Exception as error:  # nothing of a capture was run: the calls follow below
+                self._capture_no_more(error)
+        if self.captures:
+            self.graphs[key].replay()
+        else:
+            calls()
+
+    def _capture_no_more(self, error: BaseException) -> None:
+        """Goes on call by call, which gives the same steps. An error of the calls comes again."""
+        while error.__context__ is not None:
+            error = (
+                error.__context__
+            )  # what ended the capture, before the end of the capture failed
+        log.warning(
+            "engine graph: a CUDA graph could not be captured, so the steps of this run go on call "
+            "by call, which gives the same results but takes longer: %s: %s",
+            type(error).__name__,
+            error,
+        )
+        self.captures, self.name = False, "graph, call by call"
+        self.graphs.clear()
+
+    def _outside(self, calls: Callable[[], None]) -> None:
+        """Part of the run, on a stream of its own: libraries and kernels load themselves, are
+        compiled for these alignments and choose their tiles, which a capture does not allow."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            calls()
+        torch.cuda.current_stream().wait_stream(side)
+
+    def _captured(self, calls: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """As torch.cuda.graph does it, which also waits for the device and gives its cached memory
+        back: the next allocations would then wait as well."""
+        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            graph.capture_begin(pool=self.pool)
+            try:
+                calls()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(side)
+        return graph
+
+    def read(self) -> tuple[float, float, int]:
+        loss, right = self.calls.totals.tolist()  # the one wait for the device
+        self.calls.totals.zero_()
+        rows, self.rows = self.rows, 0
+        return loss, right, rows
+
+    def judge(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """(sum of losses, number right, rows) in fp64, on the device, over rows x (n, ...) as
+        stored and their targets, in evaluation mode and without label smoothing; None where it
+        cannot take them. Does not wait. The data of the last few calls are kept alive."""
+        task, device = self.task, self.task.x.device
+        if x.device != device or y.device != device:
+            return None
+        if against_rows(task, x, y, self.calls.layers):
+            return None
+        key = "judge", x.data_ptr(), y.data_ptr(), len(x)
+        if key not in self.judged and len(self.judged) == JUDGED:
+            for old in self.judged:
+                self.graphs.pop(old, None)
+                self.tried.discard(old)
+            self.judged.clear()
+        self.judged[key] = x, y
+        self._go(key, functools.partial(self.calls.judge, x, y))
+        return self.calls.judged.clone()
+
+    def sync(self) -> None:
+        """Nothing is held back: parameters and state are the task's own tensors."""
+
+    def scaler_state(self) -> dict | None:
+        return None
+
+    def load_scaler_state(self, state: dict | None) -> None:
+        pass

@@ -1,0 +1,261 @@
+"""The `native` engine: many steps in one call of C++, for networks of plain layers on a CPU.
+
+Parameters are updated where they lie and the optimiser's state lies in the torch.optim object, so
+checkpoints are those of the `autograd` engine and either goes on from the other's. Update formulas
+and their order of operations are those of torch.optim.SGD, Adam and AdamW.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..data.types import Scaling
+from ..optim import EpsilonHatAdam
+from . import native_op
+from .plain_layers import (
+    against_data,
+    against_optimizer,
+    against_parameters,
+    against_rows,
+    layers_of,
+)
+
+if TYPE_CHECKING:
+    from .autograd import Task
+
+LOSSES = {
+    "cross_entropy": native_op.CROSS_ENTROPY,
+    "mse": native_op.MSE,
+    "logistic": native_op.LOGISTIC,
+}
+# Optimisers with two moments and a count of updates.
+_ADAMS = {
+    torch.optim.AdamW: native_op.ADAMW,
+    torch.optim.Adam: native_op.ADAM,
+    EpsilonHatAdam: native_op.ADAM_EPSILON_HAT,
+}
+_EMPTY = torch.empty(0)
+JUDGED_ROWS = 256  # in one forward pass: its activations stay in the L2 cache
+
+
+@dataclass
+class Call:
+    """Of one network for one call of native_op: its docstring says what each is."""
+
+    lr_scale: Tensor | None
+    first: list[Tensor]
+    second: list[Tensor]
+    layer_ints: list[int]
+    layer_floats: list[float]
+    ints: tuple[int, ...]
+    floats: tuple[float, ...]
+
+
+class Native:
+    """Forward, loss, backward and update of whole epochs in one call, without Python."""
+
+    name = "native"
+    automatic = True
+
+    @staticmethod
+    def refuses(task: Task) -> list[str]:
+        if task.device.type != "cpu":
+            return [f"it runs on a CPU, the device is {task.device.type}"]
+        reason = native_op.unavailable()
+        reasons = [] if reason is None else [reason]
+        if task.precision != "fp32":
+            reasons.append(f"it computes in fp32, --precision is {task.precision}")
+        if task.world.size > 1:
+            reasons.append("it runs in one process")
+        reasons += against_optimizer(task.optimizer)
+        layers, against = layers_of(task.model)
+        reasons += against
+        reasons += against_parameters(task.model, task.optimizer)
+        return reasons + (against_data(task, layers) if layers and not against else [])
+
+    def __init__(self, task: Task):
+        self.task = task
+        self.layers, _ = layers_of(task.model)
+        self.mask_layers = task.mask_layers
+        self.number = 0
+        self.totals = torch.zeros(3, dtype=torch.float64)
+        self.work = _EMPTY
+        self.every = torch.arange(0)
+        self.parameters = [
+            _EMPTY if t is None else t for layer in self.layers for t in layer.tensors()
+        ]
+        self.present = [p for p in self.parameters if p is not _EMPTY]
+        self.adam = _ADAMS.get(type(task.optimizer))
+
+    def set_step(self, number: int) -> None:
+        self.number = number
+
+    def step(self, indices: Tensor) -> None:
+        self.steps(indices, max(1, len(indices)))
+
+    def steps(self, order: Tensor, batch: int) -> None:
+        task = self.task
+        self._run(task.x, task.y, task.scaling, order, batch)
+
+    def step_on(self, inputs: Tensor, targets: Tensor) -> None:
+        order = torch.arange(len(inputs))
+        self._run(inputs.contiguous(), targets.contiguous(), Scaling(), order, max(1, len(order)))
+
+    def _run(self, x: Tensor, y: Tensor, scaling: Scaling, order: Tensor, batch: int) -> None:
+        """x (n, ...), y (n, ...): data; order (steps * batch,): rows of it, the last step fewer."""
+        if len(order) == 0:
+            return
+        steps = -(-len(order) // batch)
+        with torch.no_grad():
+            call = self.call(steps)
+            rule, updates, *place = call.ints
+            smoothing, momentum, beta1, beta2, eps, max_norm = call.floats
+            while True:
+                needed = native_op.train_steps(
+                    x,
+                    y,
+                    order.contiguous(),
+                    scaling.mean,
+                    scaling.std,
+                    call.lr_scale,
+                    self.parameters,
+                    call.first,
+                    call.second,
+                    self.totals,
+                    self.work,
+                    call.layer_ints,
+                    call.layer_floats,
+                    float(scaling.divisor),
+                    batch,
+                    LOSSES[self.task.loss],
+                    smoothing,
+                    rule,
+                    momentum,
+                    beta1,
+                    beta2,
+                    eps,
+                    updates,
+                    max_norm,
+                    *place,
+                )
+                if needed <= self.work.numel():
+                    break
+                self.work = torch.empty(needed)
+            self.advance(steps)
+
+    def call(self, steps: int) -> Call:
+        """What the ops are told of this network for its next steps."""
+        task = self.task
+        group = task.optimizer.param_groups[0]
+        momentum = float(group.get("momentum", 0.0))
+        beta1, beta2 = group.get("betas", (0.0, 0.0))
+        rule = native_op.NESTEROV if group.get("nesterov") else native_op.SGD
+        first, second, updates = [], [], 0
+        if self.adam is not None:
+            rule = self.adam
+            first, second = self._state("exp_avg"), self._state("exp_avg_sq")
+            updates = int(task.optimizer.state[self.present[0]]["step"])
+        elif momentum:
+            first = self._state("momentum_buffer")
+        schedule = task.schedule
+        lr_scale = None if schedule.is_constant else schedule.factors(self.number, steps)
+        ints = (rule, updates, task.seed, self.number, self.mask_layers)
+        floats = (
+            float(task.label_smoothing),
+            momentum,
+            float(beta1),
+            float(beta2),
+            float(group.get("eps", 0.0)),
+            float(task.clip_norm),
+        )
+        return Call(lr_scale, first, second, *self._numbers(), ints, floats)
+
+    def advance(self, steps: int) -> None:
+        """These steps are done."""
+        if self.adam is not None:
+            torch._foreach_add_([self.task.optimizer.state[p]["step"] for p in self.present], steps)
+        torch.autograd.graph.increment_version(self.present)
+        self.number += steps
+
+    def judge(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """(sum of losses, number right, rows) in fp64 over rows x (n, ...) as stored and their
+        targets, in evaluation mode and without label smoothing; None where it cannot take them."""
+        task = self.task
+        if x.device.type != "cpu" or against_rows(task, x, y, self.layers):
+            return None
+        if len(self.every) != len(x):
+            self.every = torch.arange(len(x))
+        totals = torch.zeros(3, dtype=torch.float64)
+        scaling = task.scaling
+        ints, floats = self._numbers()
+        with torch.no_grad():
+            while True:
+                needed = native_op.judge_rows(
+                    x,
+                    y,
+                    self.every,
+                    scaling.mean,
+                    scaling.std,
+                    self.parameters,
+                    totals,
+                    self.work,
+                    ints,
+                    floats,
+                    float(scaling.divisor),
+                    JUDGED_ROWS,
+                    LOSSES[task.loss],
+                )
+                if needed <= self.work.numel():
+                    return totals
+                self.work = torch.empty(needed)
+
+    def _numbers(self) -> tuple[list[int], list[float]]:
+        groups = self.task.optimizer.param_groups
+        rates = {
+            id(p): (float(group["lr"]), float(group["weight_decay"]))
+            for group in groups
+            for p in group["params"]
+        }
+        ints: list[int] = []
+        numbers: list[float] = []
+        for layer in self.layers:
+            threshold, scale = layer.dropping()
+            ints += (layer.act, layer.saves(threshold != 0), threshold, layer.number)
+            numbers += (layer.alpha, scale)
+            for t in layer.tensors():
+                numbers += rates.get(id(t), (0.0, 0.0))
+        return ints, numbers
+
+    def _state(self, name: str) -> list[Tensor]:
+        """One entry of the optimiser's state for each parameter, made as torch.optim would."""
+        state, found = self.task.optimizer.state, []
+        for p in self.parameters:
+            if p is _EMPTY:
+                found.append(p)
+                continue
+            mine = state[p]
+            if mine.get(name) is None:
+                # torch.optim starts momentum as a copy of the first gradient: 0 * momentum + it.
+                mine[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            if self.adam is not None and "step" not in mine:
+                mine["step"] = torch.tensor(0.0)
+            found.append(mine[name])
+        return found
+
+    def read(self) -> tuple[float, float, int]:
+        loss, right, rows = self.totals.tolist()
+        self.totals.zero_()
+        return loss, right, int(rows)
+
+    def sync(self) -> None:
+        """Nothing is held back: parameters and state are the task's own tensors."""
+
+    def scaler_state(self) -> dict | None:
+        return None
+
+    def load_scaler_state(self, state: dict | None) -> None:
+        pass

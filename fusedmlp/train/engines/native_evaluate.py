@@ -1,0 +1,89 @@
+"""Losses and hits of several networks over rows that they are not trained on, in one call of C++.
+
+Does not train, and does not run modules: networks that are not plain layers are left to the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..data.types import Scaling
+from . import native_op
+from .autograd import Task
+from .native import JUDGED_ROWS, LOSSES
+from .native_many import slots
+from .plain_layers import Layer, against_rows, layers_of
+
+_RATES = (0.0,) * 6  # of learning and decay, which judging does not read
+
+
+def judge(
+    models: Sequence[nn.Module],
+    x: Tensor,
+    y: Tensor,
+    parts: Sequence[Sequence[Tensor]],
+    *,
+    loss: str,
+    scaling: Scaling = Scaling(),  # noqa: B008  frozen
+) -> Tensor | None:
+    """Sums over rows in evaluation mode, without label smoothing.
+
+    models   FusedMLP or other networks that the `native` engine takes
+    x        (n, ...) rows as stored;  y (n,) int64 classes, or (n, k) fp32
+    parts    for each model equally many (rows,) int64: numbers of rows of x
+    loss     cross_entropy or mse
+    returns  (models, parts, 3) fp64: sum of losses, number right, rows; None where one of the
+             models or the data cannot be taken
+    """
+    networks = [_layers(model, x, y, loss, scaling) for model in models]
+    if native_op.unavailable() is not None or not networks or None in networks:
+        return None
+    each = [layers for layers, mine in zip(networks, parts, strict=True) for _ in mine]
+    orders = [rows for mine in parts for rows in mine]
+    totals = torch.zeros(len(orders), 3, dtype=torch.float64)
+    work = torch.empty(1, 0)
+    with torch.no_grad():
+        while True:
+            needed = native_op.judge_many(
+                x,
+                y,
+                orders,
+                scaling.mean,
+                scaling.std,
+                [_or_empty(t) for layers in each for layer in layers for t in layer.tensors()],
+                totals,
+                work,
+                [n for layers in each for layer in layers for n in _ints(layer)],
+                [n for layers in each for layer in layers for n in (layer.alpha, 1.0, *_RATES)],
+                [len(layers) for layers in each],
+                float(scaling.divisor),
+                JUDGED_ROWS,
+                LOSSES[loss],
+            )
+            if needed <= work.shape[1]:
+                return totals.view(len(models), -1, 3)
+            work = slots(len(orders), needed)
+
+
+def _layers(model, x: Tensor, y: Tensor, loss: str, scaling: Scaling) -> list[Layer] | None:
+    cpu = torch.device("cpu")
+    plain = all(
+        p.dtype == torch.float32 and p.device == cpu and p.is_contiguous()
+        for p in model.parameters()
+    )
+    layers, reasons = layers_of(model)
+    if reasons or not plain or x.device != cpu or y.device != cpu:
+        return None
+    task = Task(model, None, loss, cpu, scaling=scaling)
+    return None if against_rows(task, x, y, layers) else layers
+
+
+def _ints(layer: Layer) -> tuple[int, int, int, int]:
+    return layer.act, layer.saves(False), 0, layer.number
+
+
+def _or_empty(tensor: Tensor | None) -> Tensor:
+    return torch.empty(0) if tensor is None else tensor

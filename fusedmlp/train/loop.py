@@ -1,0 +1,341 @@
+"""fit: the one training loop, for the command line and for a user's own model and data.
+
+Leaves as it found them: torch's global generators, the number of threads, precision and backend
+settings, signal handlers. Writes only into the run folder, and only on rank 0.
+"""
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from . import checkpoint, distributed, finish, schedule
+from .build import evaluate, evaluate_batches, optimizer_for
+from .config import TrainConfig
+from .console import Quiet
+from .data import inputs as source
+from .data import loaders
+from .data.types import Data, permutation, resolved
+from .distributed import World
+from .engines import autograd
+from .errors import TrainError, UsageError, WriteError
+from .process import borrowed, pick_device, seed_generators, surroundings
+from .run_folder import create, reopen
+from .state import Run, check_loss, kept, restore, rng_seed, save, set_rng
+
+READ_SECONDS = 0.1  # between two reads of the losses; each waits for the device
+SAVE_SECONDS = 1.0  # between two checkpoints at the end of short epochs
+
+
+@dataclass
+class Result:
+    """model is the one given to fit, trained in place; history has one dict an epoch."""
+
+    model: nn.Module
+    history: list[dict]
+    config: TrainConfig
+    interrupted: bool = False
+    folder: Path | None = None
+    paths: dict[str, Path] = field(default_factory=dict)
+    summary: dict = field(default_factory=dict)
+
+
+def fit(
+    model: nn.Module, data, config: TrainConfig | None = None, *, progress: Quiet | None = None
+) -> Result:
+    """Train a model in place, as PyTorch's own loop of shuffle, forward, loss, backward, update.
+
+    model    any nn.Module that maps (B, ...) inputs to (B, classes), or to the targets' shape
+    data     (x, y) or (x, y, x_test, y_test): tensors of n rows, integer classes or float targets;
+             or a Data; or, for data larger than memory, a loader of (x, y) batches (any iterable,
+             gone through once an epoch) or a pair (loader, test_loader)
+    config   a TrainConfig. Its dataset, hidden, activation, dropout and init describe what is
+             here already and are not read. What it leaves to the data is as for image sets: SGD,
+             no scaling. A run folder is written where `out` or `resume` is set
+    returns  a Result; Ctrl-C ends the loop after the step under way and returns what there is
+    raises   UsageError (a ValueError), TrainError (a RuntimeError), TypeError
+
+    uint8 rows are divided by 255. The order of rows, and the masks of a FusedMLP, follow from
+    config.seed alone; other models draw from torch's generator, seeded by it each epoch.
+    """
+    return _fit(model, data, config or TrainConfig(), progress or Quiet(), None)
+
+
+def fit_into_folder(model: nn.Module, data: Data, config: TrainConfig, progress: Quiet) -> Result:
+    """fit, with a new numbered folder under runs/ where the config names none."""
+    return _fit(model, data, config, progress, Path("runs"))
+
+
+def _fit(
+    model: nn.Module, data, config: TrainConfig, progress: Quiet, parent: Path | None
+) -> Result:
+    config = config.check()
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UsageError("fit: the model must have parameters that require gradients, got none")
+    saved = checkpoint.load(config.resume) if config.resume is not None else None
+    if saved is not None:
+        config = config.filled_from(checkpoint.config_of(saved))
+    given = source.of(data, config)
+    config = _resolved(config, given, saved)
+    device = pick_device(config)
+    world = distributed.current()
+    _check_world(config, world, given)
+    with surroundings(config, device) as stop:
+        epoch = 0 if saved is None else saved["position"]["epoch"]
+        run = _prepare(model, given, config, device, world, stop, progress, epoch)
+        try:
+            _open(run, saved, parent)
+            _loop(run, saved)
+            return _close(run)
+        except BaseException as error:
+            if run.folder is not None and world.is_lead:
+                run.folder.discard()
+            if isinstance(error, WriteError):
+                raise TrainError(f"{error}; {kept(run)}") from error
+            raise
+        finally:
+            run.progress.close()
+
+
+def _resolved(config: TrainConfig, data, saved: dict | None) -> TrainConfig:
+    if saved is None:
+        return resolved(config, data)
+    was = checkpoint.config_of(saved)
+    checkpoint.check_same_run(config, was)
+    if was.lr_schedule != "constant" and config.epochs != was.epochs:
+        raise UsageError(
+            f"--resume: --epochs must stay {was.epochs} as in the run, got {config.epochs}: its "
+            f"--lr-schedule {was.lr_schedule} ends there"
+        )
+    done = saved["position"]["epoch"]
+    # A run that was cut off before its end, or has no picture, gets what is missing now.
+    last_files = [config.resume / name for name in ("summary.json", "curves.png")]
+    if config.epochs < done or (config.epochs == done and all(f.exists() for f in last_files)):
+        way_on = f"--epochs above {done} goes on from there"
+        if was.lr_schedule != "constant":
+            way_on = f"its --lr-schedule {was.lr_schedule} has ended"
+        raise UsageError(f"--resume: {config.resume} has done its {done} epochs; {way_on}")
+    return config
+
+
+def _check_world(config: TrainConfig, world: World, data) -> None:
+    if world.size == 1:
+        return
+    if config.batch_size < world.size:
+        raise UsageError(
+            f"--batch-size must be at least the number of processes, {world.size}, got "
+            f"{config.batch_size}"
+        )
+    if isinstance(data, loaders.Loaders):
+        raise UsageError("fit: a loader works in one process; for several pass tensors")
+
+
+def explain(model: nn.Module, data, config: TrainConfig | None = None) -> str:
+    """What each engine says to training this, a line each, the one that is taken among them.
+
+    Arguments, errors and what happens to the model's device as in `fit`; nothing is trained.
+    """
+    config = (config or TrainConfig()).check()
+    given = source.of(data, config)
+    config = _resolved(config, given, None)
+    device = pick_device(config)
+    with borrowed(config, device):
+        task, _ = _task(model, given, config, device, distributed.current())
+        return "\n".join(autograd.why(config.engine, task))
+
+
+def _task(
+    model, given, config, device, world, epoch: int = 0
+) -> tuple[autograd.Task, Data | loaders.Loaders]:
+    """The task, and the data on its device. A loader is opened here, with the generators as they
+    are in the epoch that is the first to be run."""
+    model.to(device)
+    data = given
+    if isinstance(given, Data):
+        data = source.on_device(given, model, device)
+        loss, scaling = "cross_entropy" if data.is_classes else "mse", data.scaling
+    else:
+        seed_generators(rng_seed(config, world, epoch), device)
+        data, scaling, loss = loaders.of_loader(given, model, config, device)
+    task = autograd.Task(model, optimizer_for(model, config, loss), loss, device, scaling=scaling)
+    task.precision, task.seed, task.world = config.precision, config.seed, world
+    task.label_smoothing, task.clip_norm = config.label_smoothing, config.clip_norm
+    if isinstance(given, Data):
+        task.x, task.y = data.x_train, data.y_train
+        steps = math.ceil(len(task.x) / config.batch_size)
+    else:
+        steps = given.length
+    task.schedule = schedule.of(config, steps)
+    return task, data
+
+
+def _prepare(model, given, config, device, world, stop, progress, epoch) -> Run:
+    task, data = _task(model, given, config, device, world, epoch)
+    seed_generators(rng_seed(config, world, 0), device)
+    about = finish.describe(model, data)
+    return Run(
+        config, world, task, autograd.choose(config.engine, task), data, progress, stop, about
+    )
+
+
+def _open(run: Run, saved: dict | None, parent: Path | None) -> None:
+    """Make or reopen the run folder; take over what the checkpoint holds."""
+    config, world = run.config, run.world
+    if saved is not None:
+        restore(run, saved)
+        run.folder = world.lead(lambda: reopen(Path(config.resume)))
+    elif config.out is not None or parent is not None:
+        finish.need_packages()
+        text = finish.config_json(config)
+        run.folder = world.lead(lambda: create(config.out, parent, config.overwrite, text))
+    run.engine.set_step(run.position.global_step)
+    run.progress.start(run)
+    if config.engine == "auto" and run.task.device.type == "cpu" and run.engine.name == "autograd":
+        reasons = "; ".join(autograd.Native.refuses(run.task))
+        run.progress.note(f"the faster engine native is passed over: {reasons}")
+
+
+def _loop(run: Run, saved: dict | None) -> None:
+    position = run.position
+    rng = saved["rng"] if saved is not None and position.step else None
+    while position.epoch < run.config.epochs and not run.halted:
+        seed_generators(rng_seed(run.config, run.world, position.epoch), run.task.device)
+        run.task.model.train()
+        train_epoch = _train_epoch if isinstance(run.data, Data) else _train_loader
+        if not train_epoch(run, rng):
+            break
+        rng = None
+        run.history.append(_row(run))
+        position.next_epoch()
+        run.progress.epoch(run.history[-1])
+        if any(run.world.most(int(time.monotonic() - run.saved_at >= SAVE_SECONDS))):
+            save(run)
+    if run.saved_step != position.global_step:
+        save(run)
+
+
+def _train_epoch(run: Run, rng: dict | None) -> bool:
+    """Steps to the end of the epoch; False when asked to stop before it.
+
+    rng  states of torch's generators where a resumed epoch goes on
+    """
+    if rng is not None:
+        set_rng(run, rng)
+    position, batch = run.position, run.config.batch_size
+    rows = len(run.task.x)
+    order = permutation(run.config.seed, position.epoch, rows).to(run.task.device)
+    steps = math.ceil(rows / batch)
+    while position.step < steps:
+        started = time.perf_counter()
+        last = min(position.step + run.chunk, steps)
+        run.engine.steps(order[position.step * batch : last * batch], batch)
+        loss, right, seen = run.engine.read()
+        seconds, done = time.perf_counter() - started, last - position.step
+        position.advance(done, loss, right, seen, seconds)
+        check_loss(run, loss)
+        run.progress.steps(position, steps)
+        if seconds < READ_SECONDS / 2 and done == run.chunk:
+            run.chunk *= 2
+        elif seconds > READ_SECONDS:
+            run.chunk = max(1, run.chunk // 2)
+        stop, run.chunk = run.world.most(int(run.stop.asked), run.chunk)
+        run.halted = bool(stop)
+        if run.halted and position.step < steps:
+            return False
+    return True
+
+
+def _train_loader(run: Run, rng: dict | None) -> bool:
+    """As _train_epoch, for batches that come from an iterable."""
+    position = run.position
+    skip, read_at = position.step, time.perf_counter()
+    pending = 0
+    for number, (inputs, targets) in enumerate(run.data.train):
+        if number < skip:
+            continue  # of a resumed epoch: the loader has to run through what was seen
+        if number == skip and rng is not None:
+            set_rng(run, rng)
+        try:
+            run.engine.step_on(inputs, targets)
+        except RuntimeError as error:
+            run.data.train.blame(error)
+            raise
+        pending += 1
+        seconds = time.perf_counter() - read_at
+        if seconds >= READ_SECONDS or run.stop.asked:
+            position.advance(pending, *_read_checked(run), seconds)
+            read_at, pending = time.perf_counter(), 0
+            run.progress.steps(position, run.data.length)
+            run.halted = run.stop.asked
+            if run.halted:
+                return False
+    if pending:
+        seconds = time.perf_counter() - read_at
+        position.advance(pending, *_read_checked(run), seconds)
+    return True
+
+
+def _read_checked(run: Run) -> tuple[float, float, int]:
+    loss, right, rows = run.engine.read()
+    check_loss(run, loss)
+    return loss, right, rows
+
+
+def _row(run: Run) -> dict:
+    """Close an epoch: its means, and the held-out rows."""
+    position, task = run.position, run.task
+    run.engine.sync()
+    is_classes = task.loss == "cross_entropy"
+    row = {
+        "epoch": position.epoch + 1,
+        "train_loss": position.loss / position.rows,
+        "train_accuracy": position.right / position.rows if is_classes else None,
+    }
+    for part in ("val", "test"):
+        row[f"{part}_loss"], row[f"{part}_accuracy"] = _evaluate(run, part)
+    row["seconds"] = position.seconds
+    for name, value in row.items():
+        # 9 digits: the order of summing differs when a run was interrupted, in the 15th.
+        row[name] = float(f"{value:.9g}") if isinstance(value, float) else value
+    for part in ("val", "test"):
+        if row[f"{part}_loss"] is not None:
+            check_loss(run, row[f"{part}_loss"])
+    return row
+
+
+def _evaluate(run: Run, part: str) -> tuple[float | None, float | None]:
+    task, data = run.task, run.data
+    if isinstance(data, loaders.Loaders):
+        if part == "val" or data.test is None:
+            return None, None
+        try:
+            return evaluate_batches(task, data.test)
+        except RuntimeError as error:
+            data.test.blame(error)
+            raise
+    x, y = getattr(data, f"x_{part}"), getattr(data, f"y_{part}")
+    if x is None:
+        return None, None
+    sums = run.engine.judge(x, y)
+    if sums is not None:
+        loss, right, rows = sums.tolist()
+        return loss / rows, right / rows if task.loss == "cross_entropy" else None
+    return evaluate(
+        task.model, x, y, task.scaling, task.loss, precision=task.precision, world=task.world
+    )
+
+
+def _close(run: Run) -> Result:
+    interrupted = run.position.epoch < run.config.epochs
+    result = Result(run.task.model, run.history, run.config, interrupted)
+    result.summary = finish.summary(run)
+    if run.folder is not None:
+        result.folder = run.folder.path
+        if not interrupted:
+            run.world.lead(lambda: finish.write(run, result.summary))
+            run.world.lead(lambda: finish.draw(run))
+        result.paths = run.folder.paths()
+    run.progress.finish(result)
+    return result

@@ -1,0 +1,287 @@
+"""fit_many: several networks on the same data at once, for sweeps, folds and ensembles.
+
+Every member ends with the bits that training it alone gives. Writes no files, changes no setting of
+the process, and does not test: whoever wants a test after each epoch passes `on_epoch`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import FusedMLP
+from . import schedule
+from .build import optimizer_for
+from .config import TrainConfig
+from .data import inputs
+from .data.rows import kinds
+from .data.types import Data, Scaling, permutation, resolved
+from .distributed import ALONE
+from .engines import autograd
+from .engines.native import Native
+from .engines.native_many import NativeMany, Share
+from .errors import UsageError
+from .process import borrowed, pick_device, seed_generators
+from .state import rng_seed
+
+MOST = 64  # networks in one call
+LOSSES = ("cross_entropy", "mse")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One network of a sweep: trained in place, on rows of the common data.
+
+    model   any nn.Module that `fit` takes
+    config  as `fit` reads it: optimiser, rates, epochs, batch size, seed, precision, engine, ...
+            What describes data, network or run folder is not read
+    rows    (n,) int64, numbers of the rows of x to train on
+    """
+
+    model: nn.Module
+    config: TrainConfig
+    rows: Tensor
+
+
+def refuses_many(members: Sequence[Member], x: Tensor, y: Tensor, loss: str) -> list[str]:
+    """Reasons why these members cannot be trained in one call; empty where they can.
+
+    In one call go up to 64 networks on a CPU that the `native` engine takes, each with layers,
+    rows and settings of its own. Arguments and errors as for fit_many, which trains one after the
+    other where there are reasons; bytes are taken to be scaled.
+    """
+    scaling = Scaling(255.0) if x.dtype == torch.uint8 else Scaling()
+    _check(members, x, y, loss)
+    reasons = _against_devices(members)
+    return reasons or _against(_tasks(members, x, y, loss, scaling))
+
+
+def fit_many(
+    members: Sequence[Member],
+    x: Tensor,
+    y: Tensor,
+    *,
+    loss: str,
+    scaling: Scaling = Scaling(),  # noqa: B008  frozen
+    progress: Callable[[int, int], None] | None = None,
+    on_epoch: Callable[[int], None] | None = None,
+) -> list[list[dict]]:
+    """Train each member's model in place for its config.epochs; the same bits as each alone.
+
+    members   of any shapes; where refuses_many has no reasons, all are trained in one call
+    x         (n, ...) rows as stored, not checked for finite numbers
+    y         (n,) int64 classes, or (n,) or (n, k) float targets
+    loss      cross_entropy or mse
+    scaling   of rows of x to inputs; the same for all
+    progress  called with (epochs done, epochs in all) after each epoch; of epochs so short that
+              several are trained in one call, after the call
+    on_epoch  called with the number of epochs that are done, 1 after the first: the models then
+              hold that epoch's weights. It may change their mode, not their parameters
+    returns   for each member one dict an epoch: train_loss, and train_accuracy (None for mse)
+    raises    UsageError, TrainError for arguments that `fit` would not take; TypeError
+
+    A member whose loss is no longer finite does not end the others: the rest of its rows, that
+    epoch's among them, say nan, and it is not trained further. A member with fewer epochs than
+    another keeps its last weights. Settings that are None are those of `fit`.
+    """
+    _check(members, x, y, loss)
+    tasks = _tasks(members, x, y, loss, scaling)
+    together = bool(members) and not (_against_devices(members) or _against(tasks))
+    trainings = [
+        _Training(config, task, m, together)
+        for (config, task), m in zip(tasks, members, strict=True)
+    ]
+    for training in trainings:
+        training.engine.task.model.train()
+    many = NativeMany()
+    epochs, done = max((t.config.epochs for t in trainings), default=0), 0
+    while done < epochs:
+        under_way, count = [t for t in trainings if not t.is_done], 1
+        if together and under_way:
+            if on_epoch is None:
+                count = min(many.epochs_ahead(max(t.steps for t in under_way)), epochs - done)
+            _train_epochs(many, under_way, count)
+        else:
+            for training in under_way:
+                training.train_epoch()
+        for _ in range(count):
+            done += 1
+            if on_epoch is not None:
+                on_epoch(done)
+                for training in trainings:
+                    training.engine.task.model.train()
+            if progress is not None:
+                progress(done, epochs)
+    return [training.history for training in trainings]
+
+
+class _Training:
+    """A member that is under way."""
+
+    def __init__(self, config: TrainConfig, task: autograd.Task, member: Member, is_native: bool):
+        self.config, self.device = config, task.device
+        self.rows = member.rows.cpu()
+        with borrowed(config, task.device):
+            self.engine = Native(task) if is_native else autograd.choose(config.engine, task)
+        self.engine.set_step(0)
+        self.epoch = 0
+        self.history: list[dict] = []
+
+    @property
+    def is_done(self) -> bool:
+        return self.epoch == self.config.epochs
+
+    @property
+    def steps(self) -> int:
+        """Of one epoch."""
+        return -(-len(self.rows) // self.config.batch_size)
+
+    def order(self, epoch: int) -> Tensor:
+        """(n,) rows of x in the order of this epoch: that of `fit` on x[rows]."""
+        return self.rows[permutation(self.config.seed, epoch, len(self.rows))]
+
+    def train_epoch(self) -> None:
+        with borrowed(self.config, self.device):
+            seed_generators(rng_seed(self.config, ALONE, self.epoch), self.device)
+            self.engine.steps(self.order(self.epoch).to(self.device), self.config.batch_size)
+            loss, right, rows = self.engine.read()
+            self.engine.sync()
+            self.close_epoch(loss, right, rows)
+
+    def close_epoch(self, loss: float, right: float, rows: int) -> None:
+        """Note what the epoch came to."""
+        self.epoch += 1
+        is_classes = self.engine.task.loss == "cross_entropy"
+        if math.isfinite(loss):
+            self.history.append(_row(loss / rows, right / rows if is_classes else None))
+            return
+        left = self.config.epochs - self.epoch + 1
+        self.history += [_row(math.nan, math.nan if is_classes else None) for _ in range(left)]
+        self.epoch = self.config.epochs
+
+
+def _train_epochs(many: NativeMany, trainings: list[_Training], count: int) -> None:
+    """So many epochs of each, of one that has fewer left as many as those are."""
+    orders: dict[tuple, Tensor] = {}
+    shares = []
+    for t in trainings:
+        epochs = min(count, t.config.epochs - t.epoch)
+        # Candidates of one fold see its rows in the same order.
+        key = (id(t.rows), t.config.seed, t.epoch, epochs)
+        if key not in orders:
+            orders[key] = torch.cat([t.order(t.epoch + i) for i in range(epochs)])
+        shares.append(Share(t.engine, orders[key], t.config.batch_size, epochs))
+    for training, sums in zip(trainings, many.run(shares), strict=True):
+        for each in sums:
+            training.close_epoch(*each)
+
+
+def _row(loss: float, accuracy: float | None) -> dict:
+    # 9 digits, as in the history of `fit`: beyond them the grouping of a sum can be seen.
+    rounded = None if accuracy is None else float(f"{accuracy:.9g}")
+    return {"train_loss": float(f"{loss:.9g}"), "train_accuracy": rounded}
+
+
+def _kind(model: nn.Module) -> tuple:
+    """Equal for models of which one stands for all when a row is tried on them."""
+    if type(model) is not FusedMLP:
+        return (id(model),)
+    return (*map(type, model), *((tuple(p.shape), p.dtype) for p in model.parameters()))
+
+
+def _tasks(
+    members: Sequence[Member], x: Tensor, y: Tensor, loss: str, scaling: Scaling
+) -> list[tuple[TrainConfig, autograd.Task]]:
+    """Each member's config, without None, and its task as `fit` would set it up."""
+    classes = None
+    if loss == "cross_entropy":
+        classes = tuple(str(i) for i in range(int(y.max()) + 1))
+    given = Data("tensors", x, y, classes=classes, scaling=scaling)
+    tasks: list[tuple[TrainConfig, autograd.Task]] = []
+    moved: dict[torch.device, Data] = {}
+    fitted: dict[tuple, Data] = {}
+    for member in members:
+        model, config = member.model, resolved(member.config, given)
+        device = pick_device(config)
+        model.to(device)
+        if device not in moved:
+            moved[device] = given.to(device)
+        key = device, config.backend, _kind(model)
+        if key not in fitted:
+            with borrowed(config, device):
+                fitted[key] = inputs.on_device(moved[device], model, device)
+        data = fitted[key]
+        task = autograd.Task(
+            model, optimizer_for(model, config, loss), loss, device, scaling=data.scaling
+        )
+        task.x, task.y = data.x_train, data.y_train
+        task.precision, task.seed = config.precision, config.seed
+        task.label_smoothing, task.clip_norm = config.label_smoothing, config.clip_norm
+        task.schedule = schedule.of(config, -(-len(member.rows) // config.batch_size))
+        tasks.append((config, task))
+    return tasks
+
+
+def _against_devices(members: Sequence[Member]) -> list[str]:
+    if any(pick_device(m.config).type != "cpu" for m in members):
+        return ["several networks are trained in one call on a CPU only"]
+    return []
+
+
+def _against(tasks: list[tuple[TrainConfig, autograd.Task]]) -> list[str]:
+    reasons = []
+    if len(tasks) > MOST:
+        reasons.append(f"at most {MOST} networks are trained in one call, got {len(tasks)}")
+    for number, (config, task) in enumerate(tasks):
+        with borrowed(config, task.device):
+            why = Native.refuses(task)
+        if config.engine not in ("auto", Native.name):
+            why = [f"engine {config.engine} was asked for"]
+        reasons += [f"member {number}: {reason}" for reason in why]
+    return reasons
+
+
+def _check(members: Sequence[Member], x: Tensor, y: Tensor, loss: str) -> None:
+    if loss not in LOSSES:
+        raise UsageError(f"fit_many: loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        raise TypeError(f"fit_many: x and y must be tensors, got {kinds((x, y))}")
+    if x.dim() < 1 or y.dim() < 1 or len(x) != len(y) or len(x) == 0:
+        raise UsageError(
+            f"fit_many: y must have one target a row of x {tuple(x.shape)}, got {tuple(y.shape)}"
+        )
+    if loss == "cross_entropy" and (y.dtype != torch.int64 or y.dim() != 1 or int(y.min()) < 0):
+        raise UsageError(
+            f"fit_many: y must be (n,) int64 classes from 0 on, got {tuple(y.shape)} of {y.dtype}"
+        )
+    if loss == "mse" and not y.is_floating_point():
+        raise UsageError(f"fit_many: y must be float targets for mse, got {y.dtype}")
+    owner: dict[int, int] = {}
+    for number, member in enumerate(members):
+        _check_member(f"fit_many: member {number}", member, len(x))
+        for p in filter(Tensor.numel, member.model.parameters()):
+            other = owner.setdefault(p.untyped_storage().data_ptr(), number)
+            if other != number:
+                raise UsageError(
+                    f"fit_many: each member must have a model of its own, but {other} and "
+                    f"{number} share parameters"
+                )
+
+
+def _check_member(name: str, member: Member, count: int) -> None:
+    rows = member.rows
+    member.config.check()
+    if rows.dtype != torch.int64 or rows.dim() != 1 or len(rows) == 0:
+        raise UsageError(
+            f"{name}: rows must be (n,) int64 with n > 0, got {tuple(rows.shape)} of {rows.dtype}"
+        )
+    if int(rows.min()) < 0 or int(rows.max()) >= count:
+        raise UsageError(
+            f"{name}: rows must be in [0, {count}), got {int(rows.min())} to {int(rows.max())}"
+        )
+    if not any(p.requires_grad for p in member.model.parameters()):
+        raise UsageError(f"{name}: its model must have parameters that require gradients, got none")
