@@ -69,7 +69,7 @@ def default_names(case: Case) -> list[str]:
         names += ["graph", "auto graph"]
     if case.mode == "infer":
         names += ["addmm"] * (case.op == "linear_act") + ["op"] * (not modules)
-    ours = [name for name in registry.backends() if name != route(case)]
+    ours = [name for name in registry.list_backends() if name != route(case)]
     # The reference is there to be right; where it takes seconds a call it is left out.
     if cuda or modules or case.m * case.dims[-1] > 1 << 21:
         ours = [name for name in ours if name != "reference"]

@@ -26,8 +26,10 @@ CUDA = ROOT / "fusedmlp" / "_native_cuda.so"
 _CODE = """
 import json, platform, torch
 from pathlib import Path
-from fusedmlp import dispatch, dtypes, verify, ops
-from fusedmlp.backends import native as extension
+from fusedmlp import ops
+from fusedmlp.backends import choice, native as extension
+from fusedmlp.commands import verify
+from fusedmlp.spec import dtypes
 
 has = torch._C._dispatch_has_kernel_for_dispatch_key
 found = {
@@ -41,7 +43,7 @@ found = {
 }
 if found["refused"] is None:
     found["ops"] = [op for op in ops.SCHEMAS if has(f"fusedmlp::{op}.native", "CPU")]
-    for op in dispatch.OPS:
+    for op in choice.OPS:
         for dtype in dtypes.KERNEL:
             v = verify.verify_one("native", "cpu", op, dtype)
             found["cases"] += v.cases

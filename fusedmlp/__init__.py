@@ -8,7 +8,7 @@ import importlib
 from . import functional
 from ._version import __version__
 from .backends.choice import explain
-from .backends.registry import BackendError, backends, use_backend
+from .backends.registry import BackendError, list_backends, use_backend
 from .functional import dropout_state
 from .fusion.surgery import fuse, unfuse
 from .fusion.tracing import compile_backend
@@ -21,7 +21,7 @@ __all__ = [
     "FusedMLP",
     "FusedSequential",
     "__version__",
-    "backends",
+    "list_backends",
     "compile_backend",
     "dropout_state",
     "explain",

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fusedmlp.commands.verify import (
+from fusedmlp.commands.verify import (  # noqa: F401
+    DTYPES,
+    SEED,
+    STREAM,
     Case,
+    call,
     excess,
+    leaves_of,
     oracle,
     plain,
+    run,
 )
 
 # name -> (M, K, N), and why it is there

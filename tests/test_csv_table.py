@@ -198,7 +198,7 @@ def test_the_numbers_are_pandas_in_fp64(tmp_path):
 
 _MEASURE = """
 import resource, sys
-from fusedmlp.train import csv_table
+from fusedmlp.train.data import csv_table
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 small, large = sys.argv[1:]
 csv_table.read_csv(small, None)

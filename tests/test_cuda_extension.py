@@ -71,7 +71,7 @@ def test_extension_loads_and_lists_its_ops_without_a_gpu(library):
     code = """
 import torch, json, sys
 from fusedmlp import ops
-from fusedmlp.backends.native import extension
+from fusedmlp.backends import native as extension
 reason = extension.unavailable("cuda")
 has = torch._C._dispatch_has_kernel_for_dispatch_key
 print(json.dumps([reason, {op: has(f"fusedmlp::{op}.native", "CUDA") for op in ops.SCHEMAS}]))

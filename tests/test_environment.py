@@ -33,7 +33,7 @@ RIGHT = {
 
 def test_every_variable_is_here():
     assert set(WRONG) == set(RIGHT) == set(environment.VARIABLES)
-    assert environment.CHOICES["FUSEDMLP_BACKEND"] == fusedmlp.backends()
+    assert environment.CHOICES["FUSEDMLP_BACKEND"] == fusedmlp.list_backends()
 
 
 @pytest.mark.parametrize("name", WRONG)

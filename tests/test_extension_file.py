@@ -35,7 +35,7 @@ import logging, sys
 from pathlib import Path
 import torch, fusedmlp
 from fusedmlp.functional import linear_act
-from fusedmlp.backends.native import extension
+from fusedmlp.backends import native as extension
 logging.basicConfig(level=logging.INFO, stream=sys.stdout)
 extension._FOLDER = Path({folder!r})
 x, w = torch.ones(512, 64), torch.ones(2048, 64)

@@ -72,7 +72,7 @@ def use():
         torch.set_num_threads(4)
     return torch.ops.fusedmlp.bias_act_dropout_fwd.native(
         many, None, None, None, 6, 0.0, 0, 1.0, 0, 0)
-from fusedmlp.backends.native import extension
+from fusedmlp.backends import native as extension
 assert extension.unavailable("cpu") is None
 """,
 }

@@ -77,12 +77,12 @@ import shutil, tempfile
 from pathlib import Path
 from unittest import mock
 from bench import kernel_cases, kernels, triton_build
-from fusedmlp.backends.triton import configs
+from fusedmlp.backends.triton import tiles
 
 kernel = kernel_cases.sample()[0]
 launch = kernels._launch(kernel)
 folder = Path(tempfile.mkdtemp())
-shutil.copytree(Path(configs.__file__).parent, folder, dirs_exist_ok=True)
+shutil.copytree(Path(tiles.__file__).parent, folder, dirs_exist_ok=True)
 gemm = folder / "gemm.py"
 text = gemm.read_text()
 
@@ -90,7 +90,7 @@ def code_hash(text=text, **change):
     gemm.write_text(text)
     triton_build._kernels_hash.cache_clear()
     made = triton_build.Launch(**vars(launch) | change)
-    with mock.patch.object(configs, "__file__", str(folder / "tiles.py")):
+    with mock.patch.object(tiles, "__file__", str(folder / "tiles.py")):
         return triton_build.code_hash(made, kernel.target)
 
 first = code_hash()

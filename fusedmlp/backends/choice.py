@@ -16,7 +16,7 @@ import torch
 
 from ..spec import activations, checks, dtypes
 from . import registry
-from .registry import BACKENDS, EAGER
+from .registry import EAGER
 
 OPS = ("linear_act", "bias_act_dropout")
 
@@ -309,7 +309,7 @@ def explain(
         raise TypeError(f"explain: dtype must be fp32, fp16, bf16 or fp64, got {dtype}")
     device_type = torch.device(device).type
     named = registry.explicit(backend)
-    refusals = {b.name: b.refuses(device_type, dtype) for b in BACKENDS}
+    refusals = {b.name: b.refuses(device_type, dtype) for b in registry.BACKENDS}
     refusals = {name: reasons for name, reasons in refusals.items() if reasons}
     size = (
         f"{rows} x {in_features} x {out_features}"

@@ -145,7 +145,7 @@ class use_backend:
         context.leave(context.Settings(self._before, context.now().scopes))
 
 
-def backends() -> tuple[str, ...]:
+def list_backends() -> tuple[str, ...]:
     """The names of all backends, in the order in which automatic choice looks at them."""
     return tuple(_BY_NAME)
 

@@ -131,7 +131,7 @@ def test_a_fallback_never_computes_another_function(no_native):
 def test_bf16_on_an_old_gpu_is_refused_before_the_kernel_is(monkeypatch):
     """The kernels need compute capability 8.0 for it; fp16 runs there."""
     named = registry._BY_NAME["native"]
-    native = registry.Backend("native", lambda d: None, named.dtypes, named.module, named.missing)
+    native = registry.Backend("native", lambda d: None, named.dtypes, named.missing)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     (reason,) = native.refuses("cuda", torch.bfloat16)
     assert "compute capability 8.0 or newer, this one has 7.5; use fp16" in reason
@@ -144,9 +144,7 @@ def test_bf16_on_an_old_gpu_is_refused_before_the_kernel_is(monkeypatch):
 @pytest.fixture
 def a_gpu(monkeypatch):
     """As on a machine where every backend runs on a GPU."""
-    there = [
-        registry.Backend(b.name, lambda d: None, b.dtypes, b.module) for b in registry.BACKENDS
-    ]
+    there = [registry.Backend(b.name, lambda d: None, b.dtypes) for b in registry.BACKENDS]
     monkeypatch.setattr(registry, "BACKENDS", tuple(there))
     for backend in there:
         monkeypatch.setitem(registry._BY_NAME, backend.name, backend)
