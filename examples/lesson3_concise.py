@@ -49,14 +49,14 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     net.apply(init_weights)
     net = fusedmlp.fuse(net)
-    print(net.report())
+    print(fusedmlp.report(net))
     config = TrainConfig(epochs=args.epochs, lr=0.1, batch_size=args.batch, seed=args.seed)
     history = fit(net, data, config).history
 
     last = history[-1]
     print(f"loss {last['train_loss']:.4f}, test accuracy {last['test_accuracy']:.2%}")
     save(draw(history, data, predict(net, data.x_test, data.scaling)), args, "lesson3_concise")
-    return {"accuracy": last["test_accuracy"], "report": net.report()}
+    return {"accuracy": last["test_accuracy"], "report": fusedmlp.report(net)}
 
 
 if __name__ == "__main__":

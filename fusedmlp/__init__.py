@@ -10,8 +10,9 @@ from ._version import __version__
 from .backends.choice import explain
 from .backends.registry import BackendError, list_backends, use_backend
 from .functional import dropout_state
-from .fusion.surgery import fuse, unfuse
-from .fusion.tracing import compile_backend
+from .fusion.compile import compile_backend
+from .fusion.report import report
+from .fusion.surgery import assign_streams, fuse, unfuse
 from .nn import FusedDropout, FusedLinear, FusedMLP, FusedSequential
 
 __all__ = [
@@ -21,12 +22,14 @@ __all__ = [
     "FusedMLP",
     "FusedSequential",
     "__version__",
-    "list_backends",
+    "assign_streams",
     "compile_backend",
     "dropout_state",
     "explain",
     "functional",
     "fuse",
+    "list_backends",
+    "report",
     "unfuse",
     "use_backend",
 ]

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fusedmlp
 from fusedmlp import fuse
-from fusedmlp.fusion import surgery
 
 
 class Net(nn.Module):
@@ -52,8 +52,8 @@ def as_sequential(net):
 
 
 def parts(model):
-    return [part.modules for part in surgery.report(model).fused]
+    return [part.modules for part in fusedmlp.report(model).fused]
 
 
 def reasons(model):
-    return "\n".join(surgery.report(fuse(model, trace=True)).notes)
+    return "\n".join(fusedmlp.report(fuse(model, trace=True)).notes)

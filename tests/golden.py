@@ -86,7 +86,10 @@ def networks() -> Iterator[tuple[str, str]]:
     plain = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 3))
     fused = fusedmlp.fuse(plain)
     torch.manual_seed(3)
-    yield "fuse", _hash(fused(torch.randn(8, 12)), list(fused.state_dict()), str(fused.report()))
+    yield (
+        "fuse",
+        _hash(fused(torch.randn(8, 12)), list(fused.state_dict()), str(fusedmlp.report(fused))),
+    )
 
 
 def _data() -> tuple[Tensor, Tensor, Tensor, Tensor]:

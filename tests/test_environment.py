@@ -74,7 +74,7 @@ def test_a_wrong_backend_is_named_by_whatever_asks_for_one(monkeypatch):
         lambda: fusedmlp.functional.dropout(x),
         lambda: fusedmlp.functional.cross_entropy(x, torch.zeros(4, dtype=torch.int64)),
         fusedmlp.explain,
-        lambda: fusedmlp.fusion.surgery.report(fuse(net)),
+        lambda: fusedmlp.report(fuse(net)),
     )
     for call in calls:
         with pytest.raises(ValueError, match="FUSEDMLP_BACKEND must be one of .* got 'foo'"):

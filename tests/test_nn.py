@@ -229,7 +229,7 @@ def test_fused_mlp_without_hidden_layers_and_with_options():
 
 def test_number_layers_reaches_layers_that_are_no_containers():
     net = nn.ModuleList([FusedLinear(3, 3), mlp(), FusedDropout(), FusedMLP(6, [4], 3)])
-    assert surgery.number_layers(net) == 4
+    assert surgery.assign_streams(net) == 4
     assert [m.first_layer for m in (net[0], net[2], net[3])] == [0, 1, 2]
 
 

@@ -19,7 +19,7 @@ def test_the_report_on_an_input_measures_and_leaves_everything_as_it_was(trace):
     fused, x = fuse(model, trace=trace), torch.randn(64, 784 if trace else 6)
     before, state = copy.deepcopy(fused.state_dict()), torch.get_rng_state()
     with fusedmlp.use_backend("reference"):
-        report = fuse(model, trace=trace).report(x)
+        report = fusedmlp.report(fuse(model, trace=trace), x)
     measured = report.measured
     assert measured.milliseconds_plain > 0 and measured.milliseconds_fused > 0
     assert str(measured) in str(report) and "kept for backward" in str(measured)
@@ -39,4 +39,4 @@ def test_the_report_says_what_it_needs_where_nothing_depends_on_a_parameter():
             return super().forward(x).detach()
 
     with pytest.raises(ValueError, match="report: the module must give a tensor"):
-        fuse(Detached()).report(torch.randn(4, 6))
+        fusedmlp.report(fuse(Detached()), torch.randn(4, 6))

@@ -177,7 +177,7 @@ def test_copies_of_the_plain_model_need_no_more_than_torch():
 def test_fused_again_it_is_one_op_again(backend):
     layer, x = FusedLinear(6, 9, activation="gelu", dropout=0.5), torch.randn(4, 6)
     again = fuse(unfuse(layer))
-    assert type(again) is FusedSequential and len(again.report().fused) == 1
+    assert type(again) is FusedSequential and len(fusedmlp.report(again).fused) == 1
     torch.testing.assert_close(in_state(again, x), in_state(layer, x))
 
 
@@ -326,5 +326,5 @@ def test_torchscript_is_refused_by_name(name, how, called_before, backend):
 
 
 def test_the_report_on_an_input_measures_the_plain_model():
-    report = fusedmlp.fusion.surgery.report(Model(), torch.randn(2, 3, 6))
+    report = fusedmlp.report(Model(), torch.randn(2, 3, 6))
     assert report.measured.bytes_fused < report.measured.bytes_plain

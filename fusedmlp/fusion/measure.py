@@ -45,17 +45,14 @@ def _size(count: int) -> str:
     return f"{count:.3g} MB"
 
 
-def measure(module: nn.Module, input) -> Measured:
-    """Measured for a fused module and an input: a tensor, or a tuple of arguments.
+def measure(plain: nn.Module, fused: nn.Module, input) -> Measured:
+    """Measured for a plain and a fused module and an input: a tensor, or a tuple of arguments.
 
     Works on copies: gradients, buffers, modes and torch's generators stay as they are.
     """
-    from .surgery import unfuse
-
     arguments = input if isinstance(input, tuple) else (input,)
-    fused = copy.deepcopy(module).train()
-    plain = unfuse(copy.deepcopy(module)).train()
-    devices = {t.device for t in (*module.parameters(), *arguments) if isinstance(t, Tensor)}
+    plain, fused = copy.deepcopy(plain).train(), copy.deepcopy(fused).train()
+    devices = {t.device for t in (*fused.parameters(), *arguments) if isinstance(t, Tensor)}
     cuda = [device for device in devices if device.type == "cuda"]
     with torch.random.fork_rng(cuda), torch.enable_grad():
         kept = [_kept(m, arguments) for m in (plain, fused)]

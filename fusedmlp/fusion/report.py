@@ -10,9 +10,12 @@ from torch.nn.modules import module as torch_module
 
 from ..backends import choice
 from ..nn import network
-from ..nn.groups import Single, Stretch, find, is_fused_module, why_not
+from ..nn.groups import Single, Stretch, find, is_fused_module, why_left_alone, why_not
 from ..nn.masks import Masks
-from ..spec import activations, dtypes
+from ..spec import activations, checks, dtypes
+from . import tracing
+from .measure import Measured, measure
+from .surgery import unfuse
 
 _ROWS = 256
 _ALONE = "by itself it is what PyTorch has"
@@ -60,7 +63,7 @@ class Report:
 
     containers: dict[str, list[Part]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    measured: object | None = None
+    measured: Measured | None = None
 
     @property
     def fused(self) -> list[Part]:
@@ -81,8 +84,13 @@ class Report:
         return "\n".join(lines) or "nothing that could be fused"
 
 
-def of(module: nn.Module, input=None) -> Report:
-    """The report on a module and all that is inside it, as it is now."""
+def report(module: nn.Module, input=None) -> Report:
+    """What of a model runs as one op, what does not, and why. Print it.
+
+    input   a tensor, or a tuple of arguments: adds time and memory on it, before and after fusing
+    raises  TypeError if it is no module
+    """
+    checks.module("report", module)
     containers, notes, covered = {}, [], set()
     if torch_module._has_any_global_hook():
         notes.append("a global module hook is registered: everything runs unfused")
@@ -108,34 +116,19 @@ def of(module: nn.Module, input=None) -> Report:
         more = f" and {len(outside) - 4} more" if len(outside) > 4 else ""
         notes.append(f"not in a fused container, so not fused: {shown}{more}")
         notes += _why_not_traced(module, {name.rpartition(".")[0] for name in outside})
-    measured = None
-    if input is not None:
-        from .measure import measure
-
-        measured = measure(module, input)
+    measured = None if input is None else measure(unfuse(module), module, input)
     return Report(containers, notes, measured)
 
 
 def _why_not_traced(module: nn.Module, names: set[str]) -> list[str]:
     """For modules written as classes: what fuse(trace=True) says of each."""
-    from .tracing import why_not
-
     notes = []
     for name in sorted(names):
         m = module.get_submodule(name)
         if not is_fused_module(m) and not type(m).__module__.startswith("torch."):
-            reason = why_not(m) or "call fusedmlp.fuse with trace=True"
+            reason = tracing.why_not(m) or "call fusedmlp.fuse with trace=True"
             notes.append(f"{name or 'the module itself'} {type(m).__name__}: {reason}")
     return notes
-
-
-def why_left_alone(m: nn.Sequential) -> str | None:
-    """Why the container m is not made a FusedSequential, or None."""
-    if type(m) is not nn.Sequential and not is_fused_module(m):
-        return f"left alone: {type(m).__name__} is a subclass of nn.Sequential"
-    if "forward" in m.__dict__:
-        return "left alone: its forward was replaced"
-    return None
 
 
 def _parts(name: str, container: nn.Sequential, layer: int | None = None) -> list[Part]:

@@ -14,11 +14,10 @@ import torch
 from torch import nn
 
 from ..nn import FusedDropout, FusedLinear, FusedSequential
-from ..nn.groups import Stretch, find, is_fused_module
+from ..nn.groups import Stretch, find, is_fused_module, why_left_alone
 from ..nn.modules import ColumnPReLU
 from ..nn.sequential import activation_module
-from ..spec import activations
-from .report import Report, of, why_left_alone
+from ..spec import activations, checks
 from .tracing import TracedForward, class_of
 
 # Wrappers stay bound to the very module that they were given: a copy would not be fused.
@@ -33,7 +32,7 @@ def fuse(module: nn.Module, *, inplace: bool = False, trace: bool = False) -> nn
     Same values, gradients and state_dict; dropout masks are this package's. The children of a
     container are the same objects as before, and so are all parameters, buffers and hooks: an
     optimiser or an initialiser written for the plain model goes on working. What cannot be fused
-    runs as it is; `.report()` of the result says what is fused, what is not and why.
+    runs as it is; `fusedmlp.report` says what is fused, what is not and why.
 
     module   any nn.Module; fuse it before wrapping (DDP) or compiling it
     inplace  False: new containers around the same children, the argument stays as it is. A module
@@ -52,8 +51,6 @@ def fuse(module: nn.Module, *, inplace: bool = False, trace: bool = False) -> nn
     """
     fused = _convert("fuse", module, inplace, _to_fused_or_traced() if trace else _to_fused)
     _number(fused, 0, leaves=False)
-    if not hasattr(fused, "report") and not isinstance(fused, torch.jit.ScriptModule):
-        fused.report = _Reporter(fused)
     return fused
 
 
@@ -76,38 +73,20 @@ def unfuse(module: nn.Module, *, inplace: bool = False) -> nn.Module:
     raises  ValueError for a FusedLinear whose parameters are computed (pruned, parametrised), and
             for a subclass of these classes that has a forward of its own
     """
-    plain = _convert("unfuse", module, inplace, _to_plain)
-    for m in plain.modules():
-        if isinstance(m.__dict__.get("report"), _Reporter):
-            del m.__dict__["report"]
-    return plain
+    return _convert("unfuse", module, inplace, _to_plain)
 
 
-def report(module: nn.Module, input=None) -> Report:
-    """What of a model runs as one op, what does not, and why. Print it.
+def assign_streams(module: nn.Module, first: int = 0) -> int:
+    """Gives each fused layer of a model a stream offset of its own, in the order of `modules()`.
 
-    input  a tensor, or a tuple of arguments: adds time and memory on it, before and after fusing
+    Inside `dropout_state` two fused modules with the same offsets have equal masks. `fuse` assigns
+    offsets to the containers that it makes; those made by hand, FusedLinear and FusedDropout start
+    at 0 each until this is called.
+
+    returns  the offset after the last one: how far the stream may be advanced for the next step
     """
-    _check("report", module)
-    return of(module, input)
-
-
-def number_layers(module: nn.Module, first_layer: int = 0) -> int:
-    """Gives the fused modules of a model layer numbers of their own, in the order of `modules()`.
-
-    Inside `dropout_state` two fused modules with the same numbers have equal masks. `fuse` numbers
-    the containers that it makes; those made by hand, FusedLinear and FusedDropout start at 0 each
-    until this is called.
-
-    returns  the number after the last one: how far the stream may be advanced for the next step
-    """
-    _check("number_layers", module)
-    return _number(module, first_layer, leaves=True)
-
-
-def _check(op: str, module: object) -> None:
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"{op}: module must be an nn.Module, got {type(module).__name__}")
+    checks.module("assign_streams", module)
+    return _number(module, first, leaves=True)
 
 
 def _number(module: nn.Module, first: int, leaves: bool) -> int:
@@ -168,7 +147,7 @@ def _to_plain(m: nn.Module) -> type | None:
 
 
 def _convert(op: str, module: nn.Module, inplace: bool, new_class) -> nn.Module:
-    _check(op, module)
+    checks.module(op, module)
     if inplace:
         found = [(m, new_class(m)) for m in module.modules()]
         parts = {id(m): _parts_of(m) for m, cls in found if _leaves_a_layer(m, cls)}
@@ -293,38 +272,21 @@ class _Copier:
         """Attributes that name a copied module, directly or in a list, name its copy."""
         for key, value in list(new.__dict__.items()):
             if key != "_modules":
-                changed = self._changed(value, new)
+                changed = self._changed(value)
                 if changed is not value:
                     new.__dict__[key] = changed
 
-    def _changed(self, value: object, owner: nn.Module, deep: bool = True) -> object:
+    def _changed(self, value: object, deep: bool = True) -> object:
         if isinstance(value, nn.Module):
             return self.copies.get(id(value), value)
         if isinstance(value, types.MethodType) and id(value.__self__) in self.copies:
             return types.MethodType(value.__func__, self.copies[id(value.__self__)])
-        if isinstance(value, _Reporter):
-            return _Reporter(owner)
         if deep and type(value) in (list, tuple):
-            changed = [self._changed(v, owner, False) for v in value]
+            changed = [self._changed(v, False) for v in value]
             if any(a is not b for a, b in zip(changed, value, strict=True)):
                 return type(value)(changed)
         if deep and type(value) is dict:
-            changed = {k: self._changed(v, owner, False) for k, v in value.items()}
+            changed = {k: self._changed(v, False) for k, v in value.items()}
             if any(changed[k] is not v for k, v in value.items()):
                 return changed
         return value
-
-
-class _Reporter:
-    """`model.report()` for a model whose class does not have it.
-
-    Holds the model, so that `fuse(model).report()` has one; goes with it through copy.deepcopy and
-    pickle.
-    """
-
-    def __init__(self, module: nn.Module):
-        self._module = module
-
-    def __call__(self, input=None) -> Report:
-        """As fusedmlp.fusion.surgery.report."""
-        return of(self._module, input)

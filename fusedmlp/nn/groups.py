@@ -222,3 +222,12 @@ def why_not(m: nn.Module | None, alone: str) -> str:
         if isinstance(m, base):
             return f"{cls.__name__} is a subclass of {base.__name__}"
     return f"{cls.__name__} has no fused form"
+
+
+def why_left_alone(m: nn.Sequential) -> str | None:
+    """Why the container m is not made a FusedSequential, or None."""
+    if type(m) is not nn.Sequential and not is_fused_module(m):
+        return f"left alone: {type(m).__name__} is a subclass of nn.Sequential"
+    if "forward" in m.__dict__:
+        return "left alone: its forward was replaced"
+    return None

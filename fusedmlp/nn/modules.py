@@ -70,7 +70,7 @@ class FusedLinear(nn.Module):
     there too, or fuse a network of plain modules, which stay what they are.
 
     first_layer (0) is added to the stream of the dropout state;
-    `fusedmlp.fusion.surgery.number_layers` gives the layers of a model different ones.
+    `fusedmlp.assign_streams` gives the layers of a model different ones.
     """
 
     first_layer = 0

@@ -14,7 +14,6 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from .. import context
-from ..fusion import report
 from ..spec import activations, checks
 from . import runner
 from .groups import find
@@ -31,8 +30,8 @@ class FusedSequential(nn.Sequential):
     does, writing into the result before backward raises (write `out = out + x`, not `out += x`).
 
     A child that has hooks, is a subclass, is parametrised, or has parameters that no op has, runs
-    through its own __call__; `report()` says which and why. torch.fx traces through it, to the
-    children, as it does with nn.Sequential. torch.jit refuses it: `fusedmlp.unfuse` first.
+    through its own __call__; `fusedmlp.report` says which and why. torch.fx traces through it, to
+    the children, as it does with nn.Sequential. torch.jit refuses it: `fusedmlp.unfuse` first.
 
     first_layer (0) is the number of the first stretch, added to the stream of the dropout state.
     """
@@ -72,10 +71,6 @@ class FusedSequential(nn.Sequential):
             item.layers if hasattr(item, "layers") else 1
             for item in find(list(self._modules.values()))
         )
-
-    def report(self, input=None) -> report.Report:
-        """What runs as one op, what does not, and why; on an input also how fast. Print it."""
-        return report.of(self, input)
 
     def __getitem__(self, idx):
         if isinstance(idx, slice):

@@ -301,3 +301,9 @@ def positive_sizes(op: str, name: str, sizes: Sequence[object]) -> tuple[int, ..
         if size < 1:
             raise ValueError(f"{op}: {name} must be at least 1, got {size}")
     return tuple(sizes)
+
+
+def module(op: str, m: object) -> None:
+    """TypeError if m is no nn.Module."""
+    if not isinstance(m, torch.nn.Module):
+        raise TypeError(f"{op}: module must be an nn.Module, got {type(m).__name__}")

@@ -1,6 +1,5 @@
-"""Fusing what is written as code: fuse(model, trace=True) and compile_backend."""
+"""Fusing what is written as code: fuse(model, trace=True)."""
 
-from ..compile import compile_backend
 from .modules import TracedForward, class_of, why_not
 
-__all__ = ["TracedForward", "class_of", "compile_backend", "why_not"]
+__all__ = ["TracedForward", "class_of", "why_not"]
