@@ -9,6 +9,7 @@ from dataclasses import astuple, dataclass
 import torch
 
 from fusedmlp.spec import activations, philox
+from fusedmlp.spec.layers import Epilogue
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -52,20 +53,21 @@ class Kernel:
         saves = activations.saves(act, 0.01, dtype, self.p > 0)
         sums = True, slope is not None
         tile = configs.Tile(*self.tile) if self.tile else None
-        vectors = empty(n), slope, state
+        e = Epilogue(empty(n), slope, state, *numbers)
         if self.op == "linear_act":
             w = empty(n, k) if self.descriptors < 2 else empty(k, n).t()
-            linear_act.run(empty(m, k), w, *vectors, *numbers, keep_preact=True, tile=tile)
+            linear_act.run(empty(m, k), w, e, keep_preact=True, tile=tile)
         elif self.op == "dgrad_act":
             saved = empty(m, n) if saves else None
-            dgrad_act(empty(m, k), empty(k, n), saved, *vectors, *numbers, saves, *sums, tile=tile)
+            dgrad_act(empty(m, k), empty(k, n), saved, e, saves, *sums, tile=tile)
         elif self.op == "bias_act_dropout_fwd":
-            epilogue.bias_act_dropout_fwd(empty(m, n), *vectors, *numbers)
+            epilogue.bias_act_dropout_fwd(empty(m, n), e)
         elif self.op == "bias_act_dropout_bwd":
             saved = empty(m, n) if saves else None
-            epilogue.bias_act_dropout_bwd(empty(m, n), saved, *vectors, *numbers, saves, *sums)
+            epilogue.bias_act_dropout_bwd(empty(m, n), saved, e, saves, *sums)
         elif self.op == "dropout":
-            epilogue.bias_act_dropout_fwd(empty(m, n), None, None, state, 0, 0.0, *numbers[2:])
+            e = Epilogue(None, None, state, 0, 0.0, *numbers[2:])
+            epilogue.bias_act_dropout_fwd(empty(m, n), e)
         else:
             columns = 10 if self.op == "cross_entropy" else 50_257
             cross_entropy(empty(m, columns), empty(m, kind=torch.int64), 0.1)

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusedmlp import functional
 from fusedmlp.spec import activations, philox
+from fusedmlp.spec.layers import Epilogue
 
 from .cases import DTYPES
 from .record import header, write
@@ -66,11 +67,12 @@ def _layer(act: str, p: float, fused: bool) -> Callable[..., Tensor]:
     """Linear + act + dropout of (x, w, b, slope)."""
     if fused:
         # The entry behind the argument checks, which read numbers off tensors; fakes have none.
-        numbers = (activations.IDS[act], 0.01, *philox.threshold_and_scale(p), 0, 0, "reference")
+        numbers = (activations.IDS[act], 0.01, *philox.threshold_and_scale(p), 0, 0)
 
         def layer(x, w, b, slope):
             state = functional.draw_state(x)[0] if p else None
-            return functional.run_linear_act(x, w, b, slope, state, *numbers)
+            e = Epilogue(b, slope, state, *numbers)
+            return functional.run_linear_act(x, w, e, "reference")
 
     else:
         forward = activations.TABLE[activations.IDS[act]].forward

@@ -213,23 +213,19 @@ def launch(case: str) -> None:
     from fusedmlp.backends.triton import linear_act, tiles
     from fusedmlp.backends.triton.dgrad_act import dgrad_act
     from fusedmlp.spec import activations, philox
+    from fusedmlp.spec.layers import Epilogue
 
     torch.manual_seed(0)
     tile, act, p, m, n, k = tiles.Tile(64, 32, 32, 4, 3), "gelu", 0.3, 64, 64, 96
     if "descriptors" in case:
         tile, act, p, m, n, k = tiles.Tile(128, 128, 64, 8, 4, True), "relu", 0.0, 128, 128, 384
     x, w, b, saved = (torch.randint(-2, 3, s).half() for s in ((m, k), (n, k), (n,), (m, n)))
-    epilogue = (
-        None,
-        torch.tensor([7, 1]),
-        activations.IDS[act],
-        0.01,
-        *philox.threshold_and_scale(p),
-    )
+    state, drop = torch.tensor([7, 1]), (*philox.threshold_and_scale(p), 3, 11)
+    e = Epilogue(b, None, state, activations.IDS[act], 0.01, *drop)
     if "dgrad_act" in case:
-        dgrad_act(x, w.t(), saved, b, *epilogue, 3, 11, 2, True, False, tile=tile)
+        dgrad_act(x, w.t(), saved, e, 2, True, False, tile=tile)
     else:
-        linear_act.run(x, w, b, *epilogue, 3, 11, keep_preact=True, tile=tile)
+        linear_act.run(x, w, e, keep_preact=True, tile=tile)
 
 
 # From here on a plugin of pytest, which counts what ran.

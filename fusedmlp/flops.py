@@ -30,7 +30,7 @@ def _linear_act(x, w, *rest, **_) -> int:
 def _products(x, params, ints, numbers) -> list[int]:
     """x w^T of each layer."""
     rows = prod(x[:-1])
-    return [2 * rows * prod(layer.w) for layer in layers.layers(params, ints, numbers)]
+    return [2 * rows * prod(w) for w, _ in layers.unpack(params, ints, numbers, None, 0)]
 
 
 def _mlp_fwd(x, params, state, ints, numbers, *rest, **_) -> int:

@@ -18,6 +18,7 @@ from .autograd.cross_entropy import cross_entropy  # noqa: F401
 from .autograd.linear_act import BiasActDropout, LinearAct
 from .backends import choice, composite, registry
 from .spec import activations, checks, dtypes, philox
+from .spec.layers import Epilogue
 
 _NONE = activations.NONE
 
@@ -102,7 +103,7 @@ def _transformed() -> bool:
 
 
 def _call_state(op: str, like: Tensor, seed, stream, row_offset) -> tuple[Tensor, int, int]:
-    """(state, layer, row_offset) for one functional call that drops."""
+    """(state, stream_offset, row_offset) for one functional call that drops."""
     stream = checks.int64(op, "stream", stream)
     if seed is None:
         state, offset = draw_state(like)
@@ -124,8 +125,8 @@ def is_foreign(*tensors: Tensor | None) -> bool:
     return False
 
 
-def foreign_route(op: str, backend: str | None) -> str:
-    """The route for tensors that are foreign: PyTorch's operators."""
+def foreign_backend(op: str, backend: str | None) -> str:
+    """The backend for tensors that are foreign: PyTorch's operators."""
     return _only_eager(op, backend, "of subclasses of torch.Tensor only 'reference' runs")
 
 
@@ -137,99 +138,69 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
-def run_linear_act(
-    x: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    slope: Tensor | None,
-    state: Tensor | None,
-    act: int,
-    alpha: float,
-    threshold: int,
-    scale: float,
-    layer: int,
-    row_offset: int,
-    backend: str | None,
-) -> Tensor:
-    """linear_act on checked arguments; `nn` and `surgery` come in here.
+def run_linear_act(x: Tensor, w: Tensor, e: Epilogue, backend: str | None) -> Tensor:
+    """linear_act on checked arguments; `nn` and `fusion` come in here.
 
-    Casts under autocast, then picks the route. Shapes as in linear_act.
+    Casts under autocast, then chooses the backend. Shapes as in linear_act.
     """
+    op = "linear_act"
     if not isinstance(x, torch.Tensor):
-        checks.tensor("linear_act", "input", x)
+        checks.tensor(op, "input", x)
     device_type = x.device.type
     cast = dtypes.autocast_dtype(device_type)
     if cast is not None:
-        x, w, b, slope = dtypes.autocast_to(cast, x, w, b, slope)
-    args = (x, w, b, slope, state, act, alpha, threshold, scale, layer, row_offset)
-    if is_foreign(x, w, b, slope):
-        return linear_act_on(foreign_route("linear_act", backend), args)
-    checks.linear("linear_act", x, w, b)
+        x, w, b, slope = dtypes.autocast_to(cast, x, w, e.bias, e.slope)
+        e = e._replace(bias=b, slope=slope)
+    if is_foreign(x, w, e.bias, e.slope):
+        return linear_act_on(foreign_backend(op, backend), x, w, e)
+    checks.linear(op, x, w, e.bias)
     n, k = w.shape
-    rows = checks.rows(x)
-    if threshold:
-        checks.row_range("linear_act", rows, n, row_offset)
-    route = choice.select(
-        "linear_act", device_type, x.dtype, act, threshold != 0, rows, k, n, backend
-    )
+    rows, drops = checks.rows(x), e.threshold != 0
+    if drops:
+        checks.row_range(op, rows, n, e.row_offset)
+    chosen = choice.select(op, device_type, x.dtype, e.act, drops, rows, k, n, backend)
     if _transformed():
-        route = _functorch_route("linear_act", backend)
+        chosen = _functorch_backend(op, backend)
     if cast is not None:
         with torch.autocast(device_type, enabled=False):
-            return linear_act_on(route, args)
-    return linear_act_on(route, args)
+            return linear_act_on(chosen, x, w, e)
+    return linear_act_on(chosen, x, w, e)
 
 
-def linear_act_on(route: str, args: tuple) -> Tensor:
-    """linear_act by a route of dispatch.select; `args` are those of the op, in its order."""
-    if route == registry.EAGER:
-        return composite.linear_act(*args)
-    if _needs_grad(*args[:4]):
-        return LinearAct.apply(*args[:5], route, *args[5:])
-    return ops.BY_BACKEND[route].linear_act_infer(*args)
+def linear_act_on(backend: str, x: Tensor, w: Tensor, e: Epilogue) -> Tensor:
+    """linear_act on a backend that choice.select has chosen."""
+    if backend == registry.EAGER:
+        return composite.linear_act(x, w, e)
+    if _needs_grad(x, w, e.bias, e.slope):
+        return LinearAct.apply(x, w, e.bias, e.slope, e.state, backend, *e.numbers)
+    return ops.BY_BACKEND[backend].linear_act_infer(x, w, *e)
 
 
-def run_bias_act_dropout(
-    x: Tensor,
-    b: Tensor | None,
-    slope: Tensor | None,
-    state: Tensor | None,
-    act: int,
-    alpha: float,
-    threshold: int,
-    scale: float,
-    layer: int,
-    row_offset: int,
-    backend: str | None,
-) -> Tensor:
+def run_bias_act_dropout(x: Tensor, e: Epilogue, backend: str | None) -> Tensor:
     """bias_act_dropout on checked arguments. Under autocast it stays in x's dtype, as F.relu."""
     op = "bias_act_dropout"
-    if is_foreign(x, b, slope):
-        args = (x, b, slope, state, act, alpha, threshold, scale, layer, row_offset)
-        return bias_act_dropout_on(foreign_route(op, backend), args)
+    if is_foreign(x, e.bias, e.slope):
+        return bias_act_dropout_on(foreign_backend(op, backend), x, e)
     columns = x.shape[-1] if x.dim() else 1
-    rows = checks.rows(x)
-    if threshold:
-        checks.row_range(op, rows, columns, row_offset)
-    args = (x, b, slope, state, act, alpha, threshold, scale, layer, row_offset)
-    route = choice.select(
-        op, x.device.type, x.dtype, act, threshold != 0, rows, 0, columns, backend
-    )
+    rows, drops = checks.rows(x), e.threshold != 0
+    if drops:
+        checks.row_range(op, rows, columns, e.row_offset)
+    chosen = choice.select(op, x.device.type, x.dtype, e.act, drops, rows, 0, columns, backend)
     if _transformed():
-        route = _functorch_route(op, backend)
-    return bias_act_dropout_on(route, args)
+        chosen = _functorch_backend(op, backend)
+    return bias_act_dropout_on(chosen, x, e)
 
 
-def bias_act_dropout_on(route: str, args: tuple) -> Tensor:
-    """bias_act_dropout by a route of dispatch.select; `args` are those of the op, in its order."""
-    if route == registry.EAGER:
-        return composite.bias_act_dropout(*args)
-    if _needs_grad(*args[:3]):
-        return BiasActDropout.apply(*args[:4], route, *args[4:])
-    return ops.BY_BACKEND[route].bias_act_dropout_fwd(*args)
+def bias_act_dropout_on(backend: str, x: Tensor, e: Epilogue) -> Tensor:
+    """bias_act_dropout on a backend that choice.select has chosen."""
+    if backend == registry.EAGER:
+        return composite.bias_act_dropout(x, e)
+    if _needs_grad(x, e.bias, e.slope):
+        return BiasActDropout.apply(x, e.bias, e.slope, e.state, backend, *e.numbers)
+    return ops.BY_BACKEND[backend].bias_act_dropout_fwd(x, *e)
 
 
-def _functorch_route(op: str, backend: str | None) -> str:
+def _functorch_backend(op: str, backend: str | None) -> str:
     """Transforms need a composition of functions that PyTorch can transform."""
     where = "inside torch.func transforms (vmap, grad, ...) and forward mode only 'reference' runs"
     return _only_eager(op, backend, where)
@@ -292,20 +263,19 @@ def linear_act(
         alpha, slope = checks.slope(op, act, slope, columns)
     else:
         alpha = checks.DEFAULT_LEAKY_SLOPE
-    threshold, scale, state, layer = 0, 1.0, None, 0
+    threshold, scale, state, stream_offset = 0, 1.0, None, 0
     p = checks.probability(op, p)
     row_offset = checks.row_range(op, 0, 0, row_offset)
     if training and p > 0:
         checks.tensor(op, "input", input)
         threshold, scale = philox.threshold_and_scale(p)
-        state, layer, row_offset = _call_state(op, input, seed, stream, row_offset)
+        state, stream_offset, row_offset = _call_state(op, input, seed, stream, row_offset)
     if slope is not None:
         checks.tensor(op, "input", input)
         checks.same_device(op, "slope", slope, input)
         checks.vector_dtype(op, "slope", slope, input)
-    return run_linear_act(
-        input, weight, bias, slope, state, act, alpha, threshold, scale, layer, row_offset, backend
-    )
+    drop = threshold, scale, stream_offset, row_offset
+    return run_linear_act(input, weight, Epilogue(bias, slope, state, act, alpha, *drop), backend)
 
 
 def bias_act_dropout(
@@ -345,15 +315,14 @@ def bias_act_dropout(
     if slope is not None:
         checks.same_device(op, "slope", slope, input)
         checks.vector_dtype(op, "slope", slope, input)
-    threshold, scale, state, layer = 0, 1.0, None, 0
+    threshold, scale, state, stream_offset = 0, 1.0, None, 0
     p = checks.probability(op, p)
     row_offset = checks.row_range(op, 0, 0, row_offset)
     if training and p > 0:
         threshold, scale = philox.threshold_and_scale(p)
-        state, layer, row_offset = _call_state(op, input, seed, stream, row_offset)
-    return run_bias_act_dropout(
-        input, bias, slope, state, act, alpha, threshold, scale, layer, row_offset, backend
-    )
+        state, stream_offset, row_offset = _call_state(op, input, seed, stream, row_offset)
+    drop = threshold, scale, stream_offset, row_offset
+    return run_bias_act_dropout(input, Epilogue(bias, slope, state, act, alpha, *drop), backend)
 
 
 def dropout(
@@ -385,7 +354,6 @@ def dropout(
     if not training or p == 0:
         return input
     threshold, scale = philox.threshold_and_scale(p)
-    state, layer, row_offset = _call_state(op, input, seed, stream, row_offset)
-    return run_bias_act_dropout(
-        input, None, None, state, _NONE, 0.0, threshold, scale, layer, row_offset, backend
-    )
+    state, stream_offset, row_offset = _call_state(op, input, seed, stream, row_offset)
+    drop = threshold, scale, stream_offset, row_offset
+    return run_bias_act_dropout(input, Epilogue(None, None, state, _NONE, 0.0, *drop), backend)

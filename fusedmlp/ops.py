@@ -1,7 +1,7 @@
 """The registered operators: torch.ops.fusedmlp.<op>.<backend>, one overload for each backend.
 
 The overloads of one op share schema, fake kernel and meaning. `reference` and `triton` are
-implemented by the Python functions of kernels/<backend>; the compiled extension registers
+implemented by the Python functions of backends/<backend>; the compiled extension registers
 `native` itself, so that such a call goes through no Python. None has an autograd key: autograd.py
 stands outside. Ops take ids and numbers; functional.py is where names and defaults are resolved.
 """
@@ -17,14 +17,15 @@ from torch import Tensor
 from . import flops
 from .backends import registry
 from .spec import checks, dtypes, layers
-from .spec.activations import SAVE_NOTHING, SAVE_Y, SAVE_Z, saves
+from .spec.activations import SAVE_NOTHING, SAVE_PREACT, SAVE_Y
+from .spec.layers import Epilogue
 
 _EPILOGUE = (
     "Tensor? b, Tensor? slope, Tensor? state, int act, float alpha, "
-    "int threshold, float scale, int layer, int row_offset"
+    "int threshold, float scale, int stream_offset, int row_offset"
 )
 SCHEMAS = {
-    "linear_act_fwd": f"(Tensor x, Tensor w, {_EPILOGUE}) -> (Tensor y, Tensor h)",
+    "linear_act_fwd": f"(Tensor x, Tensor w, {_EPILOGUE}) -> (Tensor y, Tensor preact)",
     "linear_act_infer": f"(Tensor x, Tensor w, {_EPILOGUE}) -> Tensor",
     "bias_act_dropout_fwd": f"(Tensor x, {_EPILOGUE}) -> Tensor",
     "bias_act_dropout_bwd": (
@@ -39,7 +40,7 @@ SCHEMAS = {
         "bool keep) -> Tensor[]"
     ),
     "mlp_bwd": (
-        "(Tensor dy, Tensor x, Tensor[] params, Tensor? state, Tensor[] ys, Tensor[] hs, "
+        "(Tensor dy, Tensor x, Tensor[] params, Tensor? state, Tensor[] ys, Tensor[] preacts, "
         "int[] ints, float[] numbers, int row_offset, int[] needs, bool need_dx) -> Tensor[]"
     ),
     "cross_entropy": (
@@ -51,67 +52,44 @@ SCHEMAS = {
 _lib = torch.library.Library("fusedmlp", "DEF")
 
 
-def _check_linear_act(x, w, b, slope, state, act, alpha, threshold, scale, layer, row_offset):
-    op = "linear_act"
-    checks.linear(op, x, w, b)
-    checks.epilogue(op, x, w.shape[0], act, slope, state, threshold, row_offset)
+def _check_linear_act(x: Tensor, w: Tensor, e: Epilogue) -> None:
+    checks.linear("linear_act", x, w, e.bias)
+    checks.epilogue("linear_act", x, w.shape[0], e)
 
 
-def _check_fwd(x, b, slope, state, act, alpha, threshold, scale, layer, row_offset):
+def _check_fwd(x: Tensor, e: Epilogue) -> None:
+    checks.elementwise("bias_act_dropout", x, e.bias)
+    checks.epilogue("bias_act_dropout", x, x.shape[-1] if x.dim() else 1, e)
+
+
+def _check_bwd(dy, saved, e: Epilogue, saves: int, need_db: bool, need_dslope: bool) -> None:
+    _check_fwd(dy, e)
     op = "bias_act_dropout"
-    checks.elementwise(op, x, b)
-    columns = x.shape[-1] if x.dim() else 1
-    checks.epilogue(op, x, columns, act, slope, state, threshold, row_offset)
-
-
-def _check_bwd(
-    dy,
-    saved,
-    b,
-    slope,
-    state,
-    act,
-    alpha,
-    threshold,
-    scale,
-    layer,
-    row_offset,
-    saves,
-    need_db,
-    need_dslope,
-):
-    _check_fwd(dy, b, slope, state, act, alpha, threshold, scale, layer, row_offset)
-    op = "bias_act_dropout"
-    if saves not in (SAVE_NOTHING, SAVE_Y, SAVE_Z):
+    if saves not in (SAVE_NOTHING, SAVE_Y, SAVE_PREACT):
         raise ValueError(f"{op}: saves must be 0, 1 or 2, got {saves}")
     if saves != SAVE_NOTHING and (saved is None or saved.shape != dy.shape):
         got = "None" if saved is None else tuple(saved.shape)
         raise ValueError(f"{op}: saved must be {tuple(dy.shape)} like dy, got {got}")
-    if need_db and b is None:
+    if need_db and e.bias is None:
         raise ValueError(f"{op}: bias must be given where its gradient is asked for, got None")
 
 
-def _fake_linear_act_fwd(x, w, *rest):
-    _check_linear_act(x, w, *rest)
+def _fake_linear_act_fwd(x, w, e):
     shape = (*x.shape[:-1], w.shape[0])
     return x.new_empty(shape), x.new_empty(shape)
 
 
-def _fake_linear_act_infer(x, w, *rest):
-    _check_linear_act(x, w, *rest)
+def _fake_linear_act_infer(x, w, e):
     return x.new_empty((*x.shape[:-1], w.shape[0]))
 
 
-def _fake_fwd(x, *rest):
-    _check_fwd(x, *rest)
+def _fake_fwd(x, e):
     return x.new_empty(x.shape)
 
 
-def _fake_bwd(dy, saved, b, slope, *rest):
-    _check_bwd(dy, saved, b, slope, *rest)
-    need_db, need_dslope = rest[-2:]
-    db = b.new_empty(b.shape) if need_db else dy.new_empty(0)
-    dslope = slope.new_empty(slope.shape) if need_dslope else dy.new_empty(0)
+def _fake_bwd(dy, saved, e, saves, need_db, need_dslope):
+    db = e.bias.new_empty(e.bias.shape) if need_db else dy.new_empty(0)
+    dslope = e.slope.new_empty(e.slope.shape) if need_dslope else dy.new_empty(0)
     return dy.new_empty(dy.shape), db, dslope
 
 
@@ -129,52 +107,48 @@ def _check_mlp_fwd(x, params, state, ints, numbers, row_offset, keep=True):
             f"must be given for each layer, got {len(ints)}, {len(numbers)} and {len(params)}"
         )
     like = x
-    for layer in layers.layers(params, ints, numbers):
-        columns = layer.w.shape[0] if layer.w.dim() else 0
-        checks.linear(op, like, layer.w, layer.b)
-        checks.epilogue(op, x, columns, layer.act, layer.slope, state, layer.threshold, row_offset)
+    for w, e in layers.unpack(params, ints, numbers, state, row_offset):
+        columns = w.shape[0] if w.dim() else 0
+        checks.linear(op, like, w, e.bias)
+        checks.epilogue(op, x, columns, e)
         like = x.new_empty((0, columns))
 
 
-def _keeps_z(x, ints, numbers) -> list[bool]:
-    """Of each layer, whether backward reads its z."""
-    return [
-        saves(act, alpha, x.dtype, threshold != 0) == SAVE_Z
-        for act, threshold, alpha in zip(
-            ints[:: layers.INTS], ints[1 :: layers.INTS], numbers[:: layers.NUMBERS], strict=True
-        )
-    ]
+def _keeps_preact(x, params, ints, numbers) -> list[bool]:
+    """Of each layer, whether backward reads its preactivation."""
+    net = layers.unpack(params, ints, numbers, None, 0)
+    return [e.saves(x.dtype) == SAVE_PREACT for _, e in net]
 
 
-def _check_mlp_bwd(dy, x, params, state, ys, hs, ints, numbers, row_offset, needs=(), need_dx=True):
+def _widths(params, ints, numbers) -> list[int]:
+    return [w.shape[0] for w, _ in layers.unpack(params, ints, numbers, None, 0)]
+
+
+def _check_mlp_bwd(
+    dy, x, params, state, ys, preacts, ints, numbers, row_offset, needs=(), need_dx=True
+):
     _check_mlp_fwd(x, params, state, ints, numbers, row_offset)
     op, count = "mlp", len(ints) // layers.INTS
-    of_z = sum(_keeps_z(x, ints, numbers))
-    if (len(ys), len(hs), len(needs)) != (count, of_z, count):
+    kept = sum(_keeps_preact(x, params, ints, numbers))
+    if (len(ys), len(preacts), len(needs)) != (count, kept, count):
         raise ValueError(
-            f"{op}: ys, hs and needs must have {count}, {of_z} and {count} entries, "
-            f"got {len(ys)}, {len(hs)} and {len(needs)}"
+            f"{op}: ys, preacts and needs must have {count}, {kept} and {count} entries, "
+            f"got {len(ys)}, {len(preacts)} and {len(needs)}"
         )
-    width = [layer.w.shape[0] for layer in layers.layers(params, ints, numbers)][-1]
-    wanted = (*x.shape[:-1], width)
+    wanted = (*x.shape[:-1], _widths(params, ints, numbers)[-1])
     if dy.shape != wanted:
         raise ValueError(f"{op}: dy must be {tuple(wanted)} like the output, got {tuple(dy.shape)}")
 
 
 def _fake_mlp_fwd(x, params, state, ints, numbers, row_offset, keep):
-    _check_mlp_fwd(x, params, state, ints, numbers, row_offset)
-    widths = [layer.w.shape[0] for layer in layers.layers(params, ints, numbers)]
+    widths = _widths(params, ints, numbers)
     ys = [x.new_empty((*x.shape[:-1], n)) for n in widths]
-    hs = [
-        x.new_empty((*x.shape[:-1], n))
-        for n, keeps in zip(widths, _keeps_z(x, ints, numbers), strict=True)
-        if keeps
-    ]
-    return ys + hs if keep else ys[-1:]
+    kept = zip(widths, _keeps_preact(x, params, ints, numbers), strict=True)
+    preacts = [x.new_empty((*x.shape[:-1], n)) for n, keeps in kept if keeps]
+    return ys + preacts if keep else ys[-1:]
 
 
-def _fake_mlp_bwd(dy, x, params, state, ys, hs, ints, numbers, row_offset, needs, need_dx):
-    _check_mlp_bwd(dy, x, params, state, ys, hs, ints, numbers, row_offset, needs)
+def _fake_mlp_bwd(dy, x, params, state, ys, preacts, ints, numbers, row_offset, needs, need_dx):
     wanted = layers.needed(ints, needs)
     grads = [t.new_empty(t.shape if wants else 0) for t, wants in zip(params, wanted, strict=True)]
     return [x.new_empty(x.shape if need_dx else 0), *grads]
@@ -187,7 +161,6 @@ def _check_cross_entropy(logits, target, label_smoothing, ignore_index, grad_sca
 
 
 def _fake_cross_entropy(logits, target, *rest):
-    _check_cross_entropy(logits, target, *rest)
     losses = logits.new_empty(logits.shape[0], dtype=dtypes.compute(logits.dtype))
     return losses, logits.new_empty(logits.shape)
 
@@ -201,6 +174,28 @@ _CHECKS_AND_FAKES = {
     "mlp_bwd": (_check_mlp_bwd, _fake_mlp_bwd),
     "cross_entropy": (_check_cross_entropy, _fake_cross_entropy),
 }
+
+
+# Where the nine values of an Epilogue begin in the arguments of an op.
+_EPILOGUE_AT = {
+    "linear_act_fwd": 2,
+    "linear_act_infer": 2,
+    "bias_act_dropout_fwd": 1,
+    "bias_act_dropout_bwd": 2,
+}
+
+
+def _with_epilogue(op: str, function):
+    """A function that takes an Epilogue, as one that takes the flat arguments of an op."""
+    at = _EPILOGUE_AT.get(op)
+    if at is None:
+        return function
+    end = at + len(Epilogue._fields)
+
+    def flat(*args):
+        return function(*args[:at], Epilogue(*args[at:end]), *args[end:])
+
+    return flat
 
 
 def _python_kernel(op: str, backend: str):
@@ -217,7 +212,18 @@ def _python_kernel(op: str, backend: str):
         check(*args)
         return loaded[0](*args)
 
-    return kernel
+    return _with_epilogue(op, kernel)
+
+
+def _fake_kernel(op: str):
+    """What an overload gives for tensors without data, after the checks."""
+    check, fake = _CHECKS_AND_FAKES[op]
+
+    def kernel(*args):
+        check(*args)
+        return fake(*args)
+
+    return _with_epilogue(op, kernel)
 
 
 def _native_not_loaded(op: str):
@@ -249,7 +255,7 @@ for _op, _schema in SCHEMAS.items():
             else _python_kernel(_op, _backend.name)
         )
         _lib.impl(_name, _kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fusedmlp::{_name}", _CHECKS_AND_FAKES[_op][1], lib=_lib)
+        torch.library.register_fake(f"fusedmlp::{_name}", _fake_kernel(_op), lib=_lib)
 
 
 def draw_seed_eager(like: Tensor) -> Tensor:

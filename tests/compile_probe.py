@@ -21,6 +21,7 @@ from fusedmlp.backends.triton import linear_act, tiles
 from fusedmlp.backends.triton.cross_entropy import cross_entropy
 from fusedmlp.backends.triton.dgrad_act import dgrad_act
 from fusedmlp.spec import activations, philox
+from fusedmlp.spec.layers import Epilogue
 
 TARGET = "sm_90"
 BACKEND = make_backend(triton_build.TARGETS[TARGET])
@@ -59,10 +60,10 @@ def calls(m, n, k, dtype):
             yield (
                 f"linear_act {act} splits {splits}",
                 lambda deep=deep, numbers=numbers, tile=tile: linear_act.run(
-                    *deep, b, *numbers, keep_preact=True, tile=tile
+                    *deep, Epilogue(b, *numbers), keep_preact=True, tile=tile
                 ),
             )
-        rest = b, *numbers, activations.SAVE_Z, True, slope is not None
+        rest = Epilogue(b, *numbers), activations.SAVE_PREACT, True, slope is not None
         tile = tiles.Tile(16, 16, 16, 4, 2)
         yield (
             f"dgrad_act {act}",
@@ -70,7 +71,9 @@ def calls(m, n, k, dtype):
         )
         yield (
             f"bias_act_dropout_fwd {act}",
-            lambda numbers=numbers: epilogue.bias_act_dropout_fwd(empty(m, n), b, *numbers),
+            lambda numbers=numbers: epilogue.bias_act_dropout_fwd(
+                empty(m, n), Epilogue(b, *numbers)
+            ),
         )
         yield (
             f"bias_act_dropout_bwd {act}",
@@ -90,8 +93,8 @@ def approximations(act) -> set[str]:
     saves = activations.saves(activations.IDS[act], 0.0, torch.float32, False)
     found: set[str] = set()
     for call in (
-        lambda: epilogue.bias_act_dropout_fwd(x, b, *numbers),
-        lambda: epilogue.bias_act_dropout_bwd(x, x, b, *numbers, saves, False, False),
+        lambda: epilogue.bias_act_dropout_fwd(x, Epilogue(b, *numbers)),
+        lambda: epilogue.bias_act_dropout_bwd(x, x, Epilogue(b, *numbers), saves, False, False),
     ):
         (launch,) = triton_build.launches_of(TARGET, call)
         options = dict(num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=True)

@@ -61,6 +61,7 @@ driver.set_active(Driver())
 
 from fusedmlp.backends.triton import bias_act_dropout, launch, linear_act, tiles  # noqa: E402
 from fusedmlp.spec import philox  # noqa: E402
+from fusedmlp.spec.layers import Epilogue  # noqa: E402
 
 
 def calls():
@@ -86,13 +87,15 @@ ADDRESSES = {t.data_ptr() for x, b, w, (state, *_) in CALLS for t in (x, b, w, s
 def run() -> list:
     recorded.clear()
     for x, b, w, (state, *numbers) in CALLS:
-        y = bias_act_dropout.bias_act_dropout_fwd(x, b, None, state, *numbers)
-        bias_act_dropout.bias_act_dropout_bwd(x, y, b, None, state, *numbers, 1, True, False)
-        linear_act.linear_act_infer(x, w, None, None, state, *numbers)
+        y = bias_act_dropout.bias_act_dropout_fwd(x, Epilogue(b, None, state, *numbers))
+        bias_act_dropout.bias_act_dropout_bwd(
+            x, y, Epilogue(b, None, state, *numbers), 1, True, False
+        )
+        linear_act.linear_act_infer(x, w, Epilogue(None, None, state, *numbers))
         if x.shape == (1, 32):
             # One row: M is a number of Python's, also in the kernel that adds up the splits.
             tile = tiles.Tile(16, 16, 16, 4, 2, splits=2)
-            linear_act.run(x, w, None, None, state, *numbers, keep_preact=False, tile=tile)
+            linear_act.run(x, w, Epilogue(None, None, state, *numbers), False, tile)
     return [list(r) for r in recorded]
 
 
@@ -105,16 +108,13 @@ kinds, loaded = len(launch._compiled), Utils.loaded
 def load_again() -> int:
     """Kernels that are compiled anew for other layers, rows and thresholds."""
     x, b, w, (state, act, alpha, threshold, scale, *_) = CALLS[0]
-    epilogue = state, act, alpha
     for layer in (0, 1, 16, 2**31, 2**40):
         for row_offset in (0, 1, 16, 2**31, 2**40):
             for bits in (threshold, 1, 16, 2**31 + 16):
-                numbers = bits, scale, layer, row_offset
-                y = bias_act_dropout.bias_act_dropout_fwd(x, b, None, *epilogue, *numbers)
-                bias_act_dropout.bias_act_dropout_bwd(
-                    x, y, b, None, *epilogue, *numbers, 1, True, False
-                )
-                linear_act.linear_act_infer(x, w, None, None, *epilogue, *numbers)
+                e = Epilogue(b, None, state, act, alpha, bits, scale, layer, row_offset)
+                y = bias_act_dropout.bias_act_dropout_fwd(x, e)
+                bias_act_dropout.bias_act_dropout_bwd(x, y, e, 1, True, False)
+                linear_act.linear_act_infer(x, w, e._replace(bias=None))
     return Utils.loaded - loaded
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 import fusedmlp
 from fusedmlp.autograd.mlp import Mlp, Net
-from fusedmlp.backends import registry
+from fusedmlp.backends import choice, registry
 from fusedmlp.commands.verify import excess
 from fusedmlp.ops import BY_BACKEND
 from fusedmlp.spec import activations, philox
@@ -66,17 +66,15 @@ def plain(net, row_offset=3):
     x, params, ints, numbers = net
     leaves = [t.detach().clone().requires_grad_() for t in (x, *params)]
     y = leaves[0]
-    for layer in nets.layers(leaves[1:], ints, numbers):
-        y = F.linear(y, layer.w, layer.b)
-        if layer.act == activations.PRELU:
-            y = F.prelu(y, layer.slope)
-        elif layer.act != activations.NONE:
-            y = activations.TABLE[layer.act].forward(y, layer.alpha)
-        if layer.threshold:
-            keep = philox.keep_mask(
-                STATE, layer.layer, y.shape[0], y.shape[1], layer.threshold, row_offset
-            )
-            y = torch.where(keep, y * layer.scale, 0.0)
+    for w, e in nets.unpack(leaves[1:], ints, numbers, STATE, row_offset):
+        y = F.linear(y, w, e.bias)
+        if e.act == activations.PRELU:
+            y = F.prelu(y, e.slope)
+        elif e.act != activations.NONE:
+            y = activations.TABLE[e.act].forward(y, e.alpha)
+        if e.threshold:
+            keep = philox.keep_mask(STATE, e.stream_offset, *y.shape, e.threshold, row_offset)
+            y = torch.where(keep, y * e.scale, 0.0)
     return [y.detach(), *torch.autograd.grad(y, leaves, y.detach().sin())]
 
 
@@ -346,7 +344,7 @@ def test_what_is_put_in_the_place_of_a_parameter_is_seen(change):
 
 def test_modules_on_any_backend_with_the_op(backend, monkeypatch):
     """What nn does with the op, on a backend that is not chosen for it."""
-    monkeypatch.setattr(registry, "has_mlp", lambda name, device, dtype: True)
+    monkeypatch.setattr(choice, "has_mlp", lambda name, device, dtype: True)
     fused, x = fusedmlp.fuse(dropout_net(nn.Tanh)), torch.randn(4, 6)
     with fusedmlp.use_backend(backend), fusedmlp.dropout_state(1):
         y = fused(x)

@@ -65,12 +65,13 @@ class Net:
         self.x = self.tensors["x"]
         self.names = [name for name in self.tensors if name != "x"]
         self.params = [self.tensors[name] for name in self.names]
-        self.ints = []
+        net = []
         for i, act in enumerate(acts):
-            bits = zip(layers.BITS, ("w", "b", "slope"), strict=True)
-            has = sum(bit for bit, name in bits if f"{name}{i}" in self.tensors)
-            self.ints += [activations.IDS[act], threshold, i, has]
-        self.numbers = [alpha, scale] * len(acts)
+            w, b, slope = (self.tensors.get(f"{name}{i}") for name in ("w", "b", "slope"))
+            drop = threshold, scale, i, 5
+            e = layers.Epilogue(b, slope, self.state, activations.IDS[act], alpha, *drop)
+            net.append(layers.Layer(w, e))
+        self.params, self.ints, self.numbers = layers.pack(net)
 
     def forward(self, backend, keep=True, x=None):
         x = self.x if x is None else x
@@ -157,17 +158,17 @@ def test_the_outputs_are_those_of_the_layers_to_the_bit(mlp_backend, device):
     net = Net((13, 24, 17, 10), ("gelu", "relu", "tanh"), 0.3, torch.float32, device)
     kept, x = net.forward(mlp_backend), net.x
     of_backend = ops.BY_BACKEND[mlp_backend]
-    hs = kept[3:]
-    for i, layer in enumerate(layers.layers(net.params, net.ints, net.numbers)):
-        args = x, layer.w, *layer.epilogue(net.state, 5)
-        if activations.saves(layer.act, layer.alpha, x.dtype, True) == activations.SAVE_Z:
-            y, h = of_backend.linear_act_fwd(*args)
-            assert torch.equal(hs.pop(0), h)
+    preacts = kept[3:]
+    unpacked = layers.unpack(net.params, net.ints, net.numbers, net.state, 5)
+    for i, (w, e) in enumerate(unpacked):
+        if e.saves(x.dtype) == activations.SAVE_PREACT:
+            y, preact = of_backend.linear_act_fwd(x, w, *e)
+            assert torch.equal(preacts.pop(0), preact)
         else:
-            y = of_backend.linear_act_infer(*args)
+            y = of_backend.linear_act_infer(x, w, *e)
         assert torch.equal(kept[i], y)
         x = y
-    assert not hs
+    assert not preacts
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -181,7 +182,7 @@ def test_products_are_kept_where_backward_reads_them(alpha, p, dtype, mlp_backen
         pytest.skip("on a CPU the extension runs networks in fp32 only")
     kept = net.forward(mlp_backend)
     of_z = [
-        activations.saves(act.id, alpha, dtype, p > 0) == activations.SAVE_Z
+        activations.saves(act.id, alpha, dtype, p > 0) == activations.SAVE_PREACT
         for act in activations.TABLE
     ]
     assert [t.shape for t in kept] == [(3, 8)] * (len(acts) + sum(of_z))

@@ -213,7 +213,7 @@ def test_layers_are_numbered_as_linears_are(backend):
     torch.testing.assert_close(in_state(net, x), by_hand(net, x, [1]))
     bare = FusedMLP(6, [9, 9], 3, activation="none", dropout=[0.0, 0.5])
     torch.testing.assert_close(in_state(bare, x), by_hand(bare, x, [1]))
-    assert net.layer_count() == bare.layer_count() == 3
+    assert net._layer_count() == bare._layer_count() == 3
 
 
 def test_fused_mlp_without_hidden_layers_and_with_options():
@@ -230,7 +230,7 @@ def test_fused_mlp_without_hidden_layers_and_with_options():
 def test_number_layers_reaches_layers_that_are_no_containers():
     net = nn.ModuleList([FusedLinear(3, 3), mlp(), FusedDropout(), FusedMLP(6, [4], 3)])
     assert surgery.assign_streams(net) == 4
-    assert [m.first_layer for m in (net[0], net[2], net[3])] == [0, 1, 2]
+    assert [m.stream_offset for m in (net[0], net[2], net[3])] == [0, 1, 2]
 
 
 BAD = {

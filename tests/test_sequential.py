@@ -277,7 +277,7 @@ def test_containers_of_one_model_have_layers_of_their_own(backend):
     a, b = in_state(model, x)
     torch.testing.assert_close(a, by_hand(model.a, x))
     torch.testing.assert_close(b, by_hand(model.b, x, (3, 4)))
-    assert surgery.assign_streams(model, 10) == 16 and model.b.first_layer == 13
+    assert surgery.assign_streams(model, 10) == 16 and model.b.stream_offset == 13
 
 
 def test_the_list_operations_of_a_sequential():

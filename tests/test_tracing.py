@@ -109,7 +109,7 @@ def test_modules_inside_modules_have_traces_and_masks_of_their_own():
     net, x = Residual(), torch.randn(5, 6)
     fused = fuse(net, trace=True)
     assert len(parts(fused)) == 4 and type(fused.back[0]) is FusedSequential
-    first = [block.fused_first_layer for block in fused.blocks]
+    first = [block._stream_offset for block in fused.blocks]
     assert len(set(first)) == 2
     torch.testing.assert_close(fused.eval()(x), net.eval()(x))
 

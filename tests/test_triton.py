@@ -13,6 +13,7 @@ import fusedmlp.functional as FF
 from fusedmlp.backends import reference
 from fusedmlp.commands.verify import excess
 from fusedmlp.spec import activations, philox
+from fusedmlp.spec.layers import Epilogue
 
 from . import interpreter
 from .check_op import DTYPES, SEED, STREAM
@@ -99,7 +100,13 @@ def _tile(name, **fields):
 def _run(args, tile, keep_preact=True):
     from fusedmlp.backends.triton import linear_act
 
-    return linear_act.run(*args, keep_preact=keep_preact, tile=tile)
+    x, w, *e = args
+    return linear_act.run(x, w, Epilogue(*e), keep_preact=keep_preact, tile=tile)
+
+
+def _linear_act(backend):
+    """linear_act_fwd of a backend, with the values of the epilogue one by one."""
+    return lambda x, w, *e: backend.linear_act_fwd(x, w, Epilogue(*e))
 
 
 # --- masks --------------------------------------------------------------------------------------
@@ -140,14 +147,14 @@ def test_dropout_alone_draws_the_bits_of_the_specification(shape, dtype, backend
 def test_every_kind_of_tile_is_within_the_error_budget(name, variant, dtype, kernels, device):
     # Rows of 120 elements start at multiples of 16 bytes: descriptors can be made of them.
     args = _layer(67, 120, 43, DTYPES[dtype], device)
-    _assert_within_budget(_run(args, _tile(name, **variant)), reference.linear_act_fwd, args)
+    _assert_within_budget(_run(args, _tile(name, **variant)), _linear_act(reference), args)
 
 
 def test_a_split_along_k_gives_the_same_bits_twice(kernels, device):
     args = _layer(10, 301, 9, torch.float32, device)
     first, second = (_run(args, _tile("16x16x16", splits=5)) for _ in range(2))
     _assert_same_bits(first, second)
-    _assert_within_budget(first, reference.linear_act_fwd, args)
+    _assert_within_budget(first, _linear_act(reference), args)
 
 
 @pytest.mark.parametrize("descriptors", [False, True])
@@ -186,21 +193,27 @@ def test_a_large_fp32_product_takes_the_librarys_gemm(kernels, device, monkeypat
 
     monkeypatch.setattr(tiles, "LARGEST_SLOW_PRODUCT", 0)
     args = _layer(19, 20, 21, torch.float32, device)
-    _assert_within_budget(kernels.linear_act_fwd(*args), reference.linear_act_fwd, args)
+    _assert_within_budget(_linear_act(kernels)(*args), _linear_act(reference), args)
 
 
 # --- dgrad_act ----------------------------------------------------------------------------------
 
 
-def _dgrad_act_reference(dz, w, *rest):
-    return reference.bias_act_dropout_bwd(dz @ w, *rest)
+def _dgrad_act(kernels, *args, tile=None):
+    dz, w, saved, *e, saves, need_db, need_dslope = args
+    return kernels.dgrad_act(dz, w, saved, Epilogue(*e), saves, need_db, need_dslope, tile)
+
+
+def _dgrad_act_reference(dz, w, saved, *rest):
+    *e, saves, need_db, need_dslope = rest
+    return reference.bias_act_dropout_bwd(dz @ w, saved, Epilogue(*e), saves, need_db, need_dslope)
 
 
 def _dgrad_arguments(m, k, n, dtype, device, act, p, slopes=None):
     """Arguments of dgrad_act: a layer of k units before one of n."""
     z, w, b, slope, state, *numbers = _layer(m, k, k, dtype, device, act, p)
     slope = None if slope is None else slope[:slopes]
-    y = reference.bias_act_dropout_fwd(z, b, slope, state, *numbers)
+    y = reference.bias_act_dropout_fwd(z, Epilogue(b, slope, state, *numbers))
     saves = activations.saves(numbers[0], 0.01, dtype, p > 0)
     saved = {0: None, 1: y, 2: z}[saves]
     g = torch.Generator().manual_seed(5)
@@ -215,20 +228,20 @@ def _dgrad_arguments(m, k, n, dtype, device, act, p, slopes=None):
 def test_dgrad_act_is_the_gemm_and_the_backward_epilogue(dtype, act, p, kernels, device):
     # So many columns that the error of the yardstick's column sums is not small by luck.
     args = _dgrad_arguments(67, 45, 27, DTYPES[dtype], device, act, p)
-    _assert_within_budget(kernels.dgrad_act(*args), _dgrad_act_reference, args)
+    _assert_within_budget(_dgrad_act(kernels, *args), _dgrad_act_reference, args)
 
 
 @pytest.mark.parametrize("descriptors", [False, True])
 @pytest.mark.parametrize("slopes", [1, None])
 def test_dgrad_act_sums_over_several_tiles(slopes, descriptors, kernels, device):
     args = _dgrad_arguments(150, 72, 40, torch.float32, device, "prelu", 0.3, slopes)
-    got = kernels.dgrad_act(*args, tile=_tile("64x32x32", descriptors=descriptors))
+    got = _dgrad_act(kernels, *args, tile=_tile("64x32x32", descriptors=descriptors))
     _assert_within_budget(got, _dgrad_act_reference, args)
 
 
 def test_dgrad_act_of_an_empty_batch(kernels, device):
     args = _dgrad_arguments(0, 13, 27, torch.float32, device, "prelu", 0.3)
-    dz, db, dslope = kernels.dgrad_act(*args)
+    dz, db, dslope = _dgrad_act(kernels, *args)
     assert dz.shape == (0, 13) and not db.any() and not dslope.any()
 
 

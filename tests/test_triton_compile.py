@@ -14,6 +14,7 @@ import pytest
 
 from bench import kernel_cases, record
 from fusedmlp.backends import registry
+from fusedmlp.spec.layers import Epilogue
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -89,4 +90,4 @@ def test_an_unknown_activation_does_not_compile():
 
     x = torch.zeros(2, 8)
     with pytest.raises(Exception, match="unknown activation id"):
-        bias_act_dropout.bias_act_dropout_fwd(x, None, None, None, 99, 0.0, 0, 1.0, 0, 0)
+        bias_act_dropout.bias_act_dropout_fwd(x, Epilogue(None, None, None, 99, 0.0, 0, 1.0, 0, 0))

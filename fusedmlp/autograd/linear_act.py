@@ -13,7 +13,8 @@ from torch import Tensor
 from ..backends import composite
 from ..ops import BY_BACKEND
 from ..spec import checks
-from ..spec.activations import LEAKY_RELU, SAVE_NOTHING, SAVE_Y, SAVE_Z, saves
+from ..spec.activations import LEAKY_RELU, SAVE_NOTHING, SAVE_PREACT, SAVE_Y, saves
+from ..spec.layers import Epilogue
 
 _NO_MORE = (None,) * 8  # the backend's name, the state and the numbers have no gradients
 
@@ -53,34 +54,30 @@ def _matmul_grads(dz: Tensor, x: Tensor | None, w: Tensor | None):
 class LinearAct(torch.autograd.Function):
     """y = drop(act(x w^T + b)).
 
-    x (..., K), w (N, K), b (N,) or None, slope 1 or N elements or None, state (2,) int64 or None
+    x (..., K), w (N, K); then the tensors, the backend and the numbers of an Epilogue
     """
 
     @staticmethod
-    def forward(
-        ctx, x, w, b, slope, state, backend, act, alpha, threshold, scale, layer, row_offset
-    ):
-        ops = BY_BACKEND[backend]
-        kind = saves(act, alpha, x.dtype, threshold != 0)
-        args = (x, w, b, slope, state, act, alpha, threshold, scale, layer, row_offset)
-        if kind == SAVE_Z:
-            y, saved = ops.linear_act_fwd(*args)
+    def forward(ctx, x, w, b, slope, state, backend, *numbers):
+        ops, act = BY_BACKEND[backend], numbers[0]
+        kind = saves(act, numbers[1], x.dtype, numbers[2] != 0)
+        if kind == SAVE_PREACT:
+            y, saved = ops.linear_act_fwd(x, w, b, slope, state, *numbers)
         else:
-            y = ops.linear_act_infer(*args)
+            y = ops.linear_act_infer(x, w, b, slope, state, *numbers)
             saved = y if kind == SAVE_Y else None
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
         # Where the derivative is a function of z, the second derivative needs both operands.
-        through_z = kind == SAVE_Z and act != LEAKY_RELU
+        through_z = kind == SAVE_PREACT and act != LEAKY_RELU
         ctx.save_for_backward(
             x if need_w or (need_x and through_z) else None,
             w if need_x or (need_w and through_z) else None,
-            b if need_b or kind == SAVE_Z else None,
+            b if need_b or kind == SAVE_PREACT else None,
             slope,
             state,
             saved,
         )
-        ctx.backend, ctx.kind = backend, kind
-        ctx.numbers = (act, alpha, threshold, scale, layer, row_offset)
+        ctx.backend, ctx.kind, ctx.numbers = backend, kind, numbers
         return y
 
     @staticmethod
@@ -95,9 +92,8 @@ class LinearAct(torch.autograd.Function):
         x, w, b, slope, state, saved = ctx.saved_tensors
         need_x, need_w, need_b, need_slope = ctx.needs_input_grad[:4]
         if is_watched(dy):
-            dz, db, dslope = composite.linear_act_bwd(
-                dy, x, w, b, slope, state, saved, ctx.kind, *ctx.numbers
-            )
+            e = Epilogue(b, slope, state, *ctx.numbers)
+            dz, db, dslope = composite.linear_act_bwd(dy, x, w, saved, ctx.kind, e)
         else:
             dz, db, dslope = BY_BACKEND[ctx.backend].bias_act_dropout_bwd(
                 dy, saved, b, slope, state, *ctx.numbers, ctx.kind, need_b, need_slope
@@ -109,20 +105,17 @@ class LinearAct(torch.autograd.Function):
 class BiasActDropout(torch.autograd.Function):
     """y = drop(act(x + b)).
 
-    x (..., N), b (N,) or None, slope 1 or N elements or None, state (2,) int64 or None
+    x (..., N); then the tensors, the backend and the numbers of an Epilogue
     """
 
     @staticmethod
-    def forward(ctx, x, b, slope, state, backend, act, alpha, threshold, scale, layer, row_offset):
-        kind = saves(act, alpha, x.dtype, threshold != 0)
-        y = BY_BACKEND[backend].bias_act_dropout_fwd(
-            x, b, slope, state, act, alpha, threshold, scale, layer, row_offset
-        )
-        saved = {SAVE_NOTHING: None, SAVE_Y: y, SAVE_Z: x}[kind]
-        keep_b = ctx.needs_input_grad[1] or kind == SAVE_Z
+    def forward(ctx, x, b, slope, state, backend, *numbers):
+        kind = saves(numbers[0], numbers[1], x.dtype, numbers[2] != 0)
+        y = BY_BACKEND[backend].bias_act_dropout_fwd(x, b, slope, state, *numbers)
+        saved = {SAVE_NOTHING: None, SAVE_Y: y, SAVE_PREACT: x}[kind]
+        keep_b = ctx.needs_input_grad[1] or kind == SAVE_PREACT
         ctx.save_for_backward(b if keep_b else None, slope, state, saved)
-        ctx.backend, ctx.kind = backend, kind
-        ctx.numbers = (act, alpha, threshold, scale, layer, row_offset)
+        ctx.backend, ctx.kind, ctx.numbers = backend, kind, numbers
         return y
 
     @staticmethod
@@ -137,9 +130,8 @@ class BiasActDropout(torch.autograd.Function):
         b, slope, state, saved = ctx.saved_tensors
         need_x, need_b, need_slope = ctx.needs_input_grad[:3]
         if is_watched(dy):
-            dz, db, dslope = composite.bias_act_dropout_bwd(
-                dy, b, slope, state, saved, ctx.kind, *ctx.numbers
-            )
+            e = Epilogue(b, slope, state, *ctx.numbers)
+            dz, db, dslope = composite.bias_act_dropout_bwd(dy, saved, ctx.kind, e)
         else:
             dz, db, dslope = BY_BACKEND[ctx.backend].bias_act_dropout_bwd(
                 dy, saved, b, slope, state, *ctx.numbers, ctx.kind, need_b, need_slope

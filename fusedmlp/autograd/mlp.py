@@ -12,7 +12,7 @@ from torch import Tensor
 from ..backends import composite
 from ..ops import BY_BACKEND
 from ..spec import layers
-from ..spec.activations import SAVE_Y, SAVE_Z, saves
+from ..spec.activations import SAVE_PREACT, SAVE_Y, saves
 from .linear_act import is_batched, is_watched
 
 _NO_GRADIENTS = (None, None, None)  # of state, row_offset and net
@@ -28,7 +28,7 @@ class Net:
 
     __slots__ = (
         "count",
-        "hs",
+        "preacts",
         "ints",
         "keeps_y",
         "kinds",
@@ -60,7 +60,7 @@ class Net:
         self.needs = layers.bits_of(ints)
         # Where the y and the h of the layers begin among the saved tensors.
         self.ys = 2 + len(self.trainable)
-        self.hs = self.ys + self.count
+        self.preacts = self.ys + self.count
 
     def infer(self, x: Tensor, state: Tensor | None, row_offset: int, params: list) -> Tensor:
         """y (..., N) without gradients."""
@@ -93,7 +93,7 @@ class Mlp(torch.autograd.Function):
         first = ctx.first = next(i for i, need in enumerate(wanted) if need)
         if first:
             x = out[first - 1]
-            of_z = count + net.kinds[:first].count(SAVE_Z)
+            of_z = count + net.kinds[:first].count(SAVE_PREACT)
             out[:first], out[count:of_z] = [net.nothing] * first, [net.nothing] * (of_z - count)
         ctx.save_for_backward(x, state, *params, *out)
         return y
@@ -109,9 +109,9 @@ class Mlp(torch.autograd.Function):
         ):
             return _backward(ctx, dy)
         # The usual case, without the host cost of the general one.
-        saved, ys, hs = ctx.saved_tensors, net.ys, net.hs
+        saved, ys, preacts = ctx.saved_tensors, net.ys, net.preacts
         grads = net.ops.mlp_bwd(
-            dy, saved[0], saved[2:ys], saved[1], saved[ys:hs], saved[hs:],
+            dy, saved[0], saved[2:ys], saved[1], saved[ys:preacts], saved[preacts:],
             net.ints, net.numbers, ctx.row_offset, net.needs, needs[0],
         )  # fmt: skip
         grads[1:1] = _NO_GRADIENTS
@@ -123,8 +123,8 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     net, first, needs = ctx.net, ctx.first, ctx.needs_input_grad
     x, state, *rest = ctx.saved_tensors
     skipped = layers.count_params(net.ints[: layers.INTS * first])
-    params, ys = rest[skipped : net.ys - 2], rest[net.ys - 2 + first : net.hs - 2]
-    hs = rest[net.hs - 2 + net.kinds[:first].count(SAVE_Z) :]
+    params, ys = rest[skipped : net.ys - 2], rest[net.ys - 2 + first : net.preacts - 2]
+    preacts = rest[net.preacts - 2 + net.kinds[:first].count(SAVE_PREACT) :]
     ints, numbers = net.ints[layers.INTS * first :], net.numbers[layers.NUMBERS * first :]
     wanted = needs[4 + skipped :]
     with torch.autocast(dy.device.type, enabled=False):
@@ -133,7 +133,7 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
             grads = _with_graph(dy, x, params, state, ints, numbers, ctx.row_offset, asked)
         else:
             bits = layers.needs_of(ints, wanted)
-            args = dy, x, params, state, ys, hs, ints, numbers, ctx.row_offset, bits, needs[0]
+            args = dy, x, params, state, ys, preacts, ints, numbers, ctx.row_offset, bits, needs[0]
             grads = net.ops.mlp_bwd(*args)
     found = [grads[0], *_NO_GRADIENTS, *[None] * skipped, *grads[1:]]
     return tuple([g if need else None for g, need in zip(found, needs, strict=True)])
@@ -146,8 +146,8 @@ def _with_graph(dy, x, params, state, ints, numbers, row_offset, asked) -> list[
         # Views: a weight that serves two layers has a gradient from each.
         tensors = [t.view_as(t) for t in (x, *params)]
         y = tensors[0]
-        for layer in layers.layers(tensors[1:], ints, numbers):
-            y = composite.linear_act(y, layer.w, *layer.epilogue(state, row_offset))
+        for w, e in layers.unpack(tensors[1:], ints, numbers, state, row_offset):
+            y = composite.linear_act(y, w, e)
     wanted = [t for t, need in zip(tensors, asked, strict=True) if need]
     found = iter(torch.autograd.grad(y, wanted, dy, create_graph=again))
     return [next(found) if need else None for need in asked]

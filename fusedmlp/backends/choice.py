@@ -55,6 +55,7 @@ _FEW_ROWS, _OUTER_ABOVE = 8, 1 << 16
 _ONE_PLAIN, _ONE_DROPS, _SMALL_WEIGHT = 1 << 23, 1 << 26, 1 << 14
 
 
+@functools.lru_cache(maxsize=4096)
 def _measured_order(
     device_type: str,
     op: str,

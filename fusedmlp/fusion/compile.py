@@ -1,6 +1,6 @@
 """torch.compile(model, backend=fusedmlp.compile_backend): a pass over Dynamo's graph.
 
-Every stretch of linear, activation and dropout in the graph becomes one op; the rest, and the
+Every group of linear, activation and dropout in the graph becomes one op; the rest, and the
 graph as a whole, goes to another backend of torch.compile. The seed of the masks is drawn outside
 of the compiled code, as an eager forward draws it: torch.manual_seed and dropout_state hold.
 """
@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .. import functional
-from ..nn import runner
-from ..nn.groups import Stretch, find
-from ..spec import activations, philox
+from ..nn.groups import LayerGroup, find_groups
+from ..nn.steps import fits
+from ..spec import activations
+from ..spec.layers import Epilogue
 from .tracing.graph import module_of, sequences
 
 _PRELU = (F.prelu, torch.prelu)
@@ -97,40 +98,35 @@ def _fuse(gm: fx.GraphModule) -> torch.device | None:
     graph, found = gm.graph, _chains(gm)
     if not found:
         return None
-    drops = [s for chain in found for s in chain if _threshold(s)]
+    drops = [group for chain in found for group in chain if _threshold(group)]
     state = device = None
     if drops:
         device = drops[0].source.meta["example_value"].device
         *_, last = (node for node in graph.nodes if node.op == "placeholder")
         with graph.inserting_after(last):
             state = graph.placeholder("dropout_state")
-    layer = 0
+    offset = 0
     for chain in found:
-        for stretch in chain:
-            if stretch.pays:
-                _put(graph, stretch, state, layer)
-            layer += 1
+        for group in chain:
+            if group.pays:
+                _put(graph, group, state, offset)
+            offset += 1
     graph.lint()
     gm.recompile()
     return device
 
 
-class _Nodes(Stretch):
-    """A stretch, and its nodes in the graph."""
+class _Nodes(LayerGroup):
+    """A group, and its nodes in the graph."""
 
     __slots__ = ("nodes",)
 
     @classmethod
-    def of(cls, stretch: Stretch, nodes: list[fx.Node]) -> _Nodes:
+    def of(cls, group: LayerGroup, nodes: list[fx.Node]) -> _Nodes:
         new = cls(
-            stretch.index,
-            stretch.linear,
-            stretch.activation,
-            stretch.dropout,
-            stretch.act,
-            stretch.alpha,
+            group.index, group.linear, group.activation, group.dropout, group.act, group.alpha
         )
-        new.nodes = nodes[stretch.index : stretch.index + len(stretch.modules)]
+        new.nodes = nodes[group.index : group.index + len(group.modules)]
         return new
 
     @property
@@ -138,11 +134,8 @@ class _Nodes(Stretch):
         return self.nodes[0].args[0]
 
 
-def _threshold(stretch: Stretch) -> int:
-    dropout = stretch.dropout
-    if dropout is None or not dropout.training:
-        return 0
-    return philox.threshold_and_scale(dropout.p)[0]
+def _threshold(group: LayerGroup) -> int:
+    return (group.dropping() or (0, 1.0))[0]
 
 
 def _module_of(node: fx.Node, gm: fx.GraphModule) -> nn.Module | None:
@@ -159,57 +152,56 @@ def _module_of(node: fx.Node, gm: fx.GraphModule) -> nn.Module | None:
 
 
 def _chains(gm: fx.GraphModule) -> list[list[_Nodes]]:
-    """The stretches of each chain of nodes of which one at least becomes an op."""
+    """The groups of each chain of nodes of which one at least becomes an op."""
     found = []
     for nodes, modules in sequences(gm.graph, gm, _module_of):
-        stretches = [_Nodes.of(s, nodes) for s in find(modules) if type(s) is Stretch]
-        if any(s.pays for s in stretches):
-            found.append(stretches)
+        groups = [_Nodes.of(g, nodes) for g in find_groups(modules) if type(g) is LayerGroup]
+        if any(group.pays for group in groups):
+            found.append(groups)
     return found
 
 
-def _put(graph: fx.Graph, stretch: _Nodes, state: fx.Node | None, layer: int) -> None:
-    """One call in the place of the nodes of a stretch."""
+def _put(graph: fx.Graph, group: _Nodes, state: fx.Node | None, offset: int) -> None:
+    """One call in the place of the nodes of a group."""
     w = b = slope = None
-    last = stretch.nodes[-1]
-    for node, m in zip(stretch.nodes, stretch.modules, strict=True):
-        if m is stretch.linear:
+    last = group.nodes[-1]
+    for node, m in zip(group.nodes, group.modules, strict=True):
+        if m is group.linear:
             w, b = [*node.args[1:], node.kwargs.get("bias"), None][:2]
         elif type(m) is nn.PReLU:
             slope = node.args[1]
-    threshold, scale = 0, 1.0
-    if _threshold(stretch):
-        threshold, scale = philox.threshold_and_scale(stretch.dropout.p)
-    numbers = (stretch.act, stretch.alpha, threshold, scale, layer, 0)
-    call = _caller(stretch)
-    # Where the stretch begins: its input may be written to later.
-    with graph.inserting_before(stretch.nodes[0]):
-        fused = graph.call_function(call, (stretch.source, w, b, slope, state, *numbers))
+    drop = *(group.dropping() or (0, 1.0)), offset, 0
+    # Flat: the arguments of a node are not to be a tuple of a class that the graph does not know.
+    epilogue = b, slope, state, group.act, group.alpha, *drop
+    # Where the group begins: its input may be written to later.
+    with graph.inserting_before(group.nodes[0]):
+        fused = graph.call_function(_caller(group), (group.source, w, *epilogue))
     fused.meta = dict(last.meta)
     last.replace_all_uses_with(fused)
-    for node in reversed(stretch.nodes):
+    for node in reversed(group.nodes):
         graph.erase_node(node)
 
 
-def _caller(stretch: Stretch) -> Callable:
-    linear, activation, dropout = stretch.linear, stretch.activation, stretch.dropout
+def _caller(group: LayerGroup) -> Callable:
+    linear, activation, dropout = group.linear, group.activation, group.dropout
 
-    def fused_stretch(x, w, b, slope, state, *numbers):
-        act, threshold = numbers[0], numbers[2]
-        if not runner._can_run(x, w, b, act, slope, traced=True):
-            y = x if linear is None else F.linear(x, w, b)
+    def fused_group(x, w, *epilogue):
+        e = Epilogue(*epilogue)
+        if not fits(x, w, e.bias, e.act, e.slope, traced=True):
+            y = x if linear is None else F.linear(x, w, e.bias)
             if activation is not None:
-                y = F.prelu(y, slope) if act == activations.PRELU else activation(y)
+                y = F.prelu(y, e.slope) if e.act == activations.PRELU else activation(y)
             return y if dropout is None else dropout(y)
-        if threshold and state.device != x.device:
-            state = state.to(x.device)
-        state = state if threshold else None
+        if not e.threshold:
+            e = e._replace(state=None)
+        elif e.state.device != x.device:
+            e = e._replace(state=e.state.to(x.device))
         if linear is None:
-            return functional.run_bias_act_dropout(x, None, slope, state, *numbers, None)
-        return functional.run_linear_act(x, w, b, slope, state, *numbers, None)
+            return functional.run_bias_act_dropout(x, e, None)
+        return functional.run_linear_act(x, w, e, None)
 
-    fused_stretch.takes_row_offset = True
-    return fused_stretch
+    fused_group.takes_row_offset = True
+    return fused_group
 
 
 def _at_rows(gm: fx.GraphModule, graph: fx.Graph, row_offset: int) -> fx.GraphModule:

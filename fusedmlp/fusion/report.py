@@ -9,9 +9,16 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from ..backends import choice
-from ..nn import network
-from ..nn.groups import Single, Stretch, find, is_fused_module, why_left_alone, why_not
-from ..nn.masks import Masks
+from ..nn.groups import (
+    LayerGroup,
+    Opaque,
+    find_groups,
+    is_fused_module,
+    reasons_against,
+    reasons_against_container,
+)
+from ..nn.mask_state import MaskState
+from ..nn.steps import mlp_step
 from ..spec import activations, checks, dtypes
 from . import tracing
 from .measure import Measured, measure
@@ -22,17 +29,17 @@ _ALONE = "by itself it is what PyTorch has"
 _SAVES = {
     activations.SAVE_NOTHING: "nothing of its own for backward",
     activations.SAVE_Y: "its output for backward",
-    activations.SAVE_Z: "its value before bias and activation for backward",
+    activations.SAVE_PREACT: "its value before bias and activation for backward",
 }
 
 
 @dataclass(frozen=True)
 class Part:
-    """One stretch, or one module that runs by itself.
+    """One group, or one module that runs by itself.
 
     modules  qualified names, in order
     op       'mlp', 'linear_act', 'bias_act_dropout', or None for a module with nothing to fuse
-    layer    number that is added to the stream of the dropout state, or None
+    stream_offset  what is added to the stream of the dropout state, or None
     backend  what would run a batch of 256 rows now
     why      the reason for the backend, or for not being fused
     keeps    what is kept for backward in training mode
@@ -41,7 +48,7 @@ class Part:
     modules: tuple[str, ...]
     text: str
     op: str | None
-    layer: int | None = None
+    stream_offset: int | None = None
     backend: str = ""
     why: str = ""
     keeps: str = ""
@@ -96,18 +103,20 @@ def report(module: nn.Module, input=None) -> Report:
         notes.append("a global module hook is registered: everything runs unfused")
     for name, m in module.named_modules():
         if isinstance(m, nn.Sequential):
-            reason = why_left_alone(m)
-            if reason is None and is_fused_module(m):
+            reasons = reasons_against_container(m)
+            if not reasons and is_fused_module(m):
                 containers[name] = _parts(name, m)
                 covered.update(id(child) for child in m.children())
             else:
-                notes.append(f"{name or 'the module itself'}: {reason or 'call fusedmlp.fuse'}")
-        elif hasattr(type(m), "fused_parts"):
-            containers[name], layer = [], m.fused_first_layer
-            for container in m.fused_parts():
-                containers[name] += _parts(name, container, layer)
+                notes.append(
+                    f"{name or 'the module itself'}: {'; '.join(reasons) or 'call fusedmlp.fuse'}"
+                )
+        elif hasattr(type(m), "_fused_parts"):
+            containers[name], offset = [], m._stream_offset
+            for container in m._fused_parts():
+                containers[name] += _parts(name, container, offset)
                 covered.update(id(child) for child in container.children())
-                layer += container.layer_count()
+                offset += container._layer_count()
     outside = [
         name for name, m in module.named_modules() if type(m) is nn.Linear and id(m) not in covered
     ]
@@ -131,61 +140,61 @@ def _why_not_traced(module: nn.Module, names: set[str]) -> list[str]:
     return notes
 
 
-def _parts(name: str, container: nn.Sequential, layer: int | None = None) -> list[Part]:
+def _parts(name: str, container: nn.Sequential, offset: int | None = None) -> list[Part]:
     names = [f"{name}.{key}" if name else key for key in container._modules]
     children = list(container._modules.values())
-    parts, layer = [], container.first_layer if layer is None else layer
-    items = find(children)
-    together = _together(items)
-    for item in items:
-        if type(item) is Stretch:
-            parts.append(_stretch(item, names, layer, together.get(item.index)))
-            layer += 1
+    parts, offset = [], container.stream_offset if offset is None else offset
+    groups = find_groups(children)
+    together = _together(groups)
+    for group in groups:
+        if type(group) is LayerGroup:
+            parts.append(_group(group, names, offset, together.get(group.index)))
+            offset += 1
         else:
-            parts.append(_single(item, names[item.index], layer))
-            layer += item.layers
+            parts.append(_opaque(group, names[group.index], offset))
+            offset += group.layers
     return parts
 
 
-def _single(item: Single, name: str, layer: int) -> Part:
-    text = f"{name} {type(item.module).__name__}"
-    if item.fused:
-        own = "parts" if isinstance(item.module, nn.Sequential) else "op"
-        return Part((name,), text, None, layer, why=f"its own {own}, masks of this container")
-    return Part((name,), text, None, why=f"not fused, {why_not(item.module, _ALONE)}")
+def _opaque(group: Opaque, name: str, offset: int) -> Part:
+    text = f"{name} {type(group.module).__name__}"
+    if group.fused:
+        own = "parts" if isinstance(group.module, nn.Sequential) else "op"
+        return Part((name,), text, None, offset, why=f"its own {own}, masks of this container")
+    why = "; ".join(reasons_against(group.module)) or _ALONE
+    return Part((name,), text, None, why=f"not fused, {why}")
 
 
-def _together(items: list[Stretch | Single]) -> dict[int, tuple[str, int]]:
-    """Index of each stretch that runs in one op with its neighbours -> backend, how many do."""
+def _together(groups: list[LayerGroup | Opaque]) -> dict[int, tuple[str, int]]:
+    """Index of each group that runs in one op with its neighbours -> backend, how many do."""
     found, at = {}, 0
-    while at < len(items):
-        first = items[at].linear if type(items[at]) is Stretch else None
-        net = None
+    while at < len(groups):
+        first = groups[at].linear if type(groups[at]) is LayerGroup else None
+        step = None
         if first is not None and not isinstance(first.weight, nn.UninitializedParameter):
             like = torch.empty(1, device=first.weight.device, dtype=first.weight.dtype)
             if like.dtype in dtypes.SUPPORTED:
-                net = network.find(
-                    items, at, like.expand(_ROWS, first.in_features), Masks(0, False)
-                )
-        if net is None:
+                like = like.expand(_ROWS, first.in_features)
+                step = mlp_step(groups, at, like, MaskState(0, False))
+        if step is None:
             at += 1
             continue
-        for stretch in net.stretches:
-            found[stretch.index] = net.backend, len(net.stretches)
-        at += len(net.stretches)
+        for group in step.groups:
+            found[group.index] = step.backend, len(step.groups)
+        at += len(step.groups)
     return found
 
 
-def _stretch(
-    stretch: Stretch, names: list[str], layer: int, together: tuple[str, int] | None
+def _group(
+    group: LayerGroup, names: list[str], offset: int, together: tuple[str, int] | None
 ) -> Part:
-    names = tuple(names[stretch.index : stretch.index + len(stretch.modules)])
-    labels = [type(m).__name__ for m in stretch.modules]
+    names = tuple(names[group.index : group.index + len(group.modules)])
+    labels = [type(m).__name__ for m in group.modules]
     text = ", ".join(f"{name} {label}" for name, label in zip(names, labels, strict=True))
-    if len(names) == 1 and stretch.dropout is None:
+    if len(names) == 1 and group.dropout is None:
         why = f"not fused, {_ALONE}" if together is None else "in one op with its neighbours"
-        return Part(names, text, None, layer, why=why)
-    linear, dropout = stretch.linear, stretch.dropout
+        return Part(names, text, None, offset, why=why)
+    linear, dropout = group.linear, group.dropout
     p = dropout.p if dropout is not None else 0.0
     training = dropout is not None and dropout.training
     op, dtype, device, k, n = "bias_act_dropout", torch.float32, "cpu", 0, _ROWS
@@ -193,20 +202,20 @@ def _stretch(
         op, (n, k) = "linear_act", linear.weight.shape
         dtype, device = linear.weight.dtype, linear.weight.device
     if dtype not in dtypes.SUPPORTED:
-        return Part(names, text, None, layer, why=f"not fused, {dtype} is left to PyTorch")
+        return Part(names, text, None, offset, why=f"not fused, {dtype} is left to PyTorch")
     found = choice.explain(
         op,
         rows=_ROWS,
         in_features=k,
         out_features=n,
-        activation=activations.NAMES[stretch.act],
+        activation=activations.NAMES[group.act],
         p=p if training else 0.0,
         dtype=dtype,
         device=device,
     )
-    kind = activations.saves(stretch.act, stretch.alpha, dtype, p > 0)
+    kind = activations.saves(group.act, group.alpha, dtype, p > 0)
     if together is not None:
         backend, count = together
         why = "an op of its own" if count == 1 else f"one op and one node of autograd for {count}"
-        return Part(names, text, "mlp", layer, backend, why, _SAVES[kind])
-    return Part(names, text, op, layer, found.choice, found.why, _SAVES[kind])
+        return Part(names, text, "mlp", offset, backend, why, _SAVES[kind])
+    return Part(names, text, op, offset, found.choice, found.why, _SAVES[kind])

@@ -1,7 +1,7 @@
 """fuse makes every nn.Sequential of a model a FusedSequential; unfuse leaves plain modules only.
 
 Children of containers are never copied or changed: parameters, hooks, optimisers and initialisers
-written for the plain model work on. Does not look at what is inside a container; nn/stretches.py
+written for the plain model work on. Does not look at what is inside a container; nn/groups.py
 does, in every call.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..nn import FusedDropout, FusedLinear, FusedSequential
-from ..nn.groups import Stretch, find, is_fused_module, why_left_alone
+from ..nn.groups import LayerGroup, find_groups, is_fused_module, reasons_against_container
 from ..nn.modules import ColumnPReLU
 from ..nn.sequential import activation_module
 from ..spec import activations, checks
@@ -93,19 +93,19 @@ def _number(module: nn.Module, first: int, leaves: bool) -> int:
     seen: set[int] = set()
 
     def number(m: nn.Module, first: int) -> int:
-        """As Masks counts in one forward of m."""
+        """As MaskState counts in one forward of m."""
         seen.add(id(m))
         if isinstance(m, TracedForward):
-            m.fused_first_layer = first
+            m._stream_offset = first
         elif leaves or isinstance(m, FusedSequential):
-            m.first_layer = first
+            m.stream_offset = first
         if not isinstance(m, FusedSequential):
-            return first + m.layer_count()
-        for item in find(list(m._modules.values())):
-            if type(item) is Stretch:
+            return first + m._layer_count()
+        for group in find_groups(list(m._modules.values())):
+            if type(group) is LayerGroup:
                 first += 1
-            elif item.layers:
-                first = number(item.module, first)
+            elif group.layers:
+                first = number(group.module, first)
         return first
 
     for m in module.modules():
@@ -119,7 +119,7 @@ def _to_fused(m: nn.Module) -> type | None:
     """The class that m gets, or None where it stays what it is."""
     if isinstance(m, FusedSequential):
         return type(m)
-    if type(m) is nn.Sequential and why_left_alone(m) is None:
+    if type(m) is nn.Sequential and not reasons_against_container(m):
         return FusedSequential
     return None
 
@@ -165,12 +165,12 @@ def _forget(m: nn.Module, old: type, new: type) -> None:
     """What modules of this package remember; other classes may use these names themselves."""
     if issubclass(old, TracedForward):
         m.__dict__.pop("_traces", None)
-        m.__dict__.pop("fused_first_layer", None)
-    elif hasattr(old, "fused_forward"):
-        for name in ("_plan", "_memo"):
+        m.__dict__.pop("_stream_offset", None)
+    elif hasattr(old, "_fused_forward"):
+        for name in ("_plan", "_chosen"):
             m.__dict__.pop(name, None)
-        if not hasattr(new, "fused_forward"):
-            m.__dict__.pop("first_layer", None)
+        if not hasattr(new, "_fused_forward"):
+            m.__dict__.pop("stream_offset", None)
 
 
 def _leaves_a_layer(m: nn.Module, cls: type | None) -> bool:

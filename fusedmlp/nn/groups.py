@@ -1,18 +1,18 @@
-"""Finds the stretches [Linear] [activation] [Dropout] among the children of a container.
+"""Finds the groups [Linear] [activation] [Dropout] among the children of a container.
 
-A stretch becomes one op only where that gives what its modules would give by themselves: exact
+A group becomes one op only where that gives what its modules would give by themselves: exact
 classes, no hooks, nothing replaced, parameters that the op has. All else runs through its own
-__call__. Does not change a module, and does not run anything.
+__call__. This file changes no module and runs none.
 """
 
 from __future__ import annotations
 
 import math
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..spec import activations
+from ..spec import activations, philox
 from .modules import ReLUSquared
 
 
@@ -75,11 +75,11 @@ def is_tampered(m: nn.Module) -> bool:
 def is_fused_module(m: nn.Module) -> bool:
     """True for FusedLinear, FusedSequential, ...: they take the masks of the container around."""
     cls = type(m)
-    return hasattr(cls, "fused_forward") and cls.forward is cls.fused_forward
+    return hasattr(cls, "_fused_forward") and cls.forward is cls._fused_forward
 
 
 def is_candidate(m: nn.Module) -> bool:
-    """True for classes that can be part of a stretch, or take its masks."""
+    """True for classes that can be part of a group, or take its masks."""
     return type(m) in CANDIDATES or is_fused_module(m)
 
 
@@ -96,47 +96,70 @@ def activation_of(m: nn.Module) -> tuple[int, float] | None:
     return act, (float(m.negative_slope) if act == activations.LEAKY_RELU else 0.0)
 
 
-class Stretch:
+class LayerGroup:
     """Consecutive children that run as one op.
 
     index       position of the first one among the children
     modules     all of them, in order
     act, alpha  of the op
-    dropping    (p, threshold, scale) of the last call that dropped
-    memo        (what a call was like, the backend that suits it or None for plain PyTorch)
     """
 
-    __slots__ = (
-        "act",
-        "activation",
-        "alpha",
-        "dropout",
-        "dropping",
-        "index",
-        "linear",
-        "memo",
-        "modules",
-    )
+    __slots__ = ("_dropping", "act", "activation", "alpha", "dropout", "index", "linear", "modules")
 
     def __init__(self, index, linear, activation, dropout, act, alpha):
         self.index = index
         self.modules = [m for m in (linear, activation, dropout) if m is not None]
         self.linear, self.activation, self.dropout = linear, activation, dropout
         self.act, self.alpha = act, alpha
-        self.dropping = 0.0, 0, 1.0
-        self.memo = None
+        self._dropping = 0.0, 0, 1.0
 
     @property
     def pays(self) -> bool:
         """False where the op would be no more than its one module."""
         return self.dropout is not None or len(self.modules) > 1
 
+    @property
+    def op(self) -> str:
+        return "bias_act_dropout" if self.linear is None else "linear_act"
 
-class Single:
+    def dropping(self) -> tuple[int, float] | None:
+        """(threshold, scale) at this moment; None for a p that F.dropout would refuse."""
+        dropout = self.dropout
+        if dropout is None or not dropout.training or dropout.p == 0:
+            return 0, 1.0
+        p = dropout.p
+        if not 0 < p <= 1:
+            return None
+        if type(p) is not float:
+            p = float(p)  # a tensor can be changed in place
+        if self._dropping[0] != p:
+            self._dropping = p, *philox.threshold_and_scale(p)
+        return self._dropping[1:]
+
+    def tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Weight, bias and slope at this moment."""
+        w = b = slope = None
+        if self.linear is not None:
+            # linear.weight is a search in Python; functional_call and others may put it elsewhere.
+            own = self.linear._parameters
+            w = own["weight"] if "weight" in own else self.linear.weight
+            b = own["bias"] if "bias" in own else self.linear.bias
+        if self.act == activations.PRELU:
+            slope = self.activation.weight
+        return w, b, slope
+
+    def run_plain(self, x):
+        """The modules one after the other."""
+        for module in self.modules:
+            x = module(x)
+        return x
+
+
+class Opaque:
     """A child that runs by itself.
 
     fused   it is a fused module and takes the masks of the container
-    layers  how many layer numbers are set aside for it
+    layers  how many stream offsets are set aside for it
     """
 
     __slots__ = ("fused", "index", "layers", "module")
@@ -145,28 +168,28 @@ class Single:
         self.index, self.module, self.fused, self.layers = index, module, fused, layers
 
 
-def find(children: list[nn.Module]) -> list[Stretch | Single]:
-    """The children as stretches and single modules, in order.
+def find_groups(children: list[nn.Module]) -> list[LayerGroup | Opaque]:
+    """The children as groups and single modules, in order.
 
-    A Linear by itself is a stretch too, so that layers are numbered as Linears are.
+    A Linear by itself is a group too, so that stream offsets are counted as Linears are.
     """
-    items = []
+    groups = []
     i, n = 0, len(children)
     while i < n:
-        stretch = _stretch_at(children, i)
-        if stretch is None:
+        group = _group_at(children, i)
+        if group is None:
             m = children[i]
             fused = m is not None and is_fused_module(m)
-            layers = m.layer_count() if fused else 0
-            items.append(Single(i, m, fused and not is_tampered(m), layers))
+            layers = m._layer_count() if fused else 0
+            groups.append(Opaque(i, m, fused and not is_tampered(m), layers))
             i += 1
         else:
-            items.append(stretch)
-            i += len(stretch.modules)
-    return items
+            groups.append(group)
+            i += len(group.modules)
+    return groups
 
 
-def _stretch_at(children: list[nn.Module], i: int) -> Stretch | None:
+def _group_at(children: list[nn.Module], i: int) -> LayerGroup | None:
     linear = activation = dropout = None
     act, alpha = activations.NONE, 0.0
     n = len(children)
@@ -193,41 +216,42 @@ def _stretch_at(children: list[nn.Module], i: int) -> Stretch | None:
             activation, act, alpha = None, activations.NONE, 0.0
     if linear is None and dropout is None:
         return None
-    return Stretch(start, linear, activation, dropout, act, alpha)
+    return LayerGroup(start, linear, activation, dropout, act, alpha)
 
 
 def _works_in_place(m: nn.Module | None) -> bool:
     return m is not None and bool(getattr(m, "inplace", False))
 
 
-def why_not(m: nn.Module | None, alone: str) -> str:
-    """Why the child m runs by itself; `alone` if nothing but its neighbours is the reason."""
+def reasons_against(m: nn.Module | None) -> list[str]:
+    """Why the child m cannot be part of a group; empty where only its neighbours are the reason."""
     if m is None:
-        return "it is None"
+        return ["it is None"]
     cls = type(m)
     if is_candidate(m):
         if "forward" in m.__dict__:
-            return "its forward was replaced"
+            return ["its forward was replaced"]
         if m._compiled_call_impl is not None:
-            return "it was compiled by itself"
+            return ["it was compiled by itself"]
         if is_tampered(m):
-            return "it has hooks"
+            return ["it has hooks"]
         objection = ACTIVATIONS.get(cls, (0, None))[1]
-        return (objection(m) if objection is not None else None) or alone
+        found = objection(m) if objection is not None else None
+        return [found] if found else []
     if parametrize.is_parametrized(m):
-        return "it is parametrised"
-    if hasattr(cls, "fused_forward"):
-        return f"{cls.__name__} has a forward of its own"
+        return ["it is parametrised"]
+    if hasattr(cls, "_fused_forward"):
+        return [f"{cls.__name__} has a forward of its own"]
     for base in CANDIDATES:
         if isinstance(m, base):
-            return f"{cls.__name__} is a subclass of {base.__name__}"
-    return f"{cls.__name__} has no fused form"
+            return [f"{cls.__name__} is a subclass of {base.__name__}"]
+    return [f"{cls.__name__} has no fused form"]
 
 
-def why_left_alone(m: nn.Sequential) -> str | None:
-    """Why the container m is not made a FusedSequential, or None."""
+def reasons_against_container(m: nn.Sequential) -> list[str]:
+    """Why the container m is not made a FusedSequential."""
     if type(m) is not nn.Sequential and not is_fused_module(m):
-        return f"left alone: {type(m).__name__} is a subclass of nn.Sequential"
+        return [f"left alone: {type(m).__name__} is a subclass of nn.Sequential"]
     if "forward" in m.__dict__:
-        return "left alone: its forward was replaced"
-    return None
+        return ["left alone: its forward was replaced"]
+    return []

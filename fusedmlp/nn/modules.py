@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 from .. import functional
 from ..backends import choice
 from ..spec import activations, checks, philox
-from .masks import Masks, must_trace
+from ..spec.layers import Epilogue
+from .mask_state import MaskState, must_trace
 
 _LINEAR = "linear_act"
 _DEFAULT_SLOPES = {activations.LEAKY_RELU: 0.01, activations.PRELU: 0.25}
@@ -55,6 +56,22 @@ def _leaf(module: nn.Module, x: object) -> fx.Proxy | None:
     return x.tracer.create_proxy("call_module", path, (x,), {}) if path else None
 
 
+def _key(x: Tensor, masks: MaskState, threshold: int, *tensors: Tensor | None) -> tuple | None:
+    """What decides the backend and what the checks look at; None where functional.py has to look.
+
+    Parameters count by identity: a changed dtype or shape is found by the op itself.
+    """
+    if masks.traced or masks.row_offset or type(x) not in functional.TENSORS or x.is_nested:
+        return None
+    what = x.shape, x.dtype, x.layout, x.device, torch.is_grad_enabled()
+    return (*what, threshold, masks.named, *map(id, tensors))
+
+
+def _select(op: str, x: Tensor, e: Epilogue, sizes: tuple[int, int, int], masks: MaskState) -> str:
+    drops = e.threshold != 0
+    return choice.select(op, x.device.type, x.dtype, e.act, drops, *sizes, masks.named)
+
+
 class FusedLinear(nn.Module):
     """Linear, activation and dropout as one op: nn.Sequential(nn.Linear, activation, nn.Dropout).
 
@@ -69,13 +86,12 @@ class FusedLinear(nn.Module):
     nn.Linear) (LoRA, quantisation, wrap policies, an initialiser) leaves it alone. Name FusedLinear
     there too, or fuse a network of plain modules, which stay what they are.
 
-    first_layer (0) is added to the stream of the dropout state;
-    `fusedmlp.assign_streams` gives the layers of a model different ones.
+    stream_offset (0) is added to the stream of the dropout state; `fusedmlp.assign_streams` gives
+    the layers of a model different ones.
     """
 
-    first_layer = 0
-    # (what a call was like, the route that suits it), so that the next one need not be checked.
-    _memo = (None, None)
+    stream_offset = 0
+    _chosen = (None, None)  # what the last call was like, and its backend
 
     def __init__(
         self,
@@ -118,49 +134,44 @@ class FusedLinear(nn.Module):
         return activations.NAMES[self.act]
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.run_fused(input, Masks(self.first_layer, must_trace()))
+        return self._run_fused(input, MaskState(self.stream_offset, must_trace()))
 
-    fused_forward = forward
+    _fused_forward = forward
     _slow_forward = __prepare_scriptable__ = refuse_torchscript
 
     @staticmethod
-    def layer_count() -> int:
+    def _layer_count() -> int:
         return 1
 
-    def run_fused(self, x: Tensor, masks: Masks) -> Tensor:
+    def _run_fused(self, x: Tensor, masks: MaskState) -> Tensor:
         """forward, with the masks of the container that this layer is in."""
-        layer = masks.layer
-        masks.layer = layer + 1
+        offset = masks.take()
         if not isinstance(x, Tensor):
-            return self._on_other(x, layer)
+            return self._on_other(x, offset)
         # Not self.weight, which is a search in Python; functional_call may have put it elsewhere.
         own = self._parameters
         w = own["weight"] if "weight" in own else self.weight
         b = own["bias"] if "bias" in own else self.bias
         slope = own["slope"] if "slope" in own else self.slope
-        p, route, named = (self.p if self.training else 0.0), None, masks.named
-        if type(p) is not float:
-            p = checks.probability(_LINEAR, p)  # a tensor can be changed in place
-        if masks.traced:
-            threshold, scale = self._check(w, slope, p)
-        else:
-            try:
-                what = (type(x), x.shape, x.dtype, x.layout, x.device, torch.is_grad_enabled())
-            except RuntimeError:  # a nested tensor has no shape
-                checks.tensor(_LINEAR, "input", x)
-                raise
-            key = (*what, p, named, id(w), id(b), id(slope))
-            memo = self._memo
-            if memo[0] != key:
-                memo = self.__dict__["_memo"] = key, *self._find(x, w, b, slope, p, named)
-            _, route, threshold, scale = memo
-        state = masks.draw(x) if threshold else None
-        numbers = (self.act, self.negative_slope, threshold, scale, layer, masks.row_offset)
-        if route is None or masks.row_offset:
-            return functional.run_linear_act(x, w, b, slope, state, *numbers, named)
-        return functional.linear_act_on(route, (x, w, b, slope, state, *numbers))
+        threshold, scale, state = 0, 1.0, None
+        if self.training and self.p != 0:
+            threshold, scale = philox.threshold_and_scale(checks.probability(_LINEAR, self.p))
+            checks.tensor(_LINEAR, "input", x)
+            state = masks.draw(x)
+        drop = threshold, scale, offset, masks.row_offset
+        e = Epilogue(b, slope, state, self.act, self.negative_slope, *drop)
+        key = _key(x, masks, threshold, w, b, slope)
+        if key is not None and key == self._chosen[0]:
+            return functional.linear_act_on(self._chosen[1], x, w, e)
+        if slope is not None:
+            checks.slope(_LINEAR, self.act, slope, w.shape[0])
+        y = functional.run_linear_act(x, w, e, masks.named)
+        if key is not None and not functional.is_foreign(w, b, slope):
+            sizes = checks.rows(x), w.shape[1], w.shape[0]
+            self.__dict__["_chosen"] = key, _select(_LINEAR, x, e, sizes, masks)
+        return y
 
-    def _on_other(self, x: object, layer: int):
+    def _on_other(self, x: object, offset: int):
         """forward of what is no tensor: torch.fx takes this layer as a leaf, as it does nn.Linear;
         others with a __torch_function__ are asked for the function."""
         node = _leaf(self, x)
@@ -175,35 +186,17 @@ class FusedLinear(nn.Module):
             slope=slope,
             p=self.p,
             training=self.training,
-            stream=layer,
+            stream=offset,
         )
 
-    def _check(self, w: Tensor, slope: Tensor | None, p: float) -> tuple[int, float]:
-        if slope is not None:
-            checks.slope(_LINEAR, self.act, slope, w.shape[0])
-        return philox.threshold_and_scale(checks.probability(_LINEAR, p))
-
-    def _find(self, x, w, b, slope, p: float, named: str | None) -> tuple[str, int, float]:
-        """The route that suits a call, threshold and scale, after all checks."""
-        threshold, scale = self._check(w, slope, p)
-        if functional.is_foreign(x, w, b, slope):
-            return functional.foreign_route(_LINEAR, named), threshold, scale
-        checks.linear(_LINEAR, x, w, b)
-        rows, (n, k) = checks.rows(x), w.shape
-        if threshold:
-            checks.row_range(_LINEAR, rows, n, 0)
-        drops = threshold != 0
-        route = choice.select(_LINEAR, x.device.type, x.dtype, self.act, drops, rows, k, n, named)
-        return route, threshold, scale
+    def __getstate__(self):
+        return {k: v for k, v in super().__getstate__().items() if k != "_chosen"}
 
     def extra_repr(self) -> str:
         text = f"{nn.Linear.extra_repr(self)}, activation={self.activation!r}, dropout={self.p}"
         if self.act == activations.LEAKY_RELU:
             text += f", slope={self.negative_slope}"
         return text
-
-    def __getstate__(self):
-        return _without_memo(super().__getstate__())
 
 
 def _slope_value(op: str, act: int, slope: object) -> float:
@@ -232,70 +225,53 @@ class FusedDropout(nn.Dropout):
     raises   ValueError, TypeError for a p outside of [0, 1]
     """
 
-    first_layer = 0
-    _memo = (None, None)
+    stream_offset = 0
+    _chosen = (None, None)  # what the last call was like, and its backend
 
     def __init__(self, p: float = 0.5, inplace: bool = False):
         super().__init__(checks.probability("FusedDropout", p), inplace)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.run_fused(input, Masks(self.first_layer, must_trace()))
+        return self._run_fused(input, MaskState(self.stream_offset, must_trace()))
 
-    fused_forward = forward
+    _fused_forward = forward
     _slow_forward = __prepare_scriptable__ = refuse_torchscript
 
     @staticmethod
-    def layer_count() -> int:
+    def _layer_count() -> int:
         return 1
 
-    def run_fused(self, x: Tensor, masks: Masks) -> Tensor:
+    def _run_fused(self, x: Tensor, masks: MaskState) -> Tensor:
         """forward, with the masks of the container that this layer is in."""
-        op, act = "dropout", activations.NONE
-        layer = masks.layer
-        masks.layer = layer + 1
+        op, offset = "dropout", masks.take()
         if not isinstance(x, Tensor):
-            return self._on_other(x, layer)
+            return self._on_other(x, offset)
         checks.tensor(op, "input", x)
         if not self.training or self.p == 0:
             return x
         threshold, scale = philox.threshold_and_scale(checks.probability(op, self.p))
         if threshold == 0:
             return x
-        state, offset = masks.draw(x), masks.row_offset
-        args = (x, None, None, state, act, 0.0, threshold, scale, layer, offset)
-        if masks.traced or offset:
-            y = functional.run_bias_act_dropout(*args, masks.named)
+        state = masks.draw(x)
+        drop = threshold, scale, offset, masks.row_offset
+        e = Epilogue(None, None, state, activations.NONE, 0.0, *drop)
+        key = _key(x, masks, threshold)
+        if key is not None and key == self._chosen[0]:
+            y = functional.bias_act_dropout_on(self._chosen[1], x, e)
         else:
-            named = masks.named
-            key = (type(x), x.shape, x.dtype, x.layout, x.device, named)
-            memo = self._memo
-            if memo[0] != key:
-                rows, columns = checks.rows(x), x.shape[-1] if x.dim() else 1
-                checks.row_range(op, rows, columns, 0)
-                fused = "bias_act_dropout"
-                if functional.is_foreign(x):
-                    route = functional.foreign_route(fused, named)
-                else:
-                    device_type = x.device.type
-                    route = choice.select(
-                        fused, device_type, x.dtype, act, True, rows, 0, columns, named
-                    )
-                memo = self.__dict__["_memo"] = key, route
-            y = functional.bias_act_dropout_on(memo[1], args)
+            y = functional.run_bias_act_dropout(x, e, masks.named)
+            if key is not None:
+                sizes = checks.rows(x), 0, x.shape[-1] if x.dim() else 1
+                self.__dict__["_chosen"] = key, _select("bias_act_dropout", x, e, sizes, masks)
         return x.copy_(y) if self.inplace else y
 
-    def _on_other(self, x: object, layer: int):
+    def __getstate__(self):
+        return {k: v for k, v in super().__getstate__().items() if k != "_chosen"}
+
+    def _on_other(self, x: object, offset: int):
         """As FusedLinear._on_other."""
         node = _leaf(self, x)
         if node is not None:
             return node
-        y = functional.dropout(x, self.p, self.training, stream=layer)
+        y = functional.dropout(x, self.p, self.training, stream=offset)
         return x.copy_(y) if self.inplace else y
-
-    def __getstate__(self):
-        return _without_memo(super().__getstate__())
-
-
-def _without_memo(state: dict) -> dict:
-    state.pop("_memo", None)
-    return state

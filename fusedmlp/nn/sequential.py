@@ -1,4 +1,4 @@
-"""FusedSequential and FusedMLP: containers of plain modules whose stretches run as one op each.
+"""FusedSequential and FusedMLP: containers of plain modules whose groups run as one op each.
 
 The children are what they are in an nn.Sequential: same objects, same keys. What may be fused is
 looked at again in every call, so nothing has to be told about a change.
@@ -15,15 +15,14 @@ from torch.nn.modules import module as torch_module
 
 from .. import context
 from ..spec import activations, checks
-from . import runner
-from .groups import find
-from .masks import Masks
+from .groups import find_groups
+from .mask_state import MaskState
 from .modules import ReLUSquared, refuse_torchscript
-from .plan import Plan
+from .program import Plan, run_groups
 
 
 class FusedSequential(nn.Sequential):
-    """nn.Sequential whose stretches of Linear, activation, Dropout run as one op each.
+    """nn.Sequential whose groups of Linear, activation, Dropout run as one op each.
 
     Takes what nn.Sequential takes and has the same keys. Two things differ: dropout masks are this
     package's (fusedmlp.dropout_state), and where an op keeps its output for backward, as F.relu
@@ -33,29 +32,29 @@ class FusedSequential(nn.Sequential):
     through its own __call__; `fusedmlp.report` says which and why. torch.fx traces through it, to
     the children, as it does with nn.Sequential. torch.jit refuses it: `fusedmlp.unfuse` first.
 
-    first_layer (0) is the number of the first stretch, added to the stream of the dropout state.
+    stream_offset (0) is added to the stream of the dropout state for the first group.
     """
 
-    first_layer = 0
+    stream_offset = 0
     _plan: Plan | None = None
 
     def forward(self, input, settings: context.Settings | None = None):
         """settings: for this call in the place of those of the context (`use_backend`, ...)."""
         if torch.compiler.is_compiling():
-            return self.run_fused(input, Masks(self.first_layer, True, settings))
+            return self._run_fused(input, MaskState(self.stream_offset, True, settings))
         if torch_module._has_any_global_hook():
             return super().forward(input)
-        return self._present_plan().run(input, self.first_layer, settings)
+        return self._present_plan().run(input, self.stream_offset, settings)
 
-    fused_forward = forward
+    _fused_forward = forward
     _slow_forward = __prepare_scriptable__ = refuse_torchscript
 
-    def run_fused(self, x, masks: Masks):
+    def _run_fused(self, x, masks: MaskState):
         """forward, with the masks of the container that this one is in."""
         if torch_module._has_any_global_hook():
             return super().forward(x)
         if torch.compiler.is_compiling():
-            return runner.run(find(list(self._modules.values())), x, masks)
+            return run_groups(find_groups(list(self._modules.values())), x, masks)
         return self._present_plan().run_with(x, masks)
 
     def _present_plan(self) -> Plan:
@@ -65,12 +64,10 @@ class FusedSequential(nn.Sequential):
             plan = self.__dict__["_plan"] = Plan(children)
         return plan
 
-    def layer_count(self) -> int:
-        """How many layer numbers its stretches take, those of fused modules inside included."""
-        return sum(
-            item.layers if hasattr(item, "layers") else 1
-            for item in find(list(self._modules.values()))
-        )
+    def _layer_count(self) -> int:
+        """How many stream offsets its groups take, those of fused modules inside included."""
+        groups = find_groups(list(self._modules.values()))
+        return sum(group.layers if hasattr(group, "layers") else 1 for group in groups)
 
     def __getitem__(self, idx):
         if isinstance(idx, slice):

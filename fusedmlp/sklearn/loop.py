@@ -129,7 +129,7 @@ class Loop:
         if state is not None:
             self.optimizer.load_state_dict(state["optimizer"])
             self.number, self.learning_rate = state["number"], state["learning_rate"]
-        self.layers = net.layer_count()
+        self.layers = net._layer_count()
         self.masks = torch.tensor([seed, 0], dtype=torch.int64, device=self.device)
         named = None if settings.backend == "auto" else settings.backend
         self.named = named or context.now().backend

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # What backward reads besides the incoming gradient (design: a mask is never saved).
-SAVE_NOTHING, SAVE_Y, SAVE_Z = 0, 1, 2
+SAVE_NOTHING, SAVE_Y, SAVE_PREACT = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ _READ_OFF_Y = frozenset({RELU, ELU, SOFTPLUS})
 
 
 def saves(act: int, alpha: float, dtype: torch.dtype, dropout: bool) -> int:
-    """Which tensor backward needs: SAVE_NOTHING, SAVE_Y (the output) or SAVE_Z (x w^T).
+    """Which tensor backward needs: SAVE_NOTHING, SAVE_Y (the output) or SAVE_PREACT (x w^T).
 
     The output is free to save, as the next layer keeps it anyway. It serves where the derivative
     can be read off it within the error budget; with dropout the kept values are y / scale.
@@ -173,7 +173,7 @@ def saves(act: int, alpha: float, dtype: torch.dtype, dropout: bool) -> int:
     if act in _READ_OFF_Y or (act == LEAKY_RELU and alpha >= 0):
         return SAVE_Y
     if act == RELU_SQUARED:
-        return SAVE_Z if dtype == torch.float16 else SAVE_Y
+        return SAVE_PREACT if dtype == torch.float16 else SAVE_Y
     if act in (SIGMOID, TANH) and not dropout:
         return SAVE_Y
-    return SAVE_Z
+    return SAVE_PREACT

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import activations, dtypes, philox
+from .layers import Epilogue
 
 _INT64_MIN, _INT64_MAX = -(1 << 63), (1 << 63) - 1
 DEFAULT_LEAKY_SLOPE = 0.01
@@ -245,30 +246,21 @@ def elementwise(op: str, x: object, b: object) -> None:
         vector(op, "bias", b, x, x.shape[-1], f"input {_shape(x)}")
 
 
-def epilogue(
-    op: str,
-    x: Tensor,
-    columns: int,
-    act: int,
-    slope_: Tensor | None,
-    state_: Tensor | None,
-    threshold: int,
-    row_offset: int,
-) -> None:
-    """The arguments that the registered ops take as numbers; for calls that go to them directly."""
-    if not 0 <= act < len(activations.TABLE):
-        raise ValueError(f"{op}: act must be an id in [0, {len(activations.TABLE)}), got {act}")
-    if act == activations.PRELU:
-        slope(op, act, slope_, columns)
-        same_device(op, "slope", slope_, x)
-        vector_dtype(op, "slope", slope_, x)
-    if not 0 <= threshold <= philox.TWO32:
-        raise ValueError(f"{op}: threshold must be in [0, 2^32], got {threshold}")
-    if threshold:
-        if state_ is None:
+def epilogue(op: str, x: Tensor, columns: int, e: Epilogue) -> None:
+    """What the registered ops take as numbers; for calls that go to them directly."""
+    if not 0 <= e.act < len(activations.TABLE):
+        raise ValueError(f"{op}: act must be an id in [0, {len(activations.TABLE)}), got {e.act}")
+    if e.act == activations.PRELU:
+        slope(op, e.act, e.slope, columns)
+        same_device(op, "slope", e.slope, x)
+        vector_dtype(op, "slope", e.slope, x)
+    if not 0 <= e.threshold <= philox.TWO32:
+        raise ValueError(f"{op}: threshold must be in [0, 2^32], got {e.threshold}")
+    if e.threshold:
+        if e.state is None:
             raise ValueError(f"{op}: state must be an int64 tensor (seed, stream), got None")
-        state(op, state_, x.device)
-        row_range(op, rows(x), columns, row_offset)
+        state(op, e.state, x.device)
+        row_range(op, rows(x), columns, e.row_offset)
 
 
 def classes(op: str, x: object, target: object) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ...spec import activations, philox
+from ...spec.layers import Epilogue
 from . import tile_cache, tiles
 from .dgrad_act import dgrad_act
 from .gemm import kind_of
@@ -56,14 +57,14 @@ class Job:
         m, n, k = self.m, self.n, self.k
         threshold, scale = philox.threshold_and_scale(0.1)
         state = torch.zeros(2, dtype=torch.int64, device=f"cuda:{self.device}")
-        epilogue = randn(n), None, state, activations.RELU, 0.0, threshold, scale, 0, 0
+        e = Epilogue(randn(n), None, state, activations.RELU, 0.0, threshold, scale, 0, 0)
         x = randn(m, k)
         if self.op == "linear_act":
             w = randn(n, k)
-            return lambda tile: run(x, w, *epilogue, keep_preact=False, tile=tile)
+            return lambda tile: run(x, w, e, False, tile)
         w, saved = randn(k, n), randn(m, n)
         rest = activations.SAVE_Y, True, False
-        return lambda tile: dgrad_act(x, w, saved, *epilogue, *rest, tile=tile)
+        return lambda tile: dgrad_act(x, w, saved, e, *rest, tile)
 
     def tune(self, progress: Callable[[str], None]) -> tuple[tiles.Tile, dict] | None:
         """(the fastest tile, which is kept, and the milliseconds of all); None if none ran."""

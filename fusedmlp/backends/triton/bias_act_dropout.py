@@ -147,9 +147,9 @@ class SlopeAndBiasSums:
     outputs  the pointers db_ptr and dslope_ptr of the kernel, None where a sum is not wanted
     """
 
-    def __init__(self, like, bias, slope, need_db, need_dslope, splits, slope_width, n):
-        self.db = torch.empty_like(bias) if need_db else like.new_empty(0)
-        self.dslope = torch.empty_like(slope) if need_dslope else like.new_empty(0)
+    def __init__(self, like, e, need_db, need_dslope, splits, slope_width, n):
+        self.db = torch.empty_like(e.bias) if need_db else like.new_empty(0)
+        self.dslope = torch.empty_like(e.slope) if need_dslope else like.new_empty(0)
         self._reduce = []
         self.outputs = (
             self._partial(self.db, splits, n) if need_db else None,
@@ -170,10 +170,10 @@ class SlopeAndBiasSums:
         return self.db, self.dslope
 
 
-def zero_sums(like, bias, slope, need_db, need_dslope):
+def zero_sums(like, e, need_db, need_dslope):
     """db and dslope of an empty batch."""
-    db = torch.zeros_like(bias) if need_db else like.new_empty(0)
-    return db, torch.zeros_like(slope) if need_dslope else like.new_empty(0)
+    db = torch.zeros_like(e.bias) if need_db else like.new_empty(0)
+    return db, torch.zeros_like(e.slope) if need_dslope else like.new_empty(0)
 
 
 def _needs_no_column(bias, slope_count, threshold):
@@ -181,12 +181,12 @@ def _needs_no_column(bias, slope_count, threshold):
     return bias is None and slope_count < 2 and threshold == 0
 
 
-def bias_act_dropout_fwd(x, *epilogue):
+def bias_act_dropout_fwd(x, e):
     """y (..., N)."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    pointers, numbers, constants = epilogue_arguments(*epilogue)
+    pointers, numbers, constants = epilogue_arguments(e)
     one_row = _needs_no_column(pointers[0], constants["SLOPES"], constants["DROPOUT"])
     x2 = x.view(1, -1) if one_row and x.is_contiguous() else rows_view(x)
     m, n = x2.shape
@@ -199,14 +199,12 @@ def bias_act_dropout_fwd(x, *epilogue):
     return y
 
 
-def bias_act_dropout_bwd(dy, saved, *backward):
+def bias_act_dropout_bwd(dy, saved, e, saves, need_db, need_dslope):
     """dz (..., N), db (N,) and dslope: gradients of the preactivation, the bias and the slope."""
-    *epilogue, saves, need_db, need_dslope = backward
-    bias, slope = epilogue[:2]
     dz = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
     if dz.numel() == 0:
-        return dz, *zero_sums(dy, bias, slope, need_db, need_dslope)
-    pointers, numbers, constants = epilogue_arguments(*epilogue, saves=saves)
+        return dz, *zero_sums(dy, e, need_db, need_dslope)
+    pointers, numbers, constants = epilogue_arguments(e, saves)
     saved = dy if saves == 0 else saved
     sums = need_db or need_dslope
     contiguous = dy.is_contiguous() and saved.is_contiguous() and not sums
@@ -219,7 +217,7 @@ def bias_act_dropout_bwd(dy, saved, *backward):
     tiles_n = cdiv(n, block_n)
     steps, splits = tiles.row_splits(m, block_m, tiles_n, sums)
     slope_width = n if constants["SLOPES"] == 2 else tiles_n
-    out = SlopeAndBiasSums(dy, bias, slope, need_db, need_dslope, splits, slope_width, n)
+    out = SlopeAndBiasSums(dy, e, need_db, need_dslope, splits, slope_width, n)
     launch(
         bias_act_dropout_bwd_kernel, splits * tiles_n, dy,
         dz, *out.outputs, dy2, saved2, *pointers,

@@ -84,28 +84,29 @@ def dgrad_act_kernel(
                 tl.store(dslope_ptr + at, tl.sum(dslope, axis=0))
 
 
-def dgrad_act(dz, w, saved, *backward, tile=None):
+def dgrad_act(dz, w, saved, e, saves, need_db, need_dslope, tile=None):
     """dz, db and dslope of the layer before, from dz (..., N) and w (N, K) of a layer.
 
-    saved and backward are the arguments of bias_act_dropout_bwd for the layer before: saved
-    (..., K), bias (K,). Equal to bias_act_dropout_bwd(dz @ w, saved, *backward) without the
-    rounding in between.
+    The arguments after w are those of bias_act_dropout_bwd for the layer before: saved (..., K),
+    e.bias (K,). Equal to bias_act_dropout_bwd(dz @ w, saved, ...) without the rounding in between.
     """
-    *epilogue, saves, need_db, need_dslope = backward
-    bias, slope = epilogue[:2]
     dz2 = rows_view(dz)
     (m, inner), n = dz2.shape, w.shape[1]
     if tile is None and use_library(dz2, w.t()):
         dy = torch.mm(dz2, w).view(*dz.shape[:-1], n)
-        return bias_act_dropout.bias_act_dropout_bwd(dy, saved, *backward)
+        return bias_act_dropout.bias_act_dropout_bwd(dy, saved, e, saves, need_db, need_dslope)
     out = torch.empty((*dz.shape[:-1], n), dtype=dz.dtype, device=dz.device)
     if out.numel() == 0:
-        return out, *zero_sums(dz, bias, slope, need_db, need_dslope)
-    pointers, numbers, constants = epilogue_arguments(*epilogue, saves=saves)
+        return out, *zero_sums(dz, e, need_db, need_dslope)
+    pointers, numbers, constants = epilogue_arguments(e, saves)
     saved2 = rows_view(saved) if saves else out.view(m, n)
-    p = Product(dz2, w.t(), "dgrad_act", tile, lambda t: dgrad_act(dz, w, saved, *backward, tile=t))
+
+    def again(tile):
+        return dgrad_act(dz, w, saved, e, saves, need_db, need_dslope, tile)
+
+    p = Product(dz2, w.t(), "dgrad_act", tile, again)
     slope_width = n if constants["SLOPES"] == 2 else p.tiles_n * p.tile.backward_parts
-    sums = SlopeAndBiasSums(dz, bias, slope, need_db, need_dslope, p.tiles_m, slope_width, n)
+    sums = SlopeAndBiasSums(dz, e, need_db, need_dslope, p.tiles_m, slope_width, n)
     launch(
         dgrad_act_kernel, p.tiles, dz,
         out, *sums.outputs, *p.operands, saved2 if saves else None, *pointers,

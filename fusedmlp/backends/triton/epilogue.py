@@ -22,7 +22,7 @@ NONE = tl.constexpr(table.NONE)
 RELU = tl.constexpr(table.RELU)
 RELU_SQUARED = tl.constexpr(table.RELU_SQUARED)
 SAVE_Y = tl.constexpr(table.SAVE_Y)
-SAVE_PREACT = tl.constexpr(table.SAVE_Z)
+SAVE_PREACT = tl.constexpr(table.SAVE_PREACT)
 
 # What the compile-time constant DROPOUT of every kernel may be.
 KEEP_ALL = tl.constexpr(0)

@@ -8,6 +8,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from ...spec import activations, philox
+from ...spec.layers import Epilogue
 from . import tiles
 from .activations import act_fwd
 
@@ -27,15 +28,12 @@ def rows_view(t: Tensor) -> Tensor:
     return t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
-def epilogue_arguments(
-    bias, slope, state, act, alpha, threshold, scale, stream_offset, row_offset,
-    saves=activations.SAVE_Z,
-):
+def epilogue_arguments(e: Epilogue, saves: int = activations.SAVE_PREACT):
     """(pointers, numbers, compile-time constants) of a kernel's epilogue, in its order.
 
     saves  of a backward kernel, which reads the bias only beside a preactivation
     """
-    dropout = KEEP_SOME
+    dropout, threshold, slope = KEEP_SOME, e.threshold, e.slope
     if threshold == 0:
         dropout = KEEP_ALL
     elif threshold == philox.TWO32:
@@ -43,15 +41,15 @@ def epilogue_arguments(
     elif threshold >= 1 << 31:
         threshold -= philox.TWO32  # the same bits as an int32
     slopes = 0  # alpha serves; 1: one learnable slope; 2: one a column
-    if act == activations.PRELU:
+    if e.act == activations.PRELU:
         slopes = 1 if slope.numel() == 1 else 2
     pointers = (
-        bias.contiguous() if bias is not None and saves == activations.SAVE_Z else None,
+        e.bias.contiguous() if e.bias is not None and saves == activations.SAVE_PREACT else None,
         slope.contiguous() if slopes else None,
-        state if dropout == KEEP_SOME else None,
+        e.state if dropout == KEEP_SOME else None,
     )
-    numbers = alpha, threshold, scale, stream_offset, row_offset
-    return pointers, numbers, {"ACT": act, "SLOPES": slopes, "DROPOUT": dropout}
+    numbers = e.alpha, threshold, e.scale, e.stream_offset, e.row_offset
+    return pointers, numbers, {"ACT": e.act, "SLOPES": slopes, "DROPOUT": dropout}
 
 
 # Asked for by name: multiplications and additions may be joined, as in PyTorch's own kernels.

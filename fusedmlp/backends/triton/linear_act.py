@@ -130,7 +130,7 @@ def _split_along_k(p, outputs, x, pointers, numbers, constants):
     )
 
 
-def run(x, w, *epilogue, keep_preact: bool, tile: Tile | None = None):
+def run(x, w, e, keep_preact: bool, tile: Tile | None = None):
     """(y, preact), preact None unless keep_preact. tile: for tests and tuning."""
     shape = (*x.shape[:-1], w.shape[0])
     y = torch.empty(shape, dtype=x.dtype, device=x.device)
@@ -138,15 +138,13 @@ def run(x, w, *epilogue, keep_preact: bool, tile: Tile | None = None):
     m, k = x2.shape
     if tile is None and use_library(x2, w):
         preact = torch.mm(x2, w.t()).view(shape)
-        y = bias_act_dropout.bias_act_dropout_fwd(preact, *epilogue)
+        y = bias_act_dropout.bias_act_dropout_fwd(preact, e)
         return y, preact if keep_preact else None
     outputs = y, torch.empty_like(y) if keep_preact else None
     if y.numel() == 0:
         return outputs
-    pointers, numbers, constants = epilogue_arguments(*epilogue)
-    p = Product(
-        x2, w, "linear_act", tile, lambda t: run(x, w, *epilogue, keep_preact=keep_preact, tile=t)
-    )
+    pointers, numbers, constants = epilogue_arguments(e)
+    p = Product(x2, w, "linear_act", tile, lambda t: run(x, w, e, keep_preact, t))
     if p.tile.splits > 1 and k > p.tile.k:
         _split_along_k(p, outputs, x, pointers, numbers, constants)
     else:
@@ -158,11 +156,11 @@ def run(x, w, *epilogue, keep_preact: bool, tile: Tile | None = None):
     return outputs
 
 
-def linear_act_fwd(x, w, *epilogue):
+def linear_act_fwd(x, w, e):
     """y (..., N) and preact = x @ w.T (..., N), rounded to x's dtype, without the bias."""
-    return run(x, w, *epilogue, keep_preact=True)
+    return run(x, w, e, keep_preact=True)
 
 
-def linear_act_infer(x, w, *epilogue):
+def linear_act_infer(x, w, e):
     """y (..., N)."""
-    return run(x, w, *epilogue, keep_preact=False)[0]
+    return run(x, w, e, keep_preact=False)[0]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ...nn.groups import Stretch, find, is_candidate
+from ...nn.groups import LayerGroup, find_groups, is_candidate
 from ...nn.sequential import FusedSequential
 
 
@@ -113,12 +113,12 @@ def chains(graph: fx.Graph, root: nn.Module) -> list[Chain]:
     return [
         Chain(nodes, _container(nodes, modules))
         for nodes, modules in sequences(graph, root, module_of)
-        if any(map(is_worth, find(modules)))
+        if any(map(is_worth, find_groups(modules)))
     ]
 
 
 def is_worth(item) -> bool:
-    return item.pays if type(item) is Stretch else item.fused
+    return item.pays if type(item) is LayerGroup else item.fused
 
 
 def _container(nodes: list[fx.Node], modules: list[nn.Module]) -> FusedSequential:
@@ -160,7 +160,7 @@ def replace(graph: fx.Graph, found: list[Chain]) -> None:
 
 
 def _caller(container: FusedSequential):
-    def fused_stretches(x, masks):
-        return container.run_fused(x, masks)
+    def fused_groups(x, masks):
+        return container._run_fused(x, masks)
 
-    return fused_stretches
+    return fused_groups

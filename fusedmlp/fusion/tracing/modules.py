@@ -1,4 +1,4 @@
-"""Models written as classes: their forward is traced by torch.fx, and its stretches run fused.
+"""Models written as classes: their forward is traced by torch.fx, and its groups run fused.
 
 Each module is traced by itself, with its children as they are. A trace holds for what was seen when
 it was made (mode, attributes, children, global numbers); when that changes, another is made. What
@@ -18,8 +18,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx, nn
 
-from ...nn.groups import find, is_candidate
-from ...nn.masks import Masks, must_trace
+from ...nn.groups import find_groups, is_candidate
+from ...nn.mask_state import MaskState, must_trace
 from ...nn.modules import refuse_torchscript
 from .checks import Seen, Untraceable, Watch, required_arguments
 from .graph import chains, is_worth, replace
@@ -118,8 +118,8 @@ def _in_a_line(error: Exception) -> str:
 class TracedForward:
     """Mixed in before the class of a module: its forward runs fused where a trace holds."""
 
-    # As first_layer of the other fused modules, a name that a user's class may have itself.
-    fused_first_layer = 0
+    # As stream_offset of the other fused modules, a name that a user's class may have itself.
+    _stream_offset = 0
     plain_class: type  # what unfuse gives back
     plain_forward: Callable
 
@@ -127,27 +127,27 @@ class TracedForward:
         trace, inputs = _trace_for(self, args, kwargs)
         if trace is None:
             return self.plain_forward(*args, **kwargs)
-        return trace.run(self, *inputs, Masks(self.fused_first_layer, must_trace()))
+        return trace.run(self, *inputs, MaskState(self._stream_offset, must_trace()))
 
-    fused_forward = forward
+    _fused_forward = forward
     _slow_forward = __prepare_scriptable__ = refuse_torchscript
 
-    def run_fused(self, x, masks: Masks):
+    def _run_fused(self, x, masks: MaskState):
         """forward, with the masks of the container that this module is in."""
         trace, inputs = _trace_for(self, (x,), {})
         if trace is None:
-            masks.layer += self.layer_count()
+            masks.take(self._layer_count())
             return self.plain_forward(x)
         return trace.run(self, *inputs, masks)
 
-    def layer_count(self) -> int:
-        """How many layer numbers its stretches take, in the mode that has most."""
+    def _layer_count(self) -> int:
+        """How many stream offsets its groups take, in the mode that has most."""
         return max(
-            sum(part.layer_count() for part in trace.parts)
+            sum(part._layer_count() for part in trace.parts)
             for trace in in_both_modes(self, trace_of)
         )
 
-    def fused_parts(self) -> list:
+    def _fused_parts(self) -> list:
         """The containers that run in the present mode, for a report."""
         return trace_of(self).parts
 
@@ -222,7 +222,7 @@ def _class_for(cls: type) -> type:
     forward = _with_signature_of(cls.forward)
     members = {
         "forward": forward,
-        "fused_forward": forward,
+        "_fused_forward": forward,
         "plain_class": cls,
         "plain_forward": cls.forward,
         "__module__": cls.__module__,
@@ -253,7 +253,12 @@ def why_not(m: nn.Module) -> str:
         return "it is TorchScript"
     with _LOCK:
         traces = in_both_modes(m, Trace)
-    if any(is_worth(item) for trace in traces for part in trace.parts for item in find(list(part))):
+    if any(
+        is_worth(item)
+        for trace in traces
+        for part in trace.parts
+        for item in find_groups(list(part))
+    ):
         return ""
     return traces[0].reason or traces[1].reason or "nothing in its forward has a fused form"
 

@@ -66,7 +66,7 @@ class Task:
         which `fit` seeds.
         """
         is_one = isinstance(self.model, FusedSequential) and is_fused_module(self.model)
-        return self.model.layer_count() if is_one else 0
+        return self.model._layer_count() if is_one else 0
 
 
 def autocast(device: torch.device, precision: str):

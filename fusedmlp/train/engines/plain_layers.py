@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ...nn import FusedSequential
-from ...nn.groups import Stretch, find, is_tampered, why_not
+from ...nn.groups import LayerGroup, find_groups, is_tampered, reasons_against
 from ...spec import activations, philox
 from ..optim import EpsilonHatAdam
 
@@ -81,13 +81,12 @@ def layers_of(model: nn.Module) -> tuple[list[Layer], list[str]]:
         if is_tampered(first):
             return [], ["its first module has hooks"]
     layers, reasons = [], []
-    number = model.first_layer if isinstance(model, FusedSequential) else 0
-    for item in find(children):
-        if type(item) is not Stretch:
+    number = model.stream_offset if isinstance(model, FusedSequential) else 0
+    for item in find_groups(children):
+        if type(item) is not LayerGroup:
             name = type(item.module).__name__
-            reasons.append(
-                f"{name} ({item.index}) is no part of a layer: {why_not(item.module, _ALONE)}"
-            )
+            why = "; ".join(reasons_against(item.module)) or _ALONE
+            reasons.append(f"{name} ({item.index}) is no part of a layer: {why}")
         elif item.linear is None:
             names = ", ".join(type(m).__name__ for m in item.modules)
             reasons.append(f"{names} ({item.index}) does not follow a Linear; {_ALONE}")

@@ -1,7 +1,4 @@
-"""What one forward is run with, shared by all fused modules in it: backend and masks.
-
-Does not know modules.
-"""
+"""What one forward is run with, shared by all fused modules in it: backend and dropout masks."""
 
 from __future__ import annotations
 
@@ -23,26 +20,32 @@ def must_trace() -> bool:
     )
 
 
-class Masks:
-    """One state for all layers of the outermost fused module, and the number of the next layer.
+class MaskState:
+    """One (seed, stream) for all layers of the outermost fused module, and the next stream offset.
 
-    The state is drawn when something drops for the first time: a forward without dropout leaves
-    torch's generator alone.
+    It is drawn when something drops for the first time: a forward without dropout leaves torch's
+    generator alone.
 
     traced    what must_trace() says of this forward
     settings  handed down by the caller, or None for those of the present context
     named     the backend that they or the environment name, or None
     """
 
-    __slots__ = ("layer", "named", "row_offset", "scopes", "state", "traced")
+    __slots__ = ("named", "row_offset", "scopes", "state", "stream_offset", "traced")
 
-    def __init__(self, first_layer: int, traced: bool, settings: context.Settings | None = None):
+    def __init__(self, stream_offset: int, traced: bool, settings: context.Settings | None = None):
         settings = context.now() if settings is None else settings
-        self.layer = first_layer
+        self.stream_offset = stream_offset
         self.traced = traced
         self.scopes, self.named = settings.scopes, registry.named_in(settings)
         self.row_offset = 0
         self.state: Tensor | None = None
+
+    def take(self, layers: int = 1) -> int:
+        """The stream offset of the next layer; sets aside those of so many."""
+        offset = self.stream_offset
+        self.stream_offset = offset + layers
+        return offset
 
     def draw(self, like: Tensor) -> Tensor:
         """(seed, stream) on the device of `like`."""
