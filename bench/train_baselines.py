@@ -15,7 +15,7 @@ from torch import nn
 
 from fusedmlp.train import TrainConfig, build, fit
 from fusedmlp.train.data import types
-from fusedmlp.train.engines import autograd
+from fusedmlp.train.task import autocast
 
 
 @dataclass(frozen=True)
@@ -96,13 +96,13 @@ class InMemory:
         for _ in range(self.job.epochs):
             order = torch.randperm(len(self.x), device=self.x.device)
             for rows in order.split(batch):
-                with autograd.autocast(self.x.device, self.job.config.precision):
+                with autocast(self.x.device, self.job.config.precision):
                     loss = F.cross_entropy(net(self.x[rows]), self.data.y_train[rows])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 total += loss.detach()
-            with autograd.autocast(self.x.device, self.job.config.precision):
+            with autocast(self.x.device, self.job.config.precision):
                 right = accuracy(net, self.x_test, self.data.y_test)
         return right
 

@@ -122,7 +122,7 @@ def test_errors_of_a_regression_are_in_its_own_units(targets, standardize, monke
     config = TrainConfig(standardize=standardize, epochs=3, lr=1e-3, batch_size=16, hidden=(8,))
     compared = {"weight_decay": [0.0, 0.1]}
     here = crossval(config, compared, folds=2, data=(x, y))
-    monkeypatch.setattr(cv.native_judge, "judge", lambda *a, **k: None)
+    monkeypatch.setattr(cv.native_evaluate, "evaluate", lambda *a, **k: None)
     there = crossval(config, compared, folds=2, data=(x, y))
     for a, b in zip(here.candidates, there.candidates, strict=True):
         for one, other in zip([*a.train, *a.val], [*b.train, *b.val], strict=True):

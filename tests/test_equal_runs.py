@@ -16,6 +16,7 @@ import torch
 from fusedmlp.train import build, crossval, fit
 from fusedmlp.train.data.types import Data, Scaling
 from fusedmlp.train.engines import native_evaluate
+from fusedmlp.train.losses import loss_sums
 
 from . import made_data
 from .engines import OPTIMIZERS, config, engine_of, need_native, network
@@ -101,9 +102,9 @@ def test_metrics_of_equal_runs(name, each_way, tmp_path):
 def test_evaluations_of_one_network(name, each_way):
     data = made(16, 4000)
     engine = engine_of("native", network(sizes=NETWORKS[name]), data, OPTIMIZERS["sgd"])
-    found = each_way(lambda: tuple(engine.judge(data.x_test, data.y_test).tolist()), times=20)
+    found = each_way(lambda: tuple(engine.evaluate(data.x_test, data.y_test).tolist()), times=20)
     assert len(set(found)) == 1
-    wanted = build.judge(
+    wanted = loss_sums(
         "cross_entropy", build.predict(engine.task.model, data.x_test, Scaling()), data.y_test
     )
     torch.testing.assert_close(torch.tensor(found[0]).double(), wanted, rtol=1e-5, atol=0)
@@ -115,8 +116,8 @@ def test_evaluations_and_predictions_of_many_networks(each_way):
     rows = [(torch.arange(n, 1500), torch.arange(0, 1500, 2)) for n in range(len(nets))]
 
     def judged() -> tuple:
-        sums = native_evaluate.judge(nets, data.x_test, data.y_test, rows, loss="cross_entropy")
-        one = native_evaluate.judge(
+        sums = native_evaluate.evaluate(nets, data.x_test, data.y_test, rows, loss="cross_entropy")
+        one = native_evaluate.evaluate(
             nets[2:3], data.x_test, data.y_test, rows[2:3], loss="cross_entropy"
         )
         outputs = [build.predict(net, data.x_test, Scaling()) for net in nets[1:3]]

@@ -31,10 +31,6 @@ CIRCLES = [
         *("fusion.tracing", "fusion.compile", "fusion.tracing.graph", "fusion.tracing.modules"),
     },
     {
-        *("train.engines.autograd", "train.engines.graph", "train.engines.graph_calls"),
-        *("train.engines.native", "train.engines.plain_layers"),
-    },
-    {
         *("backends.triton.bias_act_dropout", "backends.triton.dgrad_act"),
         *("backends.triton.epilogue", "backends.triton.gemm", "backends.triton.linear_act"),
         "backends.triton.tile_cache",

@@ -15,11 +15,11 @@ from torch import nn
 
 from fusedmlp.nn import FusedMLP
 from fusedmlp.spec import philox
-from fusedmlp.train import TrainConfig, build, fit, predict
+from fusedmlp.train import TrainConfig, build, engines, fit, predict
 from fusedmlp.train.data import inputs
 from fusedmlp.train.data.types import permutation
-from fusedmlp.train.engines import autograd
 from fusedmlp.train.process import seed_generators
+from fusedmlp.train.task import Task
 
 from . import made_data
 
@@ -149,7 +149,7 @@ def engine_for(net: FusedMLP, data, settings: TrainConfig):
     """The autograd engine on all of the data, before its first step."""
     cpu = torch.device("cpu")
     data = inputs.on_device(data, net, cpu)
-    task = autograd.Task(
+    task = Task(
         net.train(), build.optimizer_for(net, settings, "cross_entropy"), "cross_entropy", cpu
     )
     task.x, task.y, task.scaling, task.seed = (
@@ -158,7 +158,7 @@ def engine_for(net: FusedMLP, data, settings: TrainConfig):
         data.scaling,
         settings.seed,
     )
-    engine = autograd.choose("autograd", task)
+    engine = engines.choose("autograd", task)
     engine.set_step(0)
     return engine
 
@@ -255,11 +255,11 @@ def test_the_mask_of_a_step_is_that_of_its_global_step_and_layer():
     net = network(sizes=(12, 16, 8, 3), dropout=0.5)
     for p in net.parameters():
         p.data.fill_(0.1)
-    task = autograd.Task(
+    task = Task(
         net, torch.optim.SGD(net.parameters(), lr=0.0), "cross_entropy", torch.device("cpu")
     )
     task.x, task.y, task.seed = torch.ones(5, 12), torch.zeros(5, dtype=torch.long), 42
-    engine = autograd.choose("autograd", task)
+    engine = engines.choose("autograd", task)
     engine.set_step(7)
     engine.step(torch.arange(5))
     first = philox.dropout_mask(42, 7 * 3, 5, 16, 0.5)

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from .. import context, functional
 from ..nn import FusedMLP
-from ..train.engines.autograd import Task
 from ..train.engines.native import Native
 from ..train.optim import EpsilonHatAdam
+from ..train.task import Task
 from .weights import Weights, network, read, rows_of, tensor, trained
 
 _NATIVE_LOSS = {"softmax": "cross_entropy", "logistic": "logistic", "identity": "mse"}
@@ -152,7 +152,7 @@ class Loop:
         if not refusals:
             loss = _NATIVE_LOSS[problem.out_activation]
             task = Task(self.net, self.optimizer, loss, self.device, self.x, self.y, seed=seed)
-            refusals = Native.refuses(task)
+            refusals = Native.reasons_against(task)
             if not refusals:
                 engine = Native(task)
                 engine.set_step(self.number)

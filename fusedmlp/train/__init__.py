@@ -11,7 +11,7 @@ from .errors import TrainError, UsageError
 from .inference import load
 from .job import run
 from .loop import Result, explain, fit
-from .many import Member, fit_many, refuses_many
+from .many import Member, fit_many, reasons_against_many
 
 __all__ = [
     "CrossvalResult",
@@ -29,6 +29,6 @@ __all__ = [
     "fit_many",
     "load",
     "predict",
-    "refuses_many",
+    "reasons_against_many",
     "run",
 ]

@@ -13,7 +13,8 @@ from ..spec import activations
 from .config import TrainConfig
 from .data.rows import check_pair
 from .data.types import Data, Scaling, resolved, seeded
-from .engines.autograd import autocast, judge
+from .losses import loss_sums
+from .task import autocast
 
 EVAL_ROWS = 4096  # rows a forward pass without gradients
 
@@ -149,7 +150,7 @@ def evaluate(
     first, last = world.rows(len(x)) if world is not None else (0, len(x))
     total = torch.zeros(3, dtype=torch.float64, device=x.device)
     if last > first:
-        total = judge(loss, predict(model, x[first:last], scaling, precision), y[first:last])
+        total = loss_sums(loss, predict(model, x[first:last], scaling, precision), y[first:last])
     total = total if world is None else world.sum(total)
     loss_sum, right, rows = total.tolist()
     return loss_sum / rows, right / rows if loss == "cross_entropy" else None
@@ -159,7 +160,7 @@ def evaluate_batches(task, batches) -> tuple[float | None, float | None]:
     """As evaluate, over (inputs, targets) that are on the device already."""
     total = torch.zeros(3, dtype=torch.float64, device=task.device)
     for inputs, targets in batches:
-        total += judge(
+        total += loss_sums(
             task.loss,
             predict(task.model, inputs, Scaling(dtype=inputs.dtype), task.precision),
             targets,

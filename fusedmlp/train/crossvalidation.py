@@ -24,10 +24,10 @@ from .console import Quiet
 from .data import datasets, inputs
 from .data.types import SPLIT_SEED, Data, prepared, resolved
 from .engines import native_evaluate
-from .engines.autograd import judge
 from .errors import TrainError, UsageError
 from .job import with_whole_paths
 from .loop import fit
+from .losses import loss_sums
 from .many import Member, fit_many
 from .process import borrowed, pick_device
 
@@ -289,7 +289,7 @@ def _scores(left, splits, data: Data, device) -> Iterator[tuple[Score, Score]]:
     # Squares of several targets, each in its own unit, do not follow from their sum.
     if config.engine in ("auto", "native") and (std is None or std.numel() == 1):
         with borrowed(config, device):
-            sums = native_evaluate.judge(
+            sums = native_evaluate.evaluate(
                 [model for _, _, model in left],
                 data.x_train,
                 data.y_train,
@@ -319,7 +319,7 @@ def _score(model, x: Tensor, y: Tensor, data: Data, config: TrainConfig, device)
     with borrowed(config, device):
         outputs = models.predict(model, x, data.scaling, config.precision)
     y = y if data.is_classes else y.reshape(outputs.shape)
-    loss_sum, right, rows = judge(loss, outputs, y).tolist()
+    loss_sum, right, rows = loss_sums(loss, outputs, y).tolist()
     if data.is_classes:
         return Score(1.0 - right / rows, loss_sum / rows)
     difference = outputs.double() - y

@@ -15,6 +15,7 @@ from .config import TrainConfig
 from .data import datasets
 from .data.types import Data, Scaling
 from .errors import TrainError, UsageError
+from .losses import loss_sums
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def evaluate(trained: Trained, data: Data) -> dict:
     loss = "cross_entropy" if data.is_classes else "mse"
     outputs = trained.outputs(data.x_test)
     y = data.y_test if data.is_classes else trained.target_scaling(data.y_test)
-    loss_sum, right, rows = models.judge(loss, outputs, y).tolist()
+    loss_sum, right, rows = loss_sums(loss, outputs, y).tolist()
     result = {
         "rows": int(rows),
         "test_loss": loss_sum / rows,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from . import checkpoint, distributed, finish, schedule
+from . import checkpoint, distributed, engines, finish, schedule
 from .build import evaluate, evaluate_batches, optimizer_for
 from .config import TrainConfig
 from .console import Quiet
@@ -19,11 +19,11 @@ from .data import inputs as source
 from .data import loaders
 from .data.types import Data, permutation, resolved
 from .distributed import World
-from .engines import autograd
 from .errors import TrainError, UsageError, WriteError
 from .process import borrowed, pick_device, seed_generators, surroundings
 from .run_folder import create, reopen
 from .state import Run, check_loss, kept, restore, rng_seed, save, set_rng
+from .task import Task
 
 READ_SECONDS = 0.1  # between two reads of the losses; each waits for the device
 SAVE_SECONDS = 1.0  # between two checkpoints at the end of short epochs
@@ -143,12 +143,12 @@ def explain(model: nn.Module, data, config: TrainConfig | None = None) -> str:
     device = pick_device(config)
     with borrowed(config, device):
         task, _ = _task(model, given, config, device, distributed.current())
-        return "\n".join(autograd.why(config.engine, task))
+        return "\n".join(engines.explain(config.engine, task))
 
 
 def _task(
     model, given, config, device, world, epoch: int = 0
-) -> tuple[autograd.Task, Data | loaders.Loaders]:
+) -> tuple[Task, Data | loaders.Loaders]:
     """The task, and the data on its device. A loader is opened here, with the generators as they
     are in the epoch that is the first to be run."""
     model.to(device)
@@ -159,7 +159,7 @@ def _task(
     else:
         seed_generators(rng_seed(config, world, epoch), device)
         data, scaling, loss = loaders.of_loader(given, model, config, device)
-    task = autograd.Task(model, optimizer_for(model, config, loss), loss, device, scaling=scaling)
+    task = Task(model, optimizer_for(model, config, loss), loss, device, scaling=scaling)
     task.precision, task.seed, task.world = config.precision, config.seed, world
     task.label_smoothing, task.clip_norm = config.label_smoothing, config.clip_norm
     if isinstance(given, Data):
@@ -176,7 +176,7 @@ def _prepare(model, given, config, device, world, stop, progress, epoch) -> Run:
     seed_generators(rng_seed(config, world, 0), device)
     about = finish.describe(model, data)
     return Run(
-        config, world, task, autograd.choose(config.engine, task), data, progress, stop, about
+        config, world, task, engines.choose(config.engine, task), data, progress, stop, about
     )
 
 
@@ -193,7 +193,7 @@ def _open(run: Run, saved: dict | None, parent: Path | None) -> None:
     run.engine.set_step(run.position.global_step)
     run.progress.start(run)
     if config.engine == "auto" and run.task.device.type == "cpu" and run.engine.name == "autograd":
-        reasons = "; ".join(autograd.Native.refuses(run.task))
+        reasons = "; ".join(engines.Native.reasons_against(run.task))
         run.progress.note(f"the faster engine native is passed over: {reasons}")
 
 
@@ -318,7 +318,7 @@ def _evaluate(run: Run, part: str) -> tuple[float | None, float | None]:
     x, y = getattr(data, f"x_{part}"), getattr(data, f"y_{part}")
     if x is None:
         return None, None
-    sums = run.engine.judge(x, y)
+    sums = run.engine.evaluate(x, y)
     if sums is not None:
         loss, right, rows = sums.tolist()
         return loss / rows, right / rows if task.loss == "cross_entropy" else None

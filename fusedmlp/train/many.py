@@ -14,19 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import FusedMLP
-from . import schedule
+from . import engines, schedule
 from .build import optimizer_for
 from .config import TrainConfig
 from .data import inputs
 from .data.rows import kinds
 from .data.types import Data, Scaling, permutation, resolved
 from .distributed import ALONE
-from .engines import autograd
 from .engines.native import Native
 from .engines.native_many import NativeMany, Share
 from .errors import UsageError
 from .process import borrowed, pick_device, seed_generators
 from .state import rng_seed
+from .task import Task
 
 MOST = 64  # networks in one call
 LOSSES = ("cross_entropy", "mse")
@@ -47,7 +47,7 @@ class Member:
     rows: Tensor
 
 
-def refuses_many(members: Sequence[Member], x: Tensor, y: Tensor, loss: str) -> list[str]:
+def reasons_against_many(members: Sequence[Member], x: Tensor, y: Tensor, loss: str) -> list[str]:
     """Reasons why these members cannot be trained in one call; empty where they can.
 
     In one call go up to 64 networks on a CPU that the `native` engine takes, each with layers,
@@ -56,8 +56,8 @@ def refuses_many(members: Sequence[Member], x: Tensor, y: Tensor, loss: str) -> 
     """
     scaling = Scaling(255.0) if x.dtype == torch.uint8 else Scaling()
     _check(members, x, y, loss)
-    reasons = _against_devices(members)
-    return reasons or _against(_tasks(members, x, y, loss, scaling))
+    reasons = _reasons_against_devices(members)
+    return reasons or _reasons_against(_tasks(members, x, y, loss, scaling))
 
 
 def fit_many(
@@ -72,7 +72,7 @@ def fit_many(
 ) -> list[list[dict]]:
     """Train each member's model in place for its config.epochs; the same bits as each alone.
 
-    members   of any shapes; where refuses_many has no reasons, all are trained in one call
+    members   of any shapes; where reasons_against_many has no reasons, all are trained in one call
     x         (n, ...) rows as stored, not checked for finite numbers
     y         (n,) int64 classes, or (n,) or (n, k) float targets
     loss      cross_entropy or mse
@@ -90,7 +90,7 @@ def fit_many(
     """
     _check(members, x, y, loss)
     tasks = _tasks(members, x, y, loss, scaling)
-    together = bool(members) and not (_against_devices(members) or _against(tasks))
+    together = bool(members) and not (_reasons_against_devices(members) or _reasons_against(tasks))
     trainings = [
         _Training(config, task, m, together)
         for (config, task), m in zip(tasks, members, strict=True)
@@ -122,11 +122,11 @@ def fit_many(
 class _Training:
     """A member that is under way."""
 
-    def __init__(self, config: TrainConfig, task: autograd.Task, member: Member, is_native: bool):
+    def __init__(self, config: TrainConfig, task: Task, member: Member, is_native: bool):
         self.config, self.device = config, task.device
         self.rows = member.rows.cpu()
         with borrowed(config, task.device):
-            self.engine = Native(task) if is_native else autograd.choose(config.engine, task)
+            self.engine = Native(task) if is_native else engines.choose(config.engine, task)
         self.engine.set_step(0)
         self.epoch = 0
         self.history: list[dict] = []
@@ -195,13 +195,13 @@ def _kind(model: nn.Module) -> tuple:
 
 def _tasks(
     members: Sequence[Member], x: Tensor, y: Tensor, loss: str, scaling: Scaling
-) -> list[tuple[TrainConfig, autograd.Task]]:
+) -> list[tuple[TrainConfig, Task]]:
     """Each member's config, without None, and its task as `fit` would set it up."""
     classes = None
     if loss == "cross_entropy":
         classes = tuple(str(i) for i in range(int(y.max()) + 1))
     given = Data("tensors", x, y, classes=classes, scaling=scaling)
-    tasks: list[tuple[TrainConfig, autograd.Task]] = []
+    tasks: list[tuple[TrainConfig, Task]] = []
     moved: dict[torch.device, Data] = {}
     fitted: dict[tuple, Data] = {}
     for member in members:
@@ -215,9 +215,7 @@ def _tasks(
             with borrowed(config, device):
                 fitted[key] = inputs.on_device(moved[device], model, device)
         data = fitted[key]
-        task = autograd.Task(
-            model, optimizer_for(model, config, loss), loss, device, scaling=data.scaling
-        )
+        task = Task(model, optimizer_for(model, config, loss), loss, device, scaling=data.scaling)
         task.x, task.y = data.x_train, data.y_train
         task.precision, task.seed = config.precision, config.seed
         task.label_smoothing, task.clip_norm = config.label_smoothing, config.clip_norm
@@ -226,22 +224,22 @@ def _tasks(
     return tasks
 
 
-def _against_devices(members: Sequence[Member]) -> list[str]:
+def _reasons_against_devices(members: Sequence[Member]) -> list[str]:
     if any(pick_device(m.config).type != "cpu" for m in members):
         return ["several networks are trained in one call on a CPU only"]
     return []
 
 
-def _against(tasks: list[tuple[TrainConfig, autograd.Task]]) -> list[str]:
+def _reasons_against(tasks: list[tuple[TrainConfig, Task]]) -> list[str]:
     reasons = []
     if len(tasks) > MOST:
         reasons.append(f"at most {MOST} networks are trained in one call, got {len(tasks)}")
     for number, (config, task) in enumerate(tasks):
         with borrowed(config, task.device):
-            why = Native.refuses(task)
+            found = Native.reasons_against(task)
         if config.engine not in ("auto", Native.name):
-            why = [f"engine {config.engine} was asked for"]
-        reasons += [f"member {number}: {reason}" for reason in why]
+            found = [f"engine {config.engine} was asked for"]
+        reasons += [f"member {number}: {reason}" for reason in found]
     return reasons
 
 

@@ -13,10 +13,10 @@ from .console import Quiet
 from .data.loaders import Loaders
 from .data.types import Data, seeded
 from .distributed import World
-from .engines import autograd as step
 from .errors import TrainError
 from .process import StopRequest
 from .run_folder import RunFolder
+from .task import Task
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Run:
 
     config: TrainConfig
     world: World
-    task: step.Task
+    task: Task
     engine: object
     data: Data | Loaders
     progress: Quiet

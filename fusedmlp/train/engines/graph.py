@@ -10,30 +10,27 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..optim import EpsilonHatAdam
+from ..task import Task
 from . import graph_calls
 from .graph_calls import Calls
 from .plain_layers import (
-    against_data,
-    against_optimizer,
-    against_parameters,
-    against_rows,
     layers_of,
+    reasons_against_data,
+    reasons_against_optimizer,
+    reasons_against_parameters,
+    reasons_against_rows,
 )
-
-if TYPE_CHECKING:
-    from .autograd import Task
 
 log = logging.getLogger("fusedmlp")
 
 STEPS = 16  # of one graph, where as many of the same size follow each other
 SIZES = (STEPS, 4, 1)  # of the graphs that the steps of a call are made up of
-JUDGED = 4  # graphs of evaluations that are held, each of data of its own
+EVALUATIONS = 4  # graphs of evaluations that are held, each of data of its own
 
 
 class Graph:
@@ -43,26 +40,26 @@ class Graph:
     automatic = False  # until a results file of a GPU says that it is right and fast
 
     @staticmethod
-    def refuses(task: Task) -> list[str]:
+    def reasons_against(task: Task) -> list[str]:
         if task.device.type != "cuda":
             return [f"it runs on a CUDA GPU, the device is {task.device.type}"]
-        return Graph.objections(task)
+        return Graph.reasons_on_any_device(task)
 
     @staticmethod
-    def objections(task: Task) -> list[str]:
+    def reasons_on_any_device(task: Task) -> list[str]:
         """The reasons that do not depend on the device."""
         reasons = []
         if task.precision == "fp16":
             reasons.append("fp16 waits for the host, which decides on the scale of the loss")
         if task.world.size > 1:
             reasons.append("it runs in one process")
-        reasons += against_optimizer(task.optimizer)
+        reasons += reasons_against_optimizer(task.optimizer)
         if type(task.optimizer) is EpsilonHatAdam:
             reasons.append("torch's fused Adam has another place for epsilon")
         layers, against = layers_of(task.model)
         reasons += against
-        reasons += against_parameters(task.model, task.optimizer, task.device.type)
-        return reasons + (against_data(task, layers) if layers and not against else [])
+        reasons += reasons_against_parameters(task.model, task.optimizer, task.device.type)
+        return reasons + (reasons_against_data(task, layers) if layers and not against else [])
 
     def __init__(self, task: Task):
         self.task = task
@@ -72,7 +69,7 @@ class Graph:
         self.held: list[Tensor] = []
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
         self.tried: set[tuple] = set()  # what has run outside of a graph
-        self.judged: dict[tuple, tuple[Tensor, Tensor]] = {}  # the data that graphs read
+        self.evaluated: dict[tuple, tuple[Tensor, Tensor]] = {}  # the data that graphs read
         self.captures = task.device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if self.captures else None
 
@@ -192,24 +189,24 @@ class Graph:
         rows, self.rows = self.rows, 0
         return loss, right, rows
 
-    def judge(self, x: Tensor, y: Tensor) -> Tensor | None:
+    def evaluate(self, x: Tensor, y: Tensor) -> Tensor | None:
         """(sum of losses, number right, rows) in fp64, on the device, over rows x (n, ...) as
         stored and their targets, in evaluation mode and without label smoothing; None where it
         cannot take them. Does not wait. The data of the last few calls are kept alive."""
         task, device = self.task, self.task.x.device
         if x.device != device or y.device != device:
             return None
-        if against_rows(task, x, y, self.calls.layers):
+        if reasons_against_rows(task, x, y, self.calls.layers):
             return None
-        key = "judge", x.data_ptr(), y.data_ptr(), len(x)
-        if key not in self.judged and len(self.judged) == JUDGED:
-            for old in self.judged:
+        key = "evaluate", x.data_ptr(), y.data_ptr(), len(x)
+        if key not in self.evaluated and len(self.evaluated) == EVALUATIONS:
+            for old in self.evaluated:
                 self.graphs.pop(old, None)
                 self.tried.discard(old)
-            self.judged.clear()
-        self.judged[key] = x, y
-        self._go(key, functools.partial(self.calls.judge, x, y))
-        return self.calls.judged.clone()
+            self.evaluated.clear()
+        self.evaluated[key] = x, y
+        self._go(key, functools.partial(self.calls.evaluate, x, y))
+        return self.calls.evaluated.clone()
 
     def sync(self) -> None:
         """Nothing is held back: parameters and state are the task's own tensors."""

@@ -18,8 +18,6 @@ The ops are those of any backend, on any device: run one by one they are the sam
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,10 +25,8 @@ from torch import Tensor
 from ...backends import choice, registry
 from ...ops import BY_BACKEND
 from ...spec import activations, layers
+from ..task import Task
 from .plain_layers import layers_of
-
-if TYPE_CHECKING:
-    from .autograd import Task
 
 VALUES = 1 << 24  # of inputs that are gathered, or of one layer of an evaluation: 64 MiB in fp32
 _DTYPES = {"bf16": torch.bfloat16}
@@ -60,7 +56,7 @@ class Calls:
         self.given_rates: list[float] = []
         self.step_rates: list[Tensor] = []  # of the step under way, one for each group
         self.totals = torch.zeros(2, dtype=torch.float64, device=device)
-        self.judged = torch.zeros(3, dtype=torch.float64, device=device)
+        self.evaluated = torch.zeros(3, dtype=torch.float64, device=device)
         self.parameters = [t for layer in self.layers for t in layer.tensors() if t is not None]
         self.is_cast = self.dtype != torch.float32
         with torch.no_grad():
@@ -202,21 +198,21 @@ class Calls:
         if self.task.loss == "cross_entropy":
             totals[1].add_((outputs.argmax(1) == targets).sum())
 
-    def judge(self, x: Tensor, y: Tensor) -> None:
-        """Writes (sum of losses, number right, rows) to `judged`, in evaluation mode and without
+    def evaluate(self, x: Tensor, y: Tensor) -> None:
+        """Writes (sum of losses, number right, rows) to `evaluated`, in evaluation mode and without
         label smoothing, over rows x (n, ...) as stored and their targets."""
         widest = max(max(layer.linear.weight.shape) for layer in self.layers)
         part = max(1, VALUES // widest)
         with torch.no_grad():
-            self.judged.zero_()
+            self.evaluated.zero_()
             params, (ints, numbers) = self._params(), self.network(0, is_training=False)
             for rows, targets in zip(x.split(part), y.split(part), strict=True):
                 ops = BY_BACKEND[self.backend(len(rows))]
                 inputs = self.inputs(rows)
                 (outputs,) = ops.mlp_fwd(inputs, params, None, ints, numbers, 0, False)
                 losses, _ = self.loss(outputs, targets, 0.0)
-                self._add_up(self.judged, outputs, losses, targets)
-            self.judged[2].fill_(len(x))
+                self._add_up(self.evaluated, outputs, losses, targets)
+            self.evaluated[2].fill_(len(x))
 
     def clip(self, grads: list[Tensor]) -> None:
         """torch.nn.utils.clip_grad_norm_."""

@@ -8,24 +8,21 @@ and their order of operations are those of torch.optim.SGD, Adam and AdamW.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..data.types import Scaling
 from ..optim import EpsilonHatAdam
+from ..task import Task
 from . import native_op
 from .plain_layers import (
-    against_data,
-    against_optimizer,
-    against_parameters,
-    against_rows,
     layers_of,
+    reasons_against_data,
+    reasons_against_optimizer,
+    reasons_against_parameters,
+    reasons_against_rows,
 )
-
-if TYPE_CHECKING:
-    from .autograd import Task
 
 LOSSES = {
     "cross_entropy": native_op.CROSS_ENTROPY,
@@ -39,7 +36,7 @@ _ADAMS = {
     EpsilonHatAdam: native_op.ADAM_EPSILON_HAT,
 }
 _EMPTY = torch.empty(0)
-JUDGED_ROWS = 256  # in one forward pass: its activations stay in the L2 cache
+EVAL_ROWS = 256  # in one forward pass: its activations stay in the L2 cache
 
 
 @dataclass
@@ -62,7 +59,7 @@ class Native:
     automatic = True
 
     @staticmethod
-    def refuses(task: Task) -> list[str]:
+    def reasons_against(task: Task) -> list[str]:
         if task.device.type != "cpu":
             return [f"it runs on a CPU, the device is {task.device.type}"]
         reason = native_op.unavailable()
@@ -71,11 +68,11 @@ class Native:
             reasons.append(f"it computes in fp32, --precision is {task.precision}")
         if task.world.size > 1:
             reasons.append("it runs in one process")
-        reasons += against_optimizer(task.optimizer)
+        reasons += reasons_against_optimizer(task.optimizer)
         layers, against = layers_of(task.model)
         reasons += against
-        reasons += against_parameters(task.model, task.optimizer)
-        return reasons + (against_data(task, layers) if layers and not against else [])
+        reasons += reasons_against_parameters(task.model, task.optimizer)
+        return reasons + (reasons_against_data(task, layers) if layers and not against else [])
 
     def __init__(self, task: Task):
         self.task = task
@@ -181,11 +178,11 @@ class Native:
         torch.autograd.graph.increment_version(self.present)
         self.number += steps
 
-    def judge(self, x: Tensor, y: Tensor) -> Tensor | None:
+    def evaluate(self, x: Tensor, y: Tensor) -> Tensor | None:
         """(sum of losses, number right, rows) in fp64 over rows x (n, ...) as stored and their
         targets, in evaluation mode and without label smoothing; None where it cannot take them."""
         task = self.task
-        if x.device.type != "cpu" or against_rows(task, x, y, self.layers):
+        if x.device.type != "cpu" or reasons_against_rows(task, x, y, self.layers):
             return None
         if len(self.every) != len(x):
             self.every = torch.arange(len(x))
@@ -206,7 +203,7 @@ class Native:
                     ints,
                     floats,
                     float(scaling.divisor),
-                    JUDGED_ROWS,
+                    EVAL_ROWS,
                     LOSSES[task.loss],
                 )
                 if needed <= self.work.numel():

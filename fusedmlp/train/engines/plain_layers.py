@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +16,7 @@ from ...nn import FusedSequential
 from ...nn.groups import Stretch, find, is_tampered, why_not
 from ...spec import activations, philox
 from ..optim import EpsilonHatAdam
-
-if TYPE_CHECKING:
-    from .autograd import Task
+from ..task import Task
 
 _LOSSES = ("cross_entropy", "mse", "logistic")
 _ONE_OF = ", ".join(_LOSSES)
@@ -108,10 +105,10 @@ def layers_of(model: nn.Module) -> tuple[list[Layer], list[str]]:
             "an nn.Sequential draws its dropout masks from torch's generator; make it a "
             "FusedSequential with fusedmlp.fuse"
         )
-    return layers, reasons + [r for layer in layers for r in _against(layer)]
+    return layers, reasons + [r for layer in layers for r in _reasons_against_layer(layer)]
 
 
-def _against(layer: Layer) -> list[str]:
+def _reasons_against_layer(layer: Layer) -> list[str]:
     linear, slope = layer.linear, layer.slope
     if linear.in_features == 0 or linear.out_features == 0:
         return ["a Linear without inputs or outputs"]
@@ -122,7 +119,7 @@ def _against(layer: Layer) -> list[str]:
     return [] if math.isfinite(layer.alpha) else ["a slope is not finite"]
 
 
-def against_parameters(
+def reasons_against_parameters(
     model: nn.Module, optimizer: torch.optim.Optimizer, device: str = "cpu"
 ) -> list[str]:
     """Reasons why parameters cannot be updated where they lie, all of them, in fp32 on devices of
@@ -148,7 +145,7 @@ def against_parameters(
     return reasons
 
 
-def against_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:
+def reasons_against_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:
     plain = _PLAIN_SETTINGS.get(type(optimizer))
     if plain is None:
         return [f"the optimiser must be SGD, Adam or AdamW, got {type(optimizer).__name__}"]
@@ -176,16 +173,16 @@ def _has_tensor(setting) -> bool:
     return any(isinstance(s, Tensor) for s in settings)
 
 
-def against_data(task: Task, layers: list[Layer]) -> list[str]:
+def reasons_against_data(task: Task, layers: list[Layer]) -> list[str]:
     if task.x is None:
         return ["its data must be tensors, these come from a loader"]
     reasons = (
         [] if task.loss in _LOSSES else [f"the loss must be one of {_ONE_OF}, got {task.loss}"]
     )
-    return reasons + against_rows(task, task.x, task.y, layers)
+    return reasons + reasons_against_rows(task, task.x, task.y, layers)
 
 
-def against_rows(task: Task, x: Tensor, y: Tensor, layers: list[Layer]) -> list[str]:
+def reasons_against_rows(task: Task, x: Tensor, y: Tensor, layers: list[Layer]) -> list[str]:
     first, last = layers[0].linear, layers[-1].linear
     reasons = []
     plain = task.scaling.divisor == 1.0 and task.scaling.mean is None
