@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedmlp.train import build, crossval, fit
+from fusedmlp.train import RunOptions, build, crossval, fit
 from fusedmlp.train.data.types import Data, Scaling
 from fusedmlp.train.engines import native_evaluate
 from fusedmlp.train.losses import loss_sums
@@ -83,8 +83,8 @@ def metrics(folder: Path) -> str:
 
 def run(sizes, folder: Path, epochs: int = 4) -> str:
     """The metrics of a run into that folder."""
-    settings = dict(engine="native", epochs=epochs, optimizer="adamw", lr=1e-3, out=folder)
-    fit(network(sizes=sizes, dropout=0.1), made(512, 2048), config(**settings, batch_size=128))
+    settings = config(engine="native", epochs=epochs, optimizer="adamw", lr=1e-3, batch_size=128)
+    fit(network(sizes=sizes, dropout=0.1), made(512, 2048), settings, RunOptions(out=folder))
     return metrics(folder)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fusedmlp.spec import activations
-from fusedmlp.train import TrainError, build, checkpoint, fit, loop
+from fusedmlp.train import RunOptions, TrainError, build, fit, loop, run_folder
 from fusedmlp.train.console import Quiet
 from fusedmlp.train.data.types import Data, Scaling, standardized
 from fusedmlp.train.engines import native_evaluate
@@ -115,10 +115,10 @@ class Spoil(Quiet):
 
 def test_the_last_good_checkpoint_is_kept_when_the_loss_runs_away(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
-    settings = config(engine="native", epochs=5, out=tmp_path / "run")
+    settings, out = config(engine="native", epochs=5), RunOptions(out=tmp_path / "run")
     with pytest.raises(TrainError, match="no longer finite.*last good checkpoint"):
-        fit(network(sizes=(12, 16, 3)), made_data.blobs(), settings, progress=Spoil())
-    held = checkpoint.load(tmp_path / "run")
+        fit(network(sizes=(12, 16, 3)), made_data.blobs(), settings, out, progress=Spoil())
+    held = run_folder.load_checkpoint(tmp_path / "run")
     assert held["position"]["epoch"] == 2
     assert all(torch.isfinite(t).all() for t in held["model"].values())
 

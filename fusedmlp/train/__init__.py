@@ -4,13 +4,12 @@ result = fusedmlp.train.fit(model, (x, y, x_test, y_test), fusedmlp.train.TrainC
 """
 
 from .build import evaluate, predict
-from .config import TrainConfig
+from .config import RunOptions, TrainConfig
 from .crossvalidation import CrossvalResult, crossval
 from .data.types import Data, Scaling
 from .errors import TrainError, UsageError
 from .inference import load
-from .job import run
-from .loop import Result, explain, fit
+from .loop import Result, explain, fit, run
 from .many import Member, fit_many, reasons_against_many
 
 __all__ = [
@@ -18,6 +17,7 @@ __all__ = [
     "Data",
     "Member",
     "Result",
+    "RunOptions",
     "Scaling",
     "TrainConfig",
     "TrainError",

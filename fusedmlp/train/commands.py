@@ -1,5 +1,5 @@
-"""The commands train, evaluate and predict: flags in, text out. The work is done in job.py and
-inference.py."""
+"""The commands train, evaluate and predict: flags in, text out. The work is done in loop.py,
+crossvalidation.py and inference.py."""
 
 import contextlib
 import csv
@@ -12,11 +12,12 @@ from typing import Literal
 
 import tyro
 
-from . import checkpoint, compare, crossval_report, crossvalidation, distributed, inference, job
-from .config import TrainConfig
+from . import compare, crossval_report, crossvalidation, inference, loop
+from .config import RunOptions, TrainConfig
 from .console import Console
 from .errors import TrainError, UsageError
-from .process import pick_device
+from .process import is_quiet_process, pick_device
+from .run_folder import load_checkpoint
 
 INTERRUPTED = 130
 
@@ -55,7 +56,7 @@ def _parse(kind: type, name: str, argv: list[str], default=None):
     """Flags -> kind; a mistake is shown by tyro and ends with exit code 2."""
     argv = list(_with_values(argv))
     with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
-        if distributed.is_quiet_process():
+        if is_quiet_process():
             stack.enter_context(contextlib.redirect_stderr(nowhere))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         settings = (tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands)
@@ -75,18 +76,30 @@ def _with_values(argv: list[str]) -> Iterator[str]:
             yield word
 
 
-def parse_train(argv: list[str]) -> TrainConfig:
-    """The config of these flags; with --resume what is not given is as in the run."""
-    config = _parse(TrainConfig, "train", argv, TrainConfig())
-    if config.resume is None:
-        return config.check()
-    config.check()
-    was = checkpoint.config_of(checkpoint.load(config.resume)).replace(resume=config.resume)
-    return _parse(TrainConfig, "train", argv, was).check()
+@dataclass(frozen=True)
+class TrainArgs(RunOptions, TrainConfig):
+    def split(self) -> tuple[TrainConfig, RunOptions]:
+        """(what is trained, where the run is kept), both checked."""
+        parts = (
+            kind(**{field.name: getattr(self, field.name) for field in fields(kind)})
+            for kind in (TrainConfig, RunOptions)
+        )
+        config, options = (part.check() for part in parts)
+        return config, options
+
+
+def parse_train(argv: list[str]) -> tuple[TrainConfig, RunOptions]:
+    """The settings of these flags; with --resume what is not given is as in the run."""
+    config, options = _parse(TrainArgs, "train", argv, TrainArgs()).split()
+    if options.resume is None:
+        return config, options
+    was = TrainConfig.from_dict(load_checkpoint(options.resume)["config"])
+    default = TrainArgs(**vars(was), resume=options.resume)
+    return _parse(TrainArgs, "train", argv, default).split()
 
 
 @dataclass(frozen=True)
-class CrossvalConfig(TrainConfig):
+class CrossvalArgs(TrainArgs):
     """Compare settings by cross-validation; train the best on all training rows, test it once.
 
     A slash stands between values to compare, and every combination is a candidate:
@@ -99,19 +112,20 @@ class CrossvalConfig(TrainConfig):
 
 
 def crossval(argv: list[str]) -> int:
-    def parse(flags: list[str]) -> CrossvalConfig:
-        return _parse(CrossvalConfig, "crossval", flags, CrossvalConfig())
+    def parse(flags: list[str]) -> CrossvalArgs:
+        return _parse(CrossvalArgs, "crossval", flags, CrossvalArgs())
 
-    settings, values = compare.parsed(argv, parse)
-    plain = {field.name: getattr(settings, field.name) for field in fields(TrainConfig)}
-    crossvalidation.crossval_into_folder(
-        TrainConfig(**plain), values, folds=settings.folds, progress=crossval_report.Report()
+    args, values = compare.parsed(argv, parse)
+    config, options = args.split()
+    crossvalidation.crossval(
+        config, values, options, folds=args.folds, progress=crossval_report.Report()
     )
     return 0
 
 
 def train(argv: list[str]) -> int:
-    result = job.run(parse_train(argv), Console())
+    config, options = parse_train(argv)
+    result = loop.run(config, options, progress=Console())
     return INTERRUPTED if result.interrupted else 0
 
 

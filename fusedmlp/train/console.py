@@ -4,6 +4,8 @@ import logging
 import sys
 import time
 
+from .config import RunOptions, TrainConfig
+
 
 class Output:
     """Standard output for a run, which does not end for it: characters that it lacks become
@@ -99,7 +101,7 @@ class Console(Quiet):
             f"engine {run.engine.name}, seed {config.seed}"
             + (f", {run.world.size} processes" if run.world.size > 1 else "")
         )
-        self.say("settings: " + _settings(config))
+        self.say("settings: " + _shown_settings(config, run.options or RunOptions()))
         if run.folder is not None:
             self.say(f"run folder: {run.folder.path}")
         if run.position.global_step:
@@ -220,9 +222,11 @@ class Console(Quiet):
             self.bar = None
 
 
-def _settings(config) -> str:
+def _shown_settings(config: TrainConfig, options: RunOptions) -> str:
     return "  ".join(
-        f"{name}={_plain(value)}" for name, value in config.to_dict().items() if value is not None
+        f"{name}={_plain(value)}"
+        for name, value in (config.to_dict() | options.to_dict()).items()
+        if value is not None
     )
 
 

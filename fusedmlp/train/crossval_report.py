@@ -6,11 +6,10 @@ import io
 import math
 from collections.abc import Callable
 
-from . import finish
 from .compare import shown
 from .console import Console
 from .plots import PARTS, RIGHT, new_figure, png
-from .run_folder import RunFolder
+from .run_folder import RunFolder, model_bytes
 
 SHOWN = 40  # candidates on the picture
 
@@ -103,15 +102,14 @@ def write(result, place: RunFolder, about: dict, warn: Callable[[str], None]) ->
     """All results of the run, the summary last: a folder that has one is complete; and then the
     picture, if it can be drawn. config.json is that of the chosen network, so that `evaluate` and
     `predict` take the folder."""
-    config = result.best.config.replace(out=place.path)
-    place.write("config.json", finish.config_json(config))
+    place.write_config(result.best.config)
     place.write("results.csv", results_csv(result))
     place.write_metrics(
         [{"seconds": None, **row} for row in result.refit],
     )
-    place.write("model.safetensors", finish.model_bytes(result.model, about))
+    place.write("model.safetensors", model_bytes(result.model, about))
     place.write_json("summary.json", summary(result))
-    finish.write_pictures(place, {"crossval.png": lambda: picture(result)}, warn)
+    place.write_pictures({"crossval.png": lambda: picture(result)}, warn)
 
 
 def results_csv(result) -> str:

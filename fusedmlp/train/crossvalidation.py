@@ -17,19 +17,18 @@ from torch import Tensor
 
 from . import build as models
 from . import compare as comparing
-from . import distributed, finish
-from . import run_folder as folder
-from .config import TrainConfig
+from .config import RunOptions, TrainConfig
 from .console import Quiet
 from .data import datasets, inputs
 from .data.types import SPLIT_SEED, Data, prepared, resolved
 from .engines import native_evaluate
 from .errors import TrainError, UsageError
-from .job import with_whole_paths
 from .loop import fit
 from .losses import loss_sums
 from .many import Member, fit_many
-from .process import borrowed, pick_device
+from .process import pick_device, run_settings, started_by_torchrun
+from .run_folder import create_folder
+from .run_state import describe_run
 
 MOST = 64  # networks that fit_many trains in one call
 
@@ -90,6 +89,7 @@ class CrossvalResult:
 def crossval(
     config: TrainConfig | None = None,
     compare: Mapping[str, Sequence] | None = None,
+    options: RunOptions | None = None,
     *,
     folds: int = 5,
     data=None,
@@ -97,9 +97,10 @@ def crossval(
 ) -> CrossvalResult:
     """Compare settings by cross-validation; train the best on all training rows and test it.
 
-    config    what all candidates have in common; where `out` is set a run folder is written
+    config    what all candidates have in common
     compare   {name of a TrainConfig setting: values to compare}, every combination of which is a
               candidate: {"hidden": [64, (128, 64)], "weight_decay": [0, 0.01]}
+    options   where the run folder is written; None: nothing is written
     folds     parts of the training rows, each held out once; with classes each has the same share
               of every class. The same rows whatever the seed, so that runs can be compared
     data      (x, y) or (x, y, x_test, y_test) or a Data, as for `fit`; None: the config's data set
@@ -111,17 +112,8 @@ def crossval(
     are standardized are so by the training rows of each fold alone. The test rows are seen once,
     by the network that is returned.
     """
-    return _crossval(config or TrainConfig(), compare or {}, folds, data, progress, None)
-
-
-def crossval_into_folder(config, compare, *, folds: int, progress) -> CrossvalResult:
-    """crossval, with a new numbered folder under runs/ where the config names none."""
-    return _crossval(config, compare, folds, None, progress, Path("runs"))
-
-
-def _crossval(config, compare, folds, data, progress, parent) -> CrossvalResult:
-    config = with_whole_paths(config.check())
-    _check(config, folds)
+    config, compare = (config or TrainConfig()).check().with_absolute_paths(), compare or {}
+    _check(config, options, folds)
     given = _loaded(config, data)
     if data is None:
         config = config.replace(dataset=given.name if config.dataset == "auto" else config.dataset)
@@ -139,9 +131,8 @@ def _crossval(config, compare, folds, data, progress, parent) -> CrossvalResult:
         for number, c in enumerate(configs)
     ]
     place = None
-    if config.out is not None or parent is not None:
-        finish.need_packages()
-        place = folder.create(config.out, parent, config.overwrite, finish.config_json(config))
+    if options is not None:
+        place = create_folder(options, config)
     try:
         if progress is not None:
             progress.start(given, found, folds, device, place, notes)
@@ -171,14 +162,14 @@ def _crossval(config, compare, folds, data, progress, parent) -> CrossvalResult:
     return result
 
 
-def _check(config: TrainConfig, folds: int) -> None:
+def _check(config: TrainConfig, options: RunOptions | None, folds: int) -> None:
     if not isinstance(folds, int) or folds < 2:
         raise UsageError(f"--folds must be at least 2, got {folds}")
     if config.val_split:
         raise UsageError("--val-split belongs to train; a cross-validation holds out each fold")
-    if config.resume is not None:
+    if options is not None and options.check().resume is not None:
         raise UsageError("--resume belongs to train; a cross-validation starts anew")
-    if distributed.started_by_torchrun():
+    if started_by_torchrun():
         raise UsageError("crossval runs in one process; start it without torchrun")
 
 
@@ -288,7 +279,7 @@ def _scores(left, splits, data: Data, device) -> Iterator[tuple[Score, Score]]:
     sums = None
     # Squares of several targets, each in its own unit, do not follow from their sum.
     if config.engine in ("auto", "native") and (std is None or std.numel() == 1):
-        with borrowed(config, device):
+        with run_settings(config, device):
             sums = native_evaluate.evaluate(
                 [model for _, _, model in left],
                 data.x_train,
@@ -316,7 +307,7 @@ def _scores(left, splits, data: Data, device) -> Iterator[tuple[Score, Score]]:
 def _score(model, x: Tensor, y: Tensor, data: Data, config: TrainConfig, device) -> Score:
     """x, y: rows and targets, scaled as `data` says."""
     loss = "cross_entropy" if data.is_classes else "mse"
-    with borrowed(config, device):
+    with run_settings(config, device):
         outputs = models.predict(model, x, data.scaling, config.precision)
     y = y if data.is_classes else y.reshape(outputs.shape)
     loss_sum, right, rows = loss_sums(loss, outputs, y).tolist()
@@ -339,15 +330,15 @@ def _refit(best: Candidate, data: Data, device: torch.device):
     """(model, history, test score or None, R2 or None, what model.safetensors says of it)."""
     whole = prepared(data, best.config.standardize)
     model = models.build(best.config, whole)
-    config = best.config.replace(out=None, overwrite=False, standardize=False)
+    config = best.config.replace(standardize=False)
     history = fit(model, replace(whole, x_test=None, y_test=None), config).history
-    about = finish.describe(model, whole)
+    about = describe_run(model, whole)
     if whole.x_test is None:
         return model, history, None, None, about
     seen = whole.to(device)
     score = _score(model, seen.x_test, seen.y_test, seen, best.config, device)
     if seen.is_classes:
         return model, history, score, None, about
-    with borrowed(best.config, device):
+    with run_settings(best.config, device):
         outputs = models.predict(model, seen.x_test, seen.scaling, best.config.precision)
     return model, history, score, models.regression(outputs, seen)["test_r2"], about

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ..nn import FusedMLP
 from . import build as models
-from .checkpoint import check_same_model
 from .config import TrainConfig
 from .data import datasets
 from .data.types import Data, Scaling
 from .errors import TrainError, UsageError
 from .losses import loss_sums
+from .run_folder import check_same_model, load_checkpoint
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,7 @@ def _config(folder: Path) -> TrainConfig:
 def _weights(folder: Path) -> tuple[dict[str, Tensor], dict]:
     path = folder / "model.safetensors"
     if not path.is_file():
-        from . import checkpoint
-
-        content = checkpoint.load(folder)
+        content = load_checkpoint(folder)
         return content["model"], content["about"]
     try:
         from safetensors import SafetensorError, safe_open

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .distributed import World
 from .errors import TrainError
+from .process import World
 
 KINDS = ("cross_entropy", "mse", "logistic")
 PENDING_VALUES = 1 << 20  # outputs that wait on the device before their losses are summed

@@ -20,12 +20,10 @@ from .config import TrainConfig
 from .data import inputs
 from .data.rows import kinds
 from .data.types import Data, Scaling, permutation, resolved
-from .distributed import ALONE
 from .engines.native import Native
 from .engines.native_many import NativeMany, Share
 from .errors import UsageError
-from .process import borrowed, pick_device, seed_generators
-from .state import rng_seed
+from .process import ALONE, pick_device, run_settings, seed_epoch
 from .task import Task
 
 MOST = 64  # networks in one call
@@ -125,7 +123,7 @@ class _Training:
     def __init__(self, config: TrainConfig, task: Task, member: Member, is_native: bool):
         self.config, self.device = config, task.device
         self.rows = member.rows.cpu()
-        with borrowed(config, task.device):
+        with run_settings(config, task.device):
             self.engine = Native(task) if is_native else engines.choose(config.engine, task)
         self.engine.set_step(0)
         self.epoch = 0
@@ -145,8 +143,8 @@ class _Training:
         return self.rows[permutation(self.config.seed, epoch, len(self.rows))]
 
     def train_epoch(self) -> None:
-        with borrowed(self.config, self.device):
-            seed_generators(rng_seed(self.config, ALONE, self.epoch), self.device)
+        with run_settings(self.config, self.device):
+            seed_epoch(self.config, ALONE, self.epoch, self.device)
             self.engine.steps(self.order(self.epoch).to(self.device), self.config.batch_size)
             loss, right, rows = self.engine.read()
             self.engine.sync()
@@ -212,7 +210,7 @@ def _tasks(
             moved[device] = given.to(device)
         key = device, config.backend, _kind(model)
         if key not in fitted:
-            with borrowed(config, device):
+            with run_settings(config, device):
                 fitted[key] = inputs.on_device(moved[device], model, device)
         data = fitted[key]
         task = Task(model, optimizer_for(model, config, loss), loss, device, scaling=data.scaling)
@@ -235,7 +233,7 @@ def _reasons_against(tasks: list[tuple[TrainConfig, Task]]) -> list[str]:
     if len(tasks) > MOST:
         reasons.append(f"at most {MOST} networks are trained in one call, got {len(tasks)}")
     for number, (config, task) in enumerate(tasks):
-        with borrowed(config, task.device):
+        with run_settings(config, task.device):
             found = Native.reasons_against(task)
         if config.engine not in ("auto", Native.name):
             found = [f"engine {config.engine} was asked for"]

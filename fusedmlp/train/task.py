@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..nn import FusedSequential
 from ..nn.groups import is_fused_module
 from .data.scaling import Scaling
-from .distributed import ALONE, World
+from .process import ALONE, World
 from .schedule import Schedule
 
 
