@@ -182,12 +182,12 @@ class ScikitLearn:
 
 def unpack(data_dir: Path | None, folder: Path) -> None:
     """The four files where torchvision wants them, unpacked."""
-    from fusedmlp.train.data import idx
+    from fusedmlp.train.data import images
 
-    root = data_dir if data_dir is not None else idx.default_folder()
+    root = data_dir if data_dir is not None else images.default_folder()
     raw = folder / "FashionMNIST" / "raw"
     raw.mkdir(parents=True, exist_ok=True)
-    for path in idx.find(idx.IMAGE_SETS["fashion_mnist"], root):
+    for path in images.find_files(images.IMAGE_SETS["fashion_mnist"], root):
         content = path.read_bytes()
         if path.suffix == ".gz":
             content = gzip.decompress(content)

@@ -19,7 +19,7 @@ import torch
 
 from fusedmlp import cli
 from fusedmlp.train import RunOptions, TrainConfig
-from fusedmlp.train.data import fetch, idx
+from fusedmlp.train.data import images
 from fusedmlp.train.run_folder import load_checkpoint
 
 from . import made_data
@@ -33,10 +33,12 @@ QUICK = ("--device", "cpu", "--epochs", "2")
 @pytest.fixture(autouse=True)
 def _here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(fetch, "fetch", lambda name, root, **_: "no network in tests")
+    monkeypatch.setattr(images, "download", lambda *_: "no network in tests")
     monkeypatch.setenv("FUSEDMLP_DATA", str(tmp_path / "none"))
     monkeypatch.setattr(
-        idx, "IMAGE_SETS", {n: replace(s, system_folders=()) for n, s in idx.IMAGE_SETS.items()}
+        images,
+        "IMAGE_SETS",
+        {n: replace(s, system_folders=()) for n, s in images.IMAGE_SETS.items()},
     )
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from fusedmlp import cli
-from fusedmlp.train import TrainConfig, UsageError, compare, crossval, fit
+from fusedmlp.train import TrainConfig, UsageError, crossval, fit
 from fusedmlp.train import build as models
 from fusedmlp.train import crossvalidation as cv
+from fusedmlp.train.commands import split_compared
 from fusedmlp.train.console import Quiet
 from fusedmlp.train.data import datasets
 from fusedmlp.train.data.types import Data, Scaling
@@ -220,15 +221,15 @@ def test_two_runs_give_the_same_bits():
 
 def test_words_become_values():
     words = "--hidden 64 / 128 64 --lr 0.1 0.5 --dropout=0.1 / 0.2 --seed 3"
-    rest, found = compare.split(words.split())
+    rest, found = split_compared(words.split())
     assert rest == ["--seed", "3"]
     assert found == {
         "hidden": [["64"], ["128", "64"]],
         "lr": [["0.1"], ["0.5"]],
         "dropout": [["0.1"], ["0.2"]],
     }
-    assert compare.split(["--hidden", "256", "256", "--debug"])[1] == {}  # as train takes it
-    made = compare.candidates(TrainConfig(), {"hidden": [64, [128, 64]], "lr": [0.1, 0.5]})
+    assert split_compared(["--hidden", "256", "256", "--debug"])[1] == {}  # as train takes it
+    made = cv.candidate_configs(TrainConfig(), {"hidden": [64, [128, 64]], "lr": [0.1, 0.5]})
     assert [(c.hidden, c.lr) for c in made][1:3] == [((64,), 0.5), ((128, 64), 0.1)]
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fusedmlp
-from fusedmlp.train import TrainConfig, TrainError, UsageError, fit, loop
+from fusedmlp.train import RunOptions, TrainConfig, TrainError, UsageError, fit, loop
 from fusedmlp.train.process import World
 
 from . import made_data
@@ -254,8 +254,9 @@ SETTINGS = {
 
 @pytest.mark.parametrize("case", SETTINGS)
 def test_a_setting_that_cannot_be_is_a_usage_error(case):
+    kind = RunOptions if SETTINGS[case].keys() <= {"out", "overwrite", "resume"} else TrainConfig
     with pytest.raises(UsageError):
-        TrainConfig(**SETTINGS[case]).check()
+        kind(**SETTINGS[case]).check()
 
 
 def test_a_batch_smaller_than_the_number_of_processes_is_refused(monkeypatch):

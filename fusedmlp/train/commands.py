@@ -12,9 +12,10 @@ from typing import Literal
 
 import tyro
 
-from . import compare, crossval_report, crossvalidation, inference, loop
-from .config import RunOptions, TrainConfig
+from . import crossval_report, crossvalidation, inference, loop
+from .config import RunOptions, TrainConfig, flag_name
 from .console import Console
+from .crossvalidation import COMPARED, SEQUENCES
 from .errors import TrainError, UsageError
 from .process import is_quiet_process, pick_device
 from .run_folder import load_checkpoint
@@ -111,12 +112,55 @@ class CrossvalArgs(TrainArgs):
     """parts of the training rows, each held out once"""
 
 
+def split_compared(argv: list[str]) -> tuple[list[str], dict[str, list[list[str]]]]:
+    """(argv without what is compared, {setting: the words of each of its values}).
+
+    Between the slashes stands what `fusedmlp train` takes. Where a value is one word, each word is
+    a value.
+    """
+    rest: list[str] = []
+    compared: dict[str, list[list[str]]] = {}
+    words = list(argv)
+    while words:
+        flag, values = words.pop(0), []
+        while words and not words[0].startswith("--"):
+            values.append(words.pop(0))
+        name, sign, first = flag.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        values = [first, *values] if sign else values
+        groups: list[list[str]] = [[]]
+        for word in values:
+            if word == "/":
+                groups.append([])
+            else:
+                groups[-1].append(word)
+        if name in COMPARED and name not in SEQUENCES:
+            groups = [[word] for group in groups for word in group]
+        if not flag.startswith("--") or len(groups) < 2:
+            rest += [flag, *([] if sign else values)]
+        elif name not in COMPARED:
+            raise UsageError(
+                f"{flag_name(name)} is the same for all candidates, got {' '.join(values)}; what "
+                f"can be compared: {', '.join(map(flag_name, COMPARED))}"
+            )
+        elif name in compared:
+            raise UsageError(f"{flag_name(name)} is given twice; put / between its values")
+        else:
+            compared[name] = groups
+    return rest, compared
+
+
 def crossval(argv: list[str]) -> int:
     def parse(flags: list[str]) -> CrossvalArgs:
         return _parse(CrossvalArgs, "crossval", flags, CrossvalArgs())
 
-    args, values = compare.parsed(argv, parse)
+    rest, compared = split_compared(argv)
+    args = parse(rest)
     config, options = args.split()
+    values = {
+        name: [getattr(parse([flag_name(name), *words]), name) for words in groups]
+        for name, groups in compared.items()
+    }
     crossvalidation.crossval(
         config, values, options, folds=args.folds, progress=crossval_report.Report()
     )

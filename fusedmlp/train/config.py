@@ -141,6 +141,17 @@ class TrainConfig:
         return config
 
 
+def flag_name(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def shown(value) -> str:
+    """A value of a setting as the command line takes it."""
+    if isinstance(value, tuple | list):
+        return " ".join(shown(v) for v in value) or "(none)"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _plain_values(settings) -> dict:
     """{name: value} of a dataclass: paths as text, tuples as lists."""
     plain = {}
@@ -158,7 +169,7 @@ def _words(values) -> str:
 def _check_numbers(config: TrainConfig) -> None:
     def need(name, value, holds, wanted):
         if not holds:
-            raise UsageError(f"--{name.replace('_', '-')} must be {wanted}, got {value}")
+            raise UsageError(f"{flag_name(name)} must be {wanted}, got {value}")
 
     for width in config.hidden:
         need("hidden", _words(config.hidden), width >= 1, "widths of at least 1")

@@ -6,7 +6,7 @@ import io
 import math
 from collections.abc import Callable
 
-from .compare import shown
+from .config import shown
 from .console import Console
 from .plots import PARTS, RIGHT, new_figure, png
 from .run_folder import RunFolder, model_bytes

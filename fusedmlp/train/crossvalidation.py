@@ -5,6 +5,7 @@ Folds and candidates are trained together by fit_many, where one engine can run 
 """
 
 import functools
+import itertools
 import math
 import time
 import warnings
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 
 from . import build as models
-from . import compare as comparing
-from .config import RunOptions, TrainConfig
+from . import crossval_report
+from .config import RunOptions, TrainConfig, flag_name, shown
 from .console import Quiet
 from .data import datasets, inputs
 from .data.types import SPLIT_SEED, Data, prepared, resolved
@@ -25,12 +26,18 @@ from .engines import native_evaluate
 from .errors import TrainError, UsageError
 from .loop import fit
 from .losses import loss_sums
-from .many import Member, fit_many
+from .many import MAX_TOGETHER, Member, fit_many
 from .process import pick_device, run_settings, started_by_torchrun
 from .run_folder import create_folder
 from .run_state import describe_run
 
-MOST = 64  # networks that fit_many trains in one call
+# Settings that say how a network is trained, and not on what or where the run is kept.
+COMPARED = (
+    *("hidden", "activation", "dropout", "init", "init_std", "optimizer", "lr", "lr_schedule"),
+    *("warmup_epochs", "momentum", "weight_decay", "label_smoothing", "clip_norm", "epochs"),
+    *("batch_size", "precision", "seed"),
+)
+SEQUENCES = ("hidden", "dropout")  # settings with a value for each layer
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        words = (f"{name} {comparing.shown(value)}" for name, value in self.settings.items())
+        words = (f"{name} {shown(value)}" for name, value in self.settings.items())
         return ", ".join(words) or "as set"
 
 
@@ -117,7 +124,7 @@ def crossval(
     given = _loaded(config, data)
     if data is None:
         config = config.replace(dataset=given.name if config.dataset == "auto" else config.dataset)
-    configs = comparing.candidates(config, compare)
+    configs = candidate_configs(config, compare)
     configs = [resolved(c, given) for c in configs]
     device = pick_device(config)
     splits, notes = splits_of(given, folds)
@@ -145,8 +152,6 @@ def crossval(
         result = CrossvalResult(found, best, model, test, history, folds, given, seconds)
         result.test_r2 = r2
         if place is not None:
-            from . import crossval_report
-
             result.folder = place.path
             crossval_report.write(result, place, about, (progress or Quiet()).warn)
             result.paths = place.paths()
@@ -160,6 +165,34 @@ def crossval(
     if progress is not None:
         progress.finish(result)
     return result
+
+
+def candidate_configs(config: TrainConfig, compare: Mapping[str, Sequence]) -> list[TrainConfig]:
+    """One checked config for each combination, the last setting changing fastest.
+
+    raises  UsageError for a setting that cannot be compared, for none or equal values, and where
+            a combination cannot be
+    """
+    columns = []
+    for name, values in compare.items():
+        if name not in COMPARED:
+            is_setting = name in TrainConfig.__dataclass_fields__
+            what = "is the same for all candidates" if is_setting else "is no setting"
+            raise UsageError(f"crossval: {name} {what}; compared can be {', '.join(COMPARED)}")
+        if isinstance(values, str) or not isinstance(values, Sequence) or len(values) == 0:
+            raise UsageError(f"crossval: {name} must be a list of values to compare, got {values}")
+        if name in SEQUENCES:
+            values = [tuple(v) if isinstance(v, list | tuple) else (v,) for v in values]
+        twice = next((v for i, v in enumerate(values) if v in values[:i]), None)
+        if twice is not None:
+            hint = f"; {flag_name(name)} takes one network's layers between two slashes"
+            raise UsageError(
+                f"crossval: {shown(twice)} is twice in {flag_name(name)}"
+                + (hint if name in SEQUENCES else "")
+            )
+        columns.append([(name, value) for value in values])
+    # In the order given: scikit-learn's ParameterGrid would sort the settings by name.
+    return [config.replace(**dict(chosen)).check() for chosen in itertools.product(*columns)]
 
 
 def _check(config: TrainConfig, options: RunOptions | None, folds: int) -> None:
@@ -268,8 +301,8 @@ def _groups(found: list[Candidate], folds: int) -> Iterator[list[tuple[Candidate
             key = (config.precision, *((fold,) if config.standardize else ()))
             groups.setdefault(key, []).append((candidate, fold))
     for group in groups.values():
-        for start in range(0, len(group), MOST):
-            yield group[start : start + MOST]
+        for start in range(0, len(group), MAX_TOGETHER):
+            yield group[start : start + MAX_TOGETHER]
 
 
 def _scores(left, splits, data: Data, device) -> Iterator[tuple[Score, Score]]:

@@ -26,7 +26,7 @@ from .errors import UsageError
 from .process import ALONE, pick_device, run_settings, seed_epoch
 from .task import Task
 
-MOST = 64  # networks in one call
+MAX_TOGETHER = 64  # networks in one call
 LOSSES = ("cross_entropy", "mse")
 
 
@@ -230,8 +230,8 @@ def _reasons_against_devices(members: Sequence[Member]) -> list[str]:
 
 def _reasons_against(tasks: list[tuple[TrainConfig, Task]]) -> list[str]:
     reasons = []
-    if len(tasks) > MOST:
-        reasons.append(f"at most {MOST} networks are trained in one call, got {len(tasks)}")
+    if len(tasks) > MAX_TOGETHER:
+        reasons.append(f"at most {MAX_TOGETHER} networks are trained in one call, got {len(tasks)}")
     for number, (config, task) in enumerate(tasks):
         with run_settings(config, task.device):
             found = Native.reasons_against(task)

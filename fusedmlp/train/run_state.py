@@ -15,7 +15,7 @@ from ..nn import FusedMLP
 from ..spec import activations
 from . import plots
 from .build import dims_of, predict, regression, shape_of
-from .config import RunOptions, TrainConfig
+from .config import RunOptions, TrainConfig, flag_name
 from .console import Quiet
 from .data.loaders import Loaders
 from .data.types import Data
@@ -91,7 +91,7 @@ def check_same_run(config: TrainConfig, saved: TrainConfig) -> None:
     for name, value in asked.items():
         if name not in MAY_CHANGE and value != was[name]:
             raise UsageError(
-                f"--resume: --{name.replace('_', '-')} must stay {was[name]} as in the run, got "
+                f"--resume: {flag_name(name)} must stay {was[name]} as in the run, got "
                 f"{value}; leave it out, or start a new run"
             )
 
