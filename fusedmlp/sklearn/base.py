@@ -121,7 +121,7 @@ class BaseFusedMLP(BaseEstimator):
             self.out_activation_,
             float(self.alpha),
         )
-        running = loop.make(
+        running = loop.Loop(
             self._weights(),
             settings.ACTIVATIONS[self.activation],
             dropout,
@@ -132,7 +132,7 @@ class BaseFusedMLP(BaseEstimator):
             seed,
             self._loop_state if incremental else None,
         )
-        self.engine_ = running.way
+        self.engine_ = running.engine.name
         validation = None
         if held is not None:
             weight = None if sample_weight is None else sample_weight[held]
@@ -189,7 +189,7 @@ class BaseFusedMLP(BaseEstimator):
             self.loss_curve_.append(self.loss_)
             if self.verbose:
                 print(f"Iteration {self.n_iter_}, loss = {self.loss_:.8f}")
-            self._judge(running, validation)
+            self._count_improvement(running, validation)
             if self.solver == "sgd" and self.learning_rate == "invscaling":
                 rate = self.learning_rate_init / (self.t_ + 1) ** self.power_t
                 running.set_learning_rate(rate)
@@ -205,7 +205,7 @@ class BaseFusedMLP(BaseEstimator):
                 stacklevel=2,
             )
 
-    def _judge(self, running, validation) -> None:
+    def _count_improvement(self, running, validation) -> None:
         """Count epochs without improvement; keep the best weights of early stopping."""
         if validation is None:
             is_better = self.loss_ <= self.best_loss_ - self.tol
@@ -218,7 +218,7 @@ class BaseFusedMLP(BaseEstimator):
             self.validation_scores_.append(score)
             if self.verbose:
                 print(f"Validation score: {score:f}")
-            # A score that is no number is not below the bar either: so does scikit-learn count.
+            # A score that is no number is not below the bar either: scikit-learn counts so too.
             is_better = not score < self.best_validation_score_ + self.tol
             if score > self.best_validation_score_:
                 self.best_validation_score_, self._best = score, now

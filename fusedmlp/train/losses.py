@@ -3,6 +3,8 @@
 cross_entropy   of logits (B, C) and classes (B,) int64
 mse             of a row: the mean over its outputs (B, ...) of the squared error
 logistic        of a row: the sum over its outputs (B, k) of F.binary_cross_entropy_with_logits
+poisson         of a row: the sum over its outputs (B, k), logarithms of the mean, of half the
+                Poisson deviance, y log(y / mean) - y + mean
 """
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from .errors import TrainError
 from .process import World
 
-KINDS = ("cross_entropy", "mse", "logistic")
+KINDS = ("cross_entropy", "mse", "logistic", "poisson")
 PENDING_VALUES = 1 << 20  # outputs that wait on the device before their losses are summed
 
 
@@ -22,14 +24,24 @@ def row_losses(kind: str, outputs: Tensor, targets: Tensor, smoothing: float = 0
         return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=smoothing)
     if kind == "logistic":
         return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").sum(1)
+    if kind == "poisson":
+        return (torch.xlogy(targets, targets) - targets * outputs - targets + outputs.exp()).sum(1)
     each = (outputs - targets).square()
     return each if each.dim() == 1 else each.flatten(1).mean(1)
 
 
 def batch_loss(
-    kind: str, outputs: Tensor, targets: Tensor, reduction: str = "mean", smoothing: float = 0.0
+    kind: str,
+    outputs: Tensor,
+    targets: Tensor,
+    reduction: str = "mean",
+    smoothing: float = 0.0,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """The mean or the sum over the rows, to be differentiated."""
+    """The mean or the sum over the rows, to be differentiated; with weights (B,) their mean."""
+    if weights is not None:
+        each = row_losses(kind, outputs, targets, smoothing)
+        return (each * weights).sum() / weights.sum()
     if kind == "cross_entropy":
         return F.cross_entropy(outputs, targets, reduction=reduction, label_smoothing=smoothing)
     if kind == "mse":
@@ -86,6 +98,11 @@ class LossMeter:
         self.values += outputs.numel()
         if self.values >= PENDING_VALUES:
             self._evaluate()
+
+    def add_mean(self, loss: Tensor, rows: int) -> None:
+        """A batch of which only the mean loss counts, whose rows have weights."""
+        self.total[0] += loss.detach().double() * rows
+        self.total[2] += rows
 
     def _evaluate(self) -> None:
         if not self.pending:

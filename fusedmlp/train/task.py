@@ -24,6 +24,7 @@ class Task:
     device: torch.device
     x: Tensor | None = None  # (n, ...) rows as stored; None where batches come from a loader
     y: Tensor | None = None  # (n,) int64 for cross_entropy, else (n, k) floats
+    row_weights: Tensor | None = None  # (n,) in the loss of each batch; None: all are equal
     scaling: Scaling = field(default_factory=Scaling)
     precision: str = "fp32"
     seed: int = 0

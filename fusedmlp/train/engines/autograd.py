@@ -66,20 +66,29 @@ class Autograd:
         task = self.task
         first, last = task.world.rows(len(indices))
         mine = indices[first:last]
-        inputs = task.scaling(task.x.index_select(0, mine))
-        self.step_on(inputs, task.y.index_select(0, mine), first, len(indices))
+        inputs, targets = task.scaling(task.x.index_select(0, mine)), task.y.index_select(0, mine)
+        weights = None if task.row_weights is None else task.row_weights.index_select(0, mine)
+        self.step_on(inputs, targets, first, len(indices), weights)
 
     def step_on(
-        self, inputs: Tensor, targets: Tensor, first_row: int = 0, rows: int | None = None
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        first_row: int = 0,
+        rows: int | None = None,
+        weights: Tensor | None = None,
     ) -> None:
-        """inputs (b, ...), targets: this process's rows, first_row on, of a batch of `rows`."""
+        """inputs (b, ...), targets, weights (b,) or None: this process's rows, first_row on, of a
+        batch of `rows`."""
         task = self.task
         if not task.schedule.is_constant:
             self._set_rates(task.schedule.factor(self.number))
         with autocast(task.device, task.precision):
             outputs = aligned(task.loss, self._outputs(inputs, first_row), targets)
             if task.world.size == 1:
-                loss = batch_loss(task.loss, outputs, targets, "mean", task.label_smoothing)
+                loss = batch_loss(
+                    task.loss, outputs, targets, "mean", task.label_smoothing, weights
+                )
             else:
                 # DDP averages over processes, whose shares may differ: weigh by rows.
                 loss = batch_loss(task.loss, outputs, targets, "sum", task.label_smoothing)
@@ -99,7 +108,10 @@ class Autograd:
         self.number += 1
         if self.layers:
             self.stream.add_(self.layers)
-        self.meter.add(outputs, targets)
+        if weights is None:
+            self.meter.add(outputs, targets)
+        else:
+            self.meter.add_mean(loss, len(targets))
 
     def _clip(self) -> None:
         if self.task.clip_norm:

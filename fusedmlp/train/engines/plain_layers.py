@@ -19,7 +19,6 @@ from ..optim import EpsilonHatAdam
 from ..task import Task
 
 _LOSSES = ("cross_entropy", "mse", "logistic")
-_ONE_OF = ", ".join(_LOSSES)
 # Settings of torch.optim that have another formula, and what they must be.
 _PLAIN_ADAM = {
     "amsgrad": False,
@@ -176,9 +175,9 @@ def _has_tensor(setting) -> bool:
 def reasons_against_data(task: Task, layers: list[Layer]) -> list[str]:
     if task.x is None:
         return ["its data must be tensors, these come from a loader"]
-    reasons = (
-        [] if task.loss in _LOSSES else [f"the loss must be one of {_ONE_OF}, got {task.loss}"]
-    )
+    reasons = ["rows have weights"] if task.row_weights is not None else []
+    if task.loss not in _LOSSES:
+        reasons.append(f"the loss must be one of {', '.join(_LOSSES)}, got {task.loss}")
     return reasons + reasons_against_rows(task, task.x, task.y, layers)
 
 
