@@ -66,7 +66,7 @@ def one_by_one(config: TrainConfig) -> list[float]:
 
 
 def _error(config: TrainConfig, part: Data, x, y) -> float:
-    net = build.build(config, part)
+    net = build.build_network(config, part)
     fit(net, part, config)
     build.evaluate(net, part.x_train, part.y_train, part.scaling, "cross_entropy")
     return 1 - build.evaluate(net, x, y, part.scaling, "cross_entropy")[1]

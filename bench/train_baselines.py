@@ -50,7 +50,7 @@ def plain_network(job: Job, loaded: types.Data, seed: int) -> nn.Sequential:
     for wide, narrow, p in zip(sizes, config.hidden, config.dropout_per_layer(), strict=False):
         layers += [nn.Linear(wide, narrow), nn.ReLU(), *([nn.Dropout(p)] if p else [])]
     net = nn.Sequential(*layers, nn.Linear(sizes[-1], loaded.out_features))
-    net.load_state_dict(build.build(config, loaded).state_dict())
+    net.load_state_dict(build.build_network(config, loaded).state_dict())
     return net.to(loaded.x_train.device)
 
 
@@ -72,7 +72,7 @@ class Ours:
 
     def run(self, seed: int) -> float:
         config = self.job.config.replace(seed=seed)
-        result = fit(build.build(config, self.data), self.data, config)
+        result = fit(build.build_network(config, self.data), self.data, config)
         if result.interrupted:
             raise KeyboardInterrupt
         return result.history[-1]["test_accuracy"]

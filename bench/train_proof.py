@@ -180,7 +180,7 @@ def _errors(
 
 
 def _engine(job: Job, loaded: types.Data):
-    net = build.build(job.config, loaded).to(loaded.x_train.device).train()
+    net = build.build_network(job.config, loaded).to(loaded.x_train.device).train()
     optimizer = build.optimizer_for(net, job.config, "cross_entropy")
     task = Task(net, optimizer, "cross_entropy", loaded.x_train.device)
     task.x, task.y, task.scaling = loaded.x_train, loaded.y_train, loaded.scaling

@@ -174,7 +174,7 @@ def trained_on_pictures(tmp_path):
     made = made_data.pictures(rows=400)
     settings = TrainConfig(epochs=15, batch_size=32, hidden=(32,))
     settings = settings.replace(init="default", lr=0.5, device="cpu")
-    fit(build.build(settings, made), made, settings, RunOptions(out=tmp_path / "run"))
+    fit(build.build_network(settings, made), made, settings, RunOptions(out=tmp_path / "run"))
     return made
 
 

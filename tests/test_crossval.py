@@ -62,7 +62,7 @@ def test_scores_are_those_of_training_each_network_alone():
     splits, _ = cv.splits_of(data, 3)
     for candidate in result.candidates:
         for number, (kept, held) in enumerate(splits):
-            net = models.build(candidate.config, data)
+            net = models.build_network(candidate.config, data)
             parts = data.x_train[kept], data.y_train[kept], data.x_train[held], data.y_train[held]
             given = replace(
                 data, x_train=parts[0], y_train=parts[1], x_test=parts[2], y_test=parts[3]
@@ -79,7 +79,7 @@ def test_the_best_is_refit_on_all_rows_and_tested():
     assert result.best.settings == {"lr": 0.5}
     assert result.best.mean("val") < result.candidates[0].mean("val")
     data = _digits()
-    net = models.build(result.best.config, data)
+    net = models.build_network(result.best.config, data)
     last = fit(net, data, result.best.config).history[-1]
     assert result.test.error == pytest.approx(1 - last["test_accuracy"])
     for a, b in zip(net.parameters(), result.model.parameters(), strict=True):

@@ -68,7 +68,7 @@ def _exact(rows: Path) -> dict[str, torch.Tensor]:
 
     config, _ = commands.parse_train(["--dataset", str(rows), *FLAGS, "--backend", "reference"])
     loaded = datasets.load(config)
-    net = build.build(config, loaded).double()
+    net = build.build_network(config, loaded).double()
     fit(net, loaded, config)
     return net.state_dict()
 

@@ -98,7 +98,7 @@ def test_tables_are_scaled_and_small_ones_take_small_steps(rows, batch, epochs):
 def test_tensors_and_loaders_of_the_caller_are_taken_as_they_are():
     x = torch.randn(20, 3)
     for y, lr in ((torch.arange(20) % 2, 0.1), (x.sum(1), 0.01)):
-        assert settings_of(inputs.of((x, y), TrainConfig())) == COURSE | {"lr": lr}
+        assert settings_of(inputs.as_data((x, y), TrainConfig())) == COURSE | {"lr": lr}
     assert settings_of(inputs.Loaders([]))["optimizer"] == "sgd"
 
 

@@ -160,7 +160,7 @@ def test_all_but_the_data_may_differ_in_one_call():
 
 
 def test_what_runs_one_after_the_other_has_the_same_bits(monkeypatch):
-    monkeypatch.setattr(ensemble, "MOST", 2)
+    monkeypatch.setattr(ensemble, "MAX_TOGETHER", 2)
     x, y = blobs()
     members, twins = (members_of(FLAGS["sgd"]) for _ in range(2))
     reasons = reasons_against_many(members, x, y, "cross_entropy")
@@ -185,7 +185,7 @@ def test_short_epochs_share_a_call_and_end_where_a_loss_does(monkeypatch):
     monkeypatch.setattr(
         NativeMany, "_call", lambda self, shares: (calls.append(len(shares)), call(self, shares))[1]
     )
-    monkeypatch.setattr("fusedmlp.train.engines.native_many.FIRST", 1000.0)
+    monkeypatch.setattr("fusedmlp.train.engines.native_many.FIRST_CALL_STEPS", 1000.0)
     members, twins = made(), made()
     history = fit_many(members, x, y, loss="cross_entropy")
     assert calls == [3]

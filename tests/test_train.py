@@ -202,7 +202,7 @@ def test_the_seed_alone_decides_weights_order_and_masks():
         torch.rand(noise)
         settings = config(seed=seed, dropout=(0.5,), hidden=(16,), init="default")
         data = made_data.blobs()
-        return fit(build.build(settings, data), data, settings).model
+        return fit(build.build_network(settings, data), data, settings).model
 
     assert state_equal(trained(1, 3), trained(1, 77))
     assert not state_equal(trained(1, 3), trained(2, 3))
@@ -213,7 +213,7 @@ def test_the_global_generator_is_left_as_it_was(dropout):
     settings = config(dropout=(dropout,), hidden=(16,))
     before = torch.get_rng_state()
     data = made_data.blobs()
-    fit(build.build(settings, data), data, settings)
+    fit(build.build_network(settings, data), data, settings)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -233,11 +233,11 @@ def test_a_users_model_with_plain_dropout_repeats_too():
 def test_initial_weights_are_what_init_says():
     data = made_data.pictures()
     settings = TrainConfig(hidden=(400,), init_std=0.02, seed=9)
-    normal = build.build(settings, data)
+    normal = build.build_network(settings, data)
     weights = torch.cat([m.weight.flatten() for m in normal if isinstance(m, nn.Linear)])
     assert abs(weights.std().item() - 0.02) < 1e-3
     assert all((m.bias == 0).all() for m in normal if isinstance(m, nn.Linear))
-    default = build.build(settings.replace(init="default", init_std=None), data)
+    default = build.build_network(settings.replace(init="default", init_std=None), data)
     bound = 1 / 8  # of nn.Linear: 1 / sqrt(64)
     assert 0.9 * bound < default[0].weight.abs().max().item() <= bound
 

@@ -19,15 +19,15 @@ from .task import autocast
 EVAL_ROWS = 4096  # rows a forward pass without gradients
 
 
-def build(config: TrainConfig, data: Data) -> FusedMLP:
+def build_network(config: TrainConfig, data: Data) -> FusedMLP:
     """On the CPU; the weights depend on the seed alone and the global generator is left as it
     was."""
     config = resolved(config, data)
-    return make(describe(config, data), config.init, config.init_std, config.seed)
+    return network_of_shape(shape_for(config, data), config.init, config.init_std, config.seed)
 
 
-def describe(config: TrainConfig, data: Data) -> dict:
-    """What `make` needs to build the network again, in plain values."""
+def shape_for(config: TrainConfig, data: Data) -> dict:
+    """What `network_of_shape` needs to build the network again, in plain values."""
     return {
         "dims": [data.in_features, *config.hidden, data.out_features],
         "activation": config.activation,
@@ -35,7 +35,7 @@ def describe(config: TrainConfig, data: Data) -> dict:
     }
 
 
-def make(
+def network_of_shape(
     shape: dict, init: str = "default", init_std: float | None = None, seed: int = 0
 ) -> FusedMLP:
     first, *hidden, last = shape["dims"]
@@ -64,7 +64,7 @@ def dims_of(model: nn.Module) -> list[int]:
 
 
 def shape_of(model: FusedMLP) -> dict | None:
-    """What `make` needs to build this network again; None where children were put in or
+    """What `network_of_shape` needs to build this network again; None where children were put in or
     replaced."""
     layers, names, dropout = [], [], []
     for child in model:

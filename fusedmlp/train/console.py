@@ -23,8 +23,8 @@ class Output:
         return self._try(lambda stream: stream.isatty()) or False
 
     def write(self, text: str) -> int:
-        there = text.encode(self.encoding, "backslashreplace").decode(self.encoding)
-        self._try(lambda stream: stream.write(there))
+        printable = text.encode(self.encoding, "backslashreplace").decode(self.encoding)
+        self._try(lambda stream: stream.write(printable))
         return len(text)
 
     def flush(self) -> None:
@@ -40,13 +40,14 @@ class Output:
 class Quiet:
     """The interface, and a run that says nothing."""
 
-    def start(self, run) -> None: ...
+    def start(self, *parts) -> None: ...
     def note(self, text: str) -> None: ...
     def warn(self, text: str) -> None:
         logging.getLogger("fusedmlp").warning(text)
 
     def steps(self, position, steps: int | None) -> None: ...
     def epoch(self, row: dict) -> None: ...
+    def trained(self, done: int, total: int) -> None: ...
     def finish(self, result) -> None: ...
     def close(self) -> None: ...
 

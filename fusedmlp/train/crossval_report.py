@@ -11,10 +11,10 @@ from .console import Console
 from .plots import PARTS, RIGHT, new_figure, png
 from .run_folder import RunFolder, model_bytes
 
-SHOWN = 40  # candidates on the picture
+MAX_IN_PICTURE = 40  # candidates on the picture
 
 
-def measure(result) -> str:
+def measure_name(result) -> str:
     return "error" if result.data.is_classes else "mean squared error"
 
 
@@ -66,7 +66,7 @@ class Report(Console):
         from rich.table import Table
 
         is_classes = result.data.is_classes
-        table = Table(title=f"{measure(result)}, mean ± deviation over {result.folds} folds")
+        table = Table(title=f"{measure_name(result)}, mean ± deviation over {result.folds} folds")
         for name in ("", *result.best.settings, "parameters", "training", "validation"):
             table.add_column(name, justify="right")
         for candidate in result.candidates:
@@ -86,7 +86,7 @@ class Report(Console):
         self.say(f"chosen: {result.best.label}; trained again on all training rows")
         if result.test is not None:
             self.say(
-                f"test {measure(result)}, looked at once: "
+                f"test {measure_name(result)}, looked at once: "
                 f"{_figure_of(result.test.error, is_classes)}"
                 + ("" if result.test_r2 is None else f", R2 {result.test_r2:.4f}")
             )
@@ -98,7 +98,7 @@ class Report(Console):
             self.say(f"written  {path}")
 
 
-def write(result, place: RunFolder, about: dict, warn: Callable[[str], None]) -> None:
+def write_report(result, place: RunFolder, about: dict, warn: Callable[[str], None]) -> None:
     """All results of the run, the summary last: a folder that has one is complete; and then the
     picture, if it can be drawn. config.json is that of the chosen network, so that `evaluate` and
     `predict` take the folder."""
@@ -146,7 +146,7 @@ def summary(result) -> dict:
 
     return {
         "dataset": result.data.name,
-        "measure": measure(result),
+        "measure": measure_name(result),
         "folds": result.folds,
         "best": numbers(result.best),
         "test_error": None if result.test is None else result.test.error,
@@ -163,7 +163,7 @@ def picture(result) -> bytes:
     the line learns too little, what lies far above it learns its training rows by heart. Right: the
     same errors candidate by candidate."""
     found = [c for c in result.candidates if math.isfinite(c.mean("val"))]
-    found = sorted(found, key=lambda c: c.mean("val"))[:SHOWN]
+    found = sorted(found, key=lambda c: c.mean("val"))[:MAX_IN_PICTURE]
     found.sort(key=lambda c: c.number)
     figure, axes = new_figure(13, max(4.5, 1.5 + 0.28 * len(found)), 1, 2)
     _plane(axes[0, 0], found, result)
@@ -172,7 +172,11 @@ def picture(result) -> bytes:
     figure.suptitle(
         f"{result.data.name}: {len(result.candidates)} candidates in {result.folds} folds"
         + (f", {lost} diverged" if lost else "")
-        + (f"; the best {SHOWN} are shown" if len(result.candidates) - lost > SHOWN else "")
+        + (
+            f"; the best {MAX_IN_PICTURE} are shown"
+            if len(result.candidates) - lost > MAX_IN_PICTURE
+            else ""
+        )
     )
     return png(figure)
 
@@ -205,8 +209,8 @@ def _plane(axis, found, result) -> None:
     axis.text(0.03, 0.96, "overfits: above the line", va="top", **words)
     axis.text(0.97, 0.2, "underfits: far up the line", ha="right", va="top", **words)
     axis.set(
-        xlabel=f"training {measure(result)}",
-        ylabel=f"validation {measure(result)}",
+        xlabel=f"training {measure_name(result)}",
+        ylabel=f"validation {measure_name(result)}",
         xlim=(-0.02 * most, most),
         ylim=(-0.02 * most, most),
     )
@@ -248,7 +252,7 @@ def _list(axis, found, result) -> None:
         if candidate is result.best:
             tick.set(color=RIGHT, fontweight="bold")
     axis.invert_yaxis()
-    axis.set(xlabel=measure(result))
+    axis.set(xlabel=measure_name(result))
     _spread_out(axis, ("x",), found)
     axis.grid(alpha=0.3)
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)  # hides no candidate

@@ -133,16 +133,14 @@ def crossval(
             number + 1,
             c,
             {name: getattr(c, name) for name in compare},
-            sum(p.numel() for p in models.build(c, given).parameters()),
+            sum(p.numel() for p in models.build_network(c, given).parameters()),
         )
         for number, c in enumerate(configs)
     ]
-    place = None
-    if options is not None:
-        place = create_folder(options, config)
+    place = None if options is None else create_folder(options, config)
+    progress = progress or Quiet()
     try:
-        if progress is not None:
-            progress.start(given, found, folds, device, place, notes)
+        progress.start(given, found, folds, device, place, notes)
         started = time.perf_counter()
         _search(found, given, splits, device, progress)
         best = _best(found)
@@ -153,17 +151,15 @@ def crossval(
         result.test_r2 = r2
         if place is not None:
             result.folder = place.path
-            crossval_report.write(result, place, about, (progress or Quiet()).warn)
+            crossval_report.write_report(result, place, about, progress.warn)
             result.paths = place.paths()
     except BaseException:
         if place is not None:
             place.discard()
         raise
     finally:
-        if progress is not None:
-            progress.close()
-    if progress is not None:
-        progress.finish(result)
+        progress.close()
+    progress.finish(result)
     return result
 
 
@@ -210,7 +206,7 @@ def _loaded(config: TrainConfig, data) -> Data:
     """The data before they are scaled, which each fold does for itself."""
     if data is None:
         return datasets.read(config)
-    given = inputs.of(data, config.replace(standardize=False))
+    given = inputs.as_data(data, config.replace(standardize=False))
     if not isinstance(given, Data):
         raise TypeError("crossval: data must be in memory, tensors or a Data, got a loader")
     return given
@@ -249,46 +245,41 @@ def splits_of(data: Data, folds: int) -> tuple[list[tuple[Tensor, Tensor]], list
     return found, notes
 
 
-def _search(found: list[Candidate], data: Data, splits, device, progress) -> None:
-    """Fill in the scores of all candidates in all folds."""
+def _search(found: list[Candidate], data: Data, splits, device, progress: Quiet) -> None:
+    """Append the scores of all candidates in all folds, fold by fold."""
     data = data.to(device)
-    for candidate in found:
-        candidate.train = [None] * len(splits)
-        candidate.val = [None] * len(splits)
     total = sum(c.config.epochs for c in found) * len(splits)
     done = 0
     for group in _groups(found, len(splits)):
         first, fold = group[0]
         seen = prepared(data, first.config.standardize, splits[fold][0])
         members = [
-            Member(models.build(candidate.config, data), candidate.config, splits[number][0])
-            for candidate, number in group
+            Member(models.build_network(c.config, data), c.config, splits[number][0])
+            for c, number in group
         ]
-
-        tell = None
-        if progress is not None:
-            tell = functools.partial(_tell, progress, done, group, total)
-        loss = "cross_entropy" if data.is_classes else "mse"
         histories = fit_many(
-            members, seen.x_train, seen.y_train, loss=loss, scaling=seen.scaling, progress=tell
+            members,
+            seen.x_train,
+            seen.y_train,
+            loss=_loss_name(data),
+            scaling=seen.scaling,
+            progress=functools.partial(_tell, progress, done, group, total),
         )
-        done += sum(candidate.config.epochs for candidate, _ in group)
-        for (candidate, number), history in zip(group, histories, strict=True):
-            if not math.isfinite(history[-1]["train_loss"]):
-                candidate.train[number] = candidate.val[number] = Score(math.nan, math.nan)
-        left = [
-            (candidate, number, member.model)
-            for (candidate, number), member in zip(group, members, strict=True)
-            if candidate.val[number] is None
-        ]
-        scores = _scores(left, splits, seen, device)
-        for (candidate, number, _), pair in zip(left, scores, strict=True):
-            candidate.train[number], candidate.val[number] = pair
+        done += sum(c.config.epochs for c, _ in group)
+        scores = _scores(members, [splits[number] for _, number in group], seen, device)
+        for (c, _), history, (train, val) in zip(group, histories, scores, strict=True):
+            is_finite = math.isfinite(history[-1]["train_loss"])
+            c.train.append(train if is_finite else Score(math.nan, math.nan))
+            c.val.append(val if is_finite else Score(math.nan, math.nan))
 
 
-def _tell(progress, before: int, group, total: int, epoch: int, epochs: int) -> None:
+def _tell(progress: Quiet, before: int, group, total: int, epoch: int, epochs: int) -> None:
     done = sum(min(epoch, candidate.config.epochs) for candidate, _ in group)
     progress.trained(before + done, total)
+
+
+def _loss_name(data: Data) -> str:
+    return "cross_entropy" if data.is_classes else "mse"
 
 
 def _groups(found: list[Candidate], folds: int) -> Iterator[list[tuple[Candidate, int]]]:
@@ -305,29 +296,29 @@ def _groups(found: list[Candidate], folds: int) -> Iterator[list[tuple[Candidate
             yield group[start : start + MAX_TOGETHER]
 
 
-def _scores(left, splits, data: Data, device) -> Iterator[tuple[Score, Score]]:
-    """(training score, validation score) of each (candidate, fold, model)."""
-    config = left[0][0].config if left else TrainConfig()
+def _scores(
+    members: list[Member], splits: list[tuple[Tensor, Tensor]], data: Data, device
+) -> Iterator[tuple[Score, Score]]:
+    """(training score, validation score) of each member, on the rows of its split."""
+    config = members[0].config
     std = None if data.target_scaling is None else data.target_scaling.std
     sums = None
     # Squares of several targets, each in its own unit, do not follow from their sum.
     if config.engine in ("auto", "native") and (std is None or std.numel() == 1):
         with run_settings(config, device):
             sums = native_evaluate.evaluate(
-                [model for _, _, model in left],
+                [member.model for member in members],
                 data.x_train,
                 data.y_train,
-                [splits[number] for _, number, _ in left],
-                loss="cross_entropy" if data.is_classes else "mse",
+                splits,
+                loss=_loss_name(data),
                 scaling=data.scaling,
             )
     if sums is None:
-        for candidate, number, model in left:
-            rows = [part.to(device) for part in splits[number]]
-            yield tuple(
-                _score(model, data.x_train[r], data.y_train[r], data, candidate.config, device)
-                for r in rows
-            )
+        for member, split in zip(members, splits, strict=True):
+            rows = [part.to(device) for part in split]
+            pairs = [(data.x_train[r], data.y_train[r]) for r in rows]
+            yield tuple(_score(member.model, *p, data, member.config, device) for p in pairs)
         return
     unit = 1.0 if std is None else float(std.double().square())
     for pair in sums.tolist():
@@ -339,17 +330,16 @@ def _scores(left, splits, data: Data, device) -> Iterator[tuple[Score, Score]]:
 
 def _score(model, x: Tensor, y: Tensor, data: Data, config: TrainConfig, device) -> Score:
     """x, y: rows and targets, scaled as `data` says."""
-    loss = "cross_entropy" if data.is_classes else "mse"
     with run_settings(config, device):
         outputs = models.predict(model, x, data.scaling, config.precision)
     y = y if data.is_classes else y.reshape(outputs.shape)
-    loss_sum, right, rows = loss_sums(loss, outputs, y).tolist()
+    loss, right, rows = loss_sums(_loss_name(data), outputs, y).tolist()
     if data.is_classes:
-        return Score(1.0 - right / rows, loss_sum / rows)
+        return Score(1.0 - right / rows, loss / rows)
     difference = outputs.double() - y
     if data.target_scaling is not None:
         difference = difference * data.target_scaling.std.to(device)
-    return Score(float(difference.square().mean()), loss_sum / rows)
+    return Score(float(difference.square().mean()), loss / rows)
 
 
 def _best(found: list[Candidate]) -> Candidate:
@@ -362,7 +352,7 @@ def _best(found: list[Candidate]) -> Candidate:
 def _refit(best: Candidate, data: Data, device: torch.device):
     """(model, history, test score or None, R2 or None, what model.safetensors says of it)."""
     whole = prepared(data, best.config.standardize)
-    model = models.build(best.config, whole)
+    model = models.build_network(best.config, whole)
     config = best.config.replace(standardize=False)
     history = fit(model, replace(whole, x_test=None, y_test=None), config).history
     about = describe_run(model, whole)

@@ -62,7 +62,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> Trained:
             "make; "
             f"load {folder / 'model.safetensors'} into it"
         )
-    network = models.make(shape)
+    network = models.network_of_shape(shape)
     check_same_model(network, weights, str(folder))
     network.load_state_dict(weights)
     network.to(device).eval()

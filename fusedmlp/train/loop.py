@@ -12,12 +12,11 @@ from pathlib import Path
 
 from torch import nn
 
-from . import build, engines, schedule
+from . import build, engines
 from .build import evaluate, evaluate_batches, optimizer_for
 from .config import RunOptions, TrainConfig
 from .console import Quiet
-from .data import datasets, loaders
-from .data import inputs as source
+from .data import datasets, inputs, loaders
 from .data.types import Data, permutation, prepared, resolved
 from .errors import TrainError, UsageError, WriteError
 from .process import (
@@ -45,6 +44,7 @@ from .run_state import (
     what_is_kept,
     write_results,
 )
+from .schedule import schedule_of
 from .task import Task
 
 READ_SECONDS = 0.1  # between two reads of the losses; each waits for the device
@@ -95,7 +95,7 @@ def fit(
     if options is not None and options.check().resume is not None:
         saved = load_checkpoint(options.resume)
         config = config.filled_from(TrainConfig.from_dict(saved["config"]))
-    given = source.of(data, config)
+    given = inputs.as_data(data, config)
     if saved is None:
         config = resolved(config, given)
     else:
@@ -147,7 +147,7 @@ def run(
         if world.is_lead:
             for note in loaded.notes:
                 progress.note(note)
-        network = build.build(config, loaded)
+        network = build.build_network(config, loaded)
         progress = progress if world.is_lead else Quiet()
         return fit(network, loaded, config, options, progress=progress)
     finally:
@@ -192,7 +192,7 @@ def explain(model: nn.Module, data, config: TrainConfig | None = None) -> str:
     Arguments, errors and what happens to the model's device as in `fit`; nothing is trained.
     """
     config = (config or TrainConfig()).check()
-    given = source.of(data, config)
+    given = inputs.as_data(data, config)
     config = resolved(config, given)
     device = pick_device(config)
     with run_settings(config, device):
@@ -208,11 +208,11 @@ def _task(
     model.to(device)
     data = given
     if isinstance(given, Data):
-        data = source.on_device(given, model, device)
+        data = inputs.on_device(given, model, device)
         loss, scaling = "cross_entropy" if data.is_classes else "mse", data.scaling
     else:
         seed_epoch(config, world, epoch, device)
-        data, scaling, loss = loaders.of_loader(given, model, config, device)
+        data, scaling, loss = loaders.checked_loaders(given, model, config, device)
     task = Task(model, optimizer_for(model, config, loss), loss, device, scaling=scaling)
     task.precision, task.seed, task.world = config.precision, config.seed, world
     task.label_smoothing, task.clip_norm = config.label_smoothing, config.clip_norm
@@ -221,7 +221,7 @@ def _task(
         steps = math.ceil(len(task.x) / config.batch_size)
     else:
         steps = given.length
-    task.schedule = schedule.of(config, steps)
+    task.schedule = schedule_of(config, steps)
     return task, data
 
 
@@ -295,13 +295,13 @@ def _train_loader(run: Run, rng: dict | None) -> bool:
     position = run.position
     skip, read_at = position.step, time.perf_counter()
     pending = 0
-    for number, (inputs, targets) in enumerate(run.data.train):
+    for number, (x, y) in enumerate(run.data.train):
         if number < skip:
             continue  # of a resumed epoch: the loader has to run through what was seen
         if number == skip and rng is not None:
             set_rng(run, rng)
         try:
-            run.engine.step_on(inputs, targets)
+            run.engine.step_on(x, y)
         except RuntimeError as error:
             run.data.train.blame(error)
             raise

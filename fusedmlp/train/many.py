@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import FusedMLP
-from . import engines, schedule
+from . import engines
 from .build import optimizer_for
 from .config import TrainConfig
 from .data import inputs
@@ -24,6 +24,7 @@ from .engines.native import Native
 from .engines.native_many import NativeMany, Share
 from .errors import UsageError
 from .process import ALONE, pick_device, run_settings, seed_epoch
+from .schedule import schedule_of
 from .task import Task
 
 MAX_TOGETHER = 64  # networks in one call
@@ -217,7 +218,7 @@ def _tasks(
         task.x, task.y = data.x_train, data.y_train
         task.precision, task.seed = config.precision, config.seed
         task.label_smoothing, task.clip_norm = config.label_smoothing, config.clip_norm
-        task.schedule = schedule.of(config, -(-len(member.rows) // config.batch_size))
+        task.schedule = schedule_of(config, -(-len(member.rows) // config.batch_size))
         tasks.append((config, task))
     return tasks
 

@@ -13,17 +13,15 @@ from torch import Tensor
 from .data.types import Data
 from .errors import TrainError
 
-SHOWN, MISTAKES = (
-    24,
-    16,
-)  # images on the prediction sheet: the first of the test set, then the first mistakes
+# Images on the prediction sheet: the first of the test set, then the first mistakes.
+FIRST_IMAGES, MISTAKE_IMAGES = 24, 16
 COLUMNS = 8
-NAME = 40  # characters of a name
+NAME_LENGTH = 40  # characters
 RIGHT, WRONG = "#1a7f37", "#c0261c"
 PARTS = {"train": "#1f6fb4", "val": "#b8860b", "test": "#c0261c"}
 
 
-def all_of(
+def run_pictures(
     history: list[dict], data, outputs: Callable[[], Tensor] | None
 ) -> dict[str, Callable[[], bytes]]:
     """{file name: what draws it}; outputs gives (n, C) of the test rows on the CPU, and is None
@@ -80,11 +78,11 @@ def readable(name: str) -> str:
     from matplotlib import font_manager
 
     font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
-    name = name if len(name) <= NAME else name[: NAME - 3] + "..."
-    there = (
+    name = name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 3] + "..."
+    characters = (
         c if font.get_char_index(ord(c)) else c.encode("unicode_escape").decode() for c in name
     )
-    return "".join(there).replace("$", r"\$")
+    return "".join(characters).replace("$", r"\$")
 
 
 def png(figure) -> bytes:
@@ -124,8 +122,8 @@ def images(data: Data, outputs: Tensor) -> bytes:
     wrong."""
     true, predicted, _ = _classified(data, outputs)
     wrong = torch.nonzero(true != predicted).flatten().tolist()
-    first = list(range(min(SHOWN, len(true))))
-    shown = first + [index for index in wrong if index >= len(first)][:MISTAKES]
+    first = list(range(min(FIRST_IMAGES, len(true))))
+    shown = first + [index for index in wrong if index >= len(first)][:MISTAKE_IMAGES]
     rows = -(-len(shown) // COLUMNS)
     figure, axes = new_figure(1.5 * COLUMNS, 1.85 * rows + 0.6, rows, COLUMNS)
     for axis in axes.flat:

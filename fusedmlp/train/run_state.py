@@ -280,4 +280,4 @@ def draw_results(run: Run) -> None:
         outputs = functools.cache(
             lambda: predict(task.model, data.x_test, task.scaling, task.precision).cpu()
         )
-    run.folder.write_pictures(plots.all_of(run.history, data, outputs), run.progress.warn)
+    run.folder.write_pictures(plots.run_pictures(run.history, data, outputs), run.progress.warn)

@@ -52,7 +52,7 @@ class Schedule:
         )
 
 
-def of(config, steps_per_epoch: int | None) -> Schedule:
+def schedule_of(config, steps_per_epoch: int | None) -> Schedule:
     """The schedule of a config whose epochs are known. steps_per_epoch: None where nobody knows."""
     if config.lr_schedule == "constant" and config.warmup_epochs == 0:
         return Schedule()

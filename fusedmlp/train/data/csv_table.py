@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from ..errors import TrainError, UsageError
-from .tables import MOST_CLASSES, Targets
+from .tables import MAX_CLASSES, Targets
 from .types import Data
 
 SEPARATORS = ",;\t"
-_LOOKED_AT = 20  # rows by which the separator is judged
+_SAMPLE_ROWS = 20  # rows by which the separator is judged
 _INTEGER = re.compile(r"[+-]?\d+")
 _WAY_OUT = "; make numbers of its cells, or leave the column out"
 
@@ -89,7 +89,7 @@ class _Table:
         """How well it separates: the share of the first rows that are as long as the header, then
         the length; commas where none does."""
         try:
-            rows = [r for _, r in islice(self._records(separator), _LOOKED_AT) if r]
+            rows = [r for _, r in islice(self._records(separator), _SAMPLE_ROWS) if r]
         except csv.Error:
             return 0.0, 0
         width = len(rows[0]) if rows else 0
@@ -138,7 +138,7 @@ class _Table:
                     f"header, got {len(row)}"
                 )
 
-    def refuse(self, message: str):
+    def fail(self, message: str):
         """Raise the error of a cell, or that of the row it is in."""
         self.check_lengths()
         raise TrainError(f"{self.path}: {message}")
@@ -212,13 +212,13 @@ def _numbers(table: _Table, column, name: str, way_out: str = ""):
         return values
     text = str(column.iloc[bad[0]]).strip()
     if _is_number(text):
-        table.refuse(
+        table.fail(
             f"column {name!r} must hold finite fp32 numbers, got {_shown(text)} in row "
             f"{bad[0] + 1} ({len(bad)} in all); fill or drop such rows"
         )
     if re.fullmatch(r"[+-]?\d+,\d+", text):
         way_out = "; write numbers with a decimal point"
-    table.refuse(
+    table.fail(
         f"column {name!r} must hold numbers, got {_shown(text)} in row {bad[0] + 1}{way_out}"
     )
 
@@ -242,7 +242,7 @@ def _target(table: _Table, column, name: str, loss: str):
     text = table.columns(usecols=[number], dtype=str)[number].str.strip()
     empty = np.flatnonzero(text == "")
     if len(empty):
-        table.refuse(
+        table.fail(
             f"column {name!r} must have a value in every row, got an empty cell in row "
             f"{empty[0] + 1}"
         )
@@ -256,10 +256,10 @@ def _target(table: _Table, column, name: str, loss: str):
     if len(words) == 0 and not is_whole:
         targets = Targets(None)
     elif is_spelled:
-        targets = Targets.of_integers(sorted(map(int, distinct)), where, loss)
+        targets = Targets.from_integers(sorted(map(int, distinct)), where, loss)
         notes = targets.about_integers(len(distinct), len(text), name)
     else:
-        targets = Targets.named(sorted(distinct), len(distinct), where)
+        targets = Targets.from_names(sorted(distinct), len(distinct), where)
     if targets.classes is None:
         return targets.encode(_numbers(table, text, name), where), None, notes
     if is_whole and not is_spelled:
@@ -278,8 +278,8 @@ def _target(table: _Table, column, name: str, loss: str):
 def _check_mixed(table: _Table, name: str, what: str, numbers: list[str], rows: int) -> None:
     """Raise where a column of measured numbers would become a class for each number."""
     is_measured = any(not _INTEGER.fullmatch(t) for t in numbers) and 2 * len(numbers) > rows
-    if is_measured or len(numbers) > MOST_CLASSES:
-        table.refuse(
+    if is_measured or len(numbers) > MAX_CLASSES:
+        table.fail(
             f"column {name!r} has {what}; to predict a number fill or drop such rows, for classes "
             f"have fewer than {len(numbers)} different values"
         )

@@ -24,7 +24,7 @@ from .rows import (
 from .types import Data, Scaling, in_fp32, standardized, with_validation
 
 
-def of(data, config: TrainConfig) -> Data | Loaders:
+def as_data(data, config: TrainConfig) -> Data | Loaders:
     """A Data or Loaders from whatever `fit` was given."""
     if isinstance(data, Loaders):
         return data

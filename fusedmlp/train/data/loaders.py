@@ -147,7 +147,7 @@ class Batches:
         return inputs, fitted(y.to(form.scaling.dtype), form.outputs, y_name)
 
 
-def of_loader(
+def checked_loaders(
     loaders: Loaders, model: nn.Module, config: TrainConfig, device: torch.device
 ) -> tuple[Loaders, Scaling, str]:
     """(loaders of checked batches, scaling, loss), judged by the first batch of each."""

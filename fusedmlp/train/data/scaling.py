@@ -17,7 +17,7 @@ class Scaling:
     dtype: torch.dtype = torch.float32
 
     @classmethod
-    def of(cls, rows: Tensor, divisor: float = 1.0, *, each: bool = True) -> "Scaling":
+    def from_rows(cls, rows: Tensor, divisor: float = 1.0, *, each: bool = True) -> "Scaling":
         """To mean 0 and deviation 1 over rows (n, ...), in fp64 as StandardScaler has it.
 
         each  every feature by itself; else all of them have one pair of numbers

@@ -172,8 +172,8 @@ def standardized(data: Data, rows: Tensor | None = None) -> Data:
     x, y = data.x_train, data.y_train
     if rows is not None:
         x, y = x[rows], y[rows]
-    scaling = Scaling.of(x, data.scaling.divisor, each=data.image_shape is None)
-    return scaled(data, scaling, None if data.is_classes else Scaling.of(y))
+    scaling = Scaling.from_rows(x, data.scaling.divisor, each=data.image_shape is None)
+    return scaled(data, scaling, None if data.is_classes else Scaling.from_rows(y))
 
 
 def scaled(data: Data, scaling: Scaling, target_scaling: Scaling | None) -> Data:

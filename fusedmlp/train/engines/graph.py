@@ -122,7 +122,7 @@ class Graph:
         """The next `count` steps, of `rows` rows each."""
         if not count:
             return
-        most = graph_calls.VALUES // (rows * self.calls.layers[0].linear.in_features)
+        most = graph_calls.MAX_VALUES // (rows * self.calls.layers[0].linear.in_features)
         while count:
             several = next(n for n in SIZES if n <= max(1, min(count, most)))
             self._go((rows, several), functools.partial(self.calls.run, rows, several))

@@ -28,7 +28,9 @@ from ...spec import activations, layers
 from ..task import Task
 from .plain_layers import layers_of
 
-VALUES = 1 << 24  # of inputs that are gathered, or of one layer of an evaluation: 64 MiB in fp32
+MAX_VALUES = (
+    1 << 24
+)  # of inputs that are gathered, or of one layer of an evaluation: 64 MiB in fp32
 _DTYPES = {"bf16": torch.bfloat16}
 # Of cross_entropy: no row of a data set is to be left out.
 _IGNORED = -(1 << 63)
@@ -144,8 +146,8 @@ class Calls:
         numbers: list[float] = []
         for layer in self.layers:
             threshold, scale = layer.dropping() if is_training else (0, 1.0)
-            there = zip(layers.BITS, layer.tensors(), strict=True)
-            bits = sum(bit for bit, t in there if t is not None)
+            pairs = zip(layers.BITS, layer.tensors(), strict=True)
+            bits = sum(bit for bit, t in pairs if t is not None)
             ints += [layer.act, threshold, layer.number + streams, bits]
             numbers += [layer.alpha, scale]
         return ints, numbers
@@ -202,7 +204,7 @@ class Calls:
         """Writes (sum of losses, number right, rows) to `evaluated`, in evaluation mode and without
         label smoothing, over rows x (n, ...) as stored and their targets."""
         widest = max(max(layer.linear.weight.shape) for layer in self.layers)
-        part = max(1, VALUES // widest)
+        part = max(1, MAX_VALUES // widest)
         with torch.no_grad():
             self.evaluated.zero_()
             params, (ints, numbers) = self._params(), self.network(0, is_training=False)

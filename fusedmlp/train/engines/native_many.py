@@ -17,8 +17,8 @@ from . import native_op
 from .native import LOSSES, Native
 
 CALL_SECONDS = 0.5  # about, of one call: Ctrl-C is seen between two
-FIRST = 1.0  # steps of the first call
-GROWTH = 16  # of a call over the one before: the first ones are too short to be timed well
+FIRST_CALL_STEPS = 1.0  # steps of the first call
+MAX_GROWTH = 16  # of a call over the one before: the first ones are too short to be timed well
 
 Sums = tuple[float, float, int]  # of losses, of hits, rows
 
@@ -47,7 +47,7 @@ class NativeMany:
 
     def __init__(self):
         self.work = torch.empty(1, 0)
-        self.chunk = FIRST  # steps of each network in the next call
+        self.chunk = FIRST_CALL_STEPS  # steps of each network in the next call
 
     def epochs_ahead(self, steps: int) -> int:
         """Epochs of so many steps that the next call has time for; at least 1."""
@@ -74,7 +74,7 @@ class NativeMany:
         sums = self._call(shares)
         seconds = time.perf_counter() - started
         steps = max(share.steps * share.epochs for share in shares)
-        self.chunk = max(1.0, steps * min(GROWTH, CALL_SECONDS / max(seconds, 1e-9)))
+        self.chunk = max(1.0, steps * min(MAX_GROWTH, CALL_SECONDS / max(seconds, 1e-9)))
         return sums
 
     @torch.no_grad()
