@@ -1,4 +1,4 @@
-"""What both estimators share: fit, partial_fit, early stopping and prediction.
+"""The base of both estimators: fit, partial_fit, early stopping and prediction.
 
 Steps and random draws come in the order of scikit-learn's MLP, so that the same random_state gives
 the same start and the same batches.
@@ -15,7 +15,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import train_test_split
 from sklearn.utils import check_random_state, shuffle
 
-# Private by name, and what estimators outside scikit-learn use for want of a public one.
+# Private by name; estimators outside scikit-learn use them, as there is no public one.
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 
 from ..train.config import TrainConfig
@@ -27,7 +27,7 @@ _PROBLEM = "Solver produced non-finite parameter weights. The input data may con
 
 
 def offers_partial_fit(estimator) -> bool:
-    """For available_if: there is no partial_fit with lbfgs, as in scikit-learn."""
+    """For available_if: lbfgs has no partial_fit, as in scikit-learn."""
     if estimator.solver == "lbfgs":
         raise AttributeError(
             "partial_fit is only available for stochastic optimizers. lbfgs is not stochastic."
@@ -36,10 +36,47 @@ def offers_partial_fit(estimator) -> bool:
 
 
 class BaseFusedMLP(BaseEstimator):
-    """Not for use by itself. A subclass says how targets become numbers and back:
-    _validated, _out_activation, _targets, _decoded and _score_of."""
+    """Not for use by itself. A subclass defines how targets become numbers and back: _validated,
+    _out_activation, _targets, _decoded_targets and _score_of."""
 
     _stratifies = False  # whether held-out rows are drawn by class
+
+    def __init__(
+        self,
+        hidden_layer_sizes=(100,),
+        activation="relu",
+        *,
+        solver="adam",
+        alpha=0.0001,
+        batch_size="auto",
+        learning_rate="constant",
+        learning_rate_init=0.001,
+        power_t=0.5,
+        max_iter=200,
+        shuffle=True,
+        random_state=None,
+        tol=1e-4,
+        verbose=False,
+        warm_start=False,
+        momentum=0.9,
+        nesterovs_momentum=True,
+        early_stopping=False,
+        validation_fraction=0.1,
+        beta_1=0.9,
+        beta_2=0.999,
+        epsilon=1e-8,
+        n_iter_no_change=10,
+        max_fun=15000,
+        dropout=0.0,
+        device="auto",
+        backend="auto",
+        engine="auto",
+    ):
+        self._keep_arguments(locals())
+
+    def _keep_arguments(self, arguments: dict) -> None:
+        """Arguments become attributes of their names, as scikit-learn asks of a constructor."""
+        vars(self).update((k, v) for k, v in arguments.items() if k != "self")
 
     def fit(self, X, y, sample_weight=None):
         """Train from new weights, or with warm_start from those of the last fit.
@@ -48,7 +85,7 @@ class BaseFusedMLP(BaseEstimator):
         y              (n,) or (n, outputs)
         sample_weight  (n,) or None
         returns        self
-        raises         ValueError for settings or data that cannot be
+        raises         ValueError for wrong settings or data
         """
         return self._fit(X, y, sample_weight, False)
 
@@ -225,7 +262,7 @@ class BaseFusedMLP(BaseEstimator):
         self._no_improvement_count = 0 if is_better else self._no_improvement_count + 1
 
     def _stops(self, running) -> bool:
-        """Whether to stop for want of improvement; adaptive rates are lowered first."""
+        """Whether to stop, as nothing improves any more; adaptive rates are lowered first."""
         what = "Validation score" if self.early_stopping else "Training loss"
         said = (
             f"{what} did not improve more than tol={self.tol:f} for {self.n_iter_no_change} "

@@ -23,12 +23,7 @@ from ..train.task import Task
 from .weights import Weights, network, read, rows_of, tensor, trained
 
 # The loss of train/losses.py for each output activation.
-LOSSES = {
-    "softmax": "cross_entropy",
-    "logistic": "logistic",
-    "identity": "mse",
-    "exp": "poisson",
-}
+LOSSES = {"softmax": "cross_entropy", "logistic": "logistic", "identity": "mse", "exp": "poisson"}
 
 
 @dataclass
@@ -97,7 +92,7 @@ class Loop:
         self.is_sparse = hasattr(problem.x, "toarray")
         self.backend = None if settings.backend == "auto" else settings.backend
         self.backend = self.backend or context.now().backend
-        # As in scikit-learn fp64 rows are computed in fp64, where backends can and it costs little.
+        # fp64 rows are computed in fp64, as in scikit-learn, where backends can at little cost.
         wide = device.type == "cpu" and settings.backend in ("auto", "reference")
         dtype = torch.float64 if wide and problem.x.dtype == np.float64 else torch.float32
         # One step an epoch takes no time worth saving at the price of fp64's digits.
@@ -146,7 +141,7 @@ class Loop:
         return read(self.engine.task.model)
 
     def state(self) -> dict:
-        """What a later Loop needs to go on, on the CPU."""
+        """The state from which a later Loop continues, on the CPU."""
         found = self.engine.task.optimizer.state_dict()
         found["state"] = {
             number: {k: v.cpu() if isinstance(v, Tensor) else v for k, v in values.items()}

@@ -1,5 +1,5 @@
-"""The network of a config, its first weights, its optimiser, and what it says about rows it has
-not seen."""
+"""The network of a config, its first weights, its optimizer, and its outputs on rows that it is not
+trained on."""
 
 import math
 from itertools import pairwise
@@ -16,18 +16,18 @@ from .data.types import Data, Scaling, resolved, seeded
 from .losses import loss_sums
 from .task import autocast
 
-EVAL_ROWS = 4096  # rows a forward pass without gradients
+EVAL_ROWS = 4096  # rows of a forward pass without gradients
 
 
 def build_network(config: TrainConfig, data: Data) -> FusedMLP:
-    """On the CPU; the weights depend on the seed alone and the global generator is left as it
-    was."""
+    """The network on the CPU; its weights depend on the seed alone, and the global generator is
+    left as it was."""
     config = resolved(config, data)
     return network_of_shape(shape_for(config, data), config.init, config.init_std, config.seed)
 
 
 def shape_for(config: TrainConfig, data: Data) -> dict:
-    """What `network_of_shape` needs to build the network again, in plain values."""
+    """The plain values from which `network_of_shape` builds the network again."""
     return {
         "dims": [data.in_features, *config.hidden, data.out_features],
         "activation": config.activation,
@@ -41,8 +41,7 @@ def network_of_shape(
     first, *hidden, last = shape["dims"]
     generator = seeded("init", seed)
     with torch.random.fork_rng(devices=[]):
-        # PyTorch's layers draw their first weights from the global generator: lend it the run's
-        # seed.
+        # PyTorch's layers draw their first weights from the global generator.
         torch.default_generator.manual_seed(generator.initial_seed())
         model = FusedMLP(
             first, hidden, last, activation=shape["activation"], dropout=shape["dropout"]
@@ -64,8 +63,8 @@ def dims_of(model: nn.Module) -> list[int]:
 
 
 def shape_of(model: FusedMLP) -> dict | None:
-    """What `network_of_shape` needs to build this network again; None where children were put in or
-    replaced."""
+    """The plain values from which `network_of_shape` builds this network again; None where children
+    were added or replaced."""
     layers, names, dropout = [], [], []
     for child in model:
         if type(child) is nn.Linear:
@@ -157,7 +156,7 @@ def evaluate(
 
 
 def evaluate_batches(task, batches) -> tuple[float | None, float | None]:
-    """As evaluate, over (inputs, targets) that are on the device already."""
+    """The same as evaluate, over (inputs, targets) that are on the device already."""
     total = torch.zeros(3, dtype=torch.float64, device=task.device)
     for inputs, targets in batches:
         total += loss_sums(

@@ -1,4 +1,4 @@
-"""The commands train, evaluate and predict: flags in, text out. The work is done in loop.py,
+"""The commands train, crossval, evaluate and predict: flags in, text out. The work is in loop.py,
 crossvalidation.py and inference.py."""
 
 import contextlib
@@ -54,7 +54,7 @@ class PredictArgs:
 
 
 def _parse(kind: type, name: str, argv: list[str], default=None):
-    """Flags -> kind; a mistake is shown by tyro and ends with exit code 2."""
+    """The flags as an object of this kind; tyro shows a mistake and ends with exit code 2."""
     argv = list(_with_values(argv))
     with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
         if is_quiet_process():
@@ -66,7 +66,7 @@ def _parse(kind: type, name: str, argv: list[str], default=None):
 
 
 def _with_values(argv: list[str]) -> Iterator[str]:
-    """tyro wants a value for a setting that is True, False or left to the data."""
+    """The words with a value after --standardize, as tyro wants for a setting that may be None."""
     for place, word in enumerate(argv):
         following = argv[place + 1] if place + 1 < len(argv) else ""
         if word == "--no-standardize":
@@ -115,8 +115,8 @@ class CrossvalArgs(TrainArgs):
 def split_compared(argv: list[str]) -> tuple[list[str], dict[str, list[list[str]]]]:
     """(argv without what is compared, {setting: the words of each of its values}).
 
-    Between the slashes stands what `fusedmlp train` takes. Where a value is one word, each word is
-    a value.
+    Words between two slashes are one value, as `fusedmlp train` takes it. Where a value is one
+    word, each word is a value.
     """
     rest: list[str] = []
     compared: dict[str, list[list[str]]] = {}
@@ -233,7 +233,7 @@ def _write_classes(trained, names, heading, rows, targets) -> None:
 
 
 def _write_numbers(trained, names, rows, targets) -> None:
-    """In the target's own units, as the targets are."""
+    """Predictions and targets, both in the target's own units."""
     outputs = trained.target_scaling.undo(trained.outputs(rows))
     writer = csv.writer(sys.stdout, lineterminator="\n")
     columns = range(outputs.shape[1])

@@ -1,4 +1,4 @@
-"""What a run says while it goes: nothing (Quiet), or lines and, on a terminal, a bar (Console)."""
+"""The output of a run: nothing (Quiet), or lines and, on a terminal, a bar (Console)."""
 
 import logging
 import sys
@@ -8,11 +8,11 @@ from .config import RunOptions, TrainConfig
 
 
 class Output:
-    """Standard output for a run, which does not end for it: characters that it lacks become
-    escapes, and when it is closed or full or its reader is gone, no more is said."""
+    """Standard output whose failures do not end a run: characters that it lacks become escapes, and
+    once it is closed or full, or its reader is gone, no more is written."""
 
     def __init__(self):
-        # A bar of rich's that is under way stands in for the stream.
+        # While a bar of rich is shown, sys.stdout is a proxy of it.
         self.stream = getattr(sys.stdout, "rich_proxied_file", sys.stdout)
 
     @property
@@ -38,7 +38,7 @@ class Output:
 
 
 class Quiet:
-    """The interface, and a run that says nothing."""
+    """The interface, and the output of a run that says nothing."""
 
     def start(self, *parts) -> None: ...
     def note(self, text: str) -> None: ...
@@ -53,8 +53,7 @@ class Quiet:
 
 
 class Console(Quiet):
-    """One line an epoch; on a terminal also a bar of the epoch under way, and a table at the
-    end."""
+    """One line an epoch; on a terminal also a bar of the present epoch, and a table at the end."""
 
     def __init__(self):
         self.output = Output()
@@ -172,10 +171,7 @@ class Console(Quiet):
             return
         summary = result.summary
         rows = [
-            (
-                name.replace("_", " "),
-                _figure(summary[name]),
-            )
+            (name.replace("_", " "), _figure(summary[name]))
             for name in (
                 "test_accuracy",
                 "test_r2",
@@ -232,7 +228,7 @@ def _shown_settings(config: TrainConfig, options: RunOptions) -> str:
 
 
 def _figure(value) -> str:
-    """Shares and losses with four decimals, what has units of its own with six digits."""
+    """Shares and losses with four decimals, large values, which have units, with six digits."""
     if not isinstance(value, float):
         return str(value)
     return f"{value:.4f}" if abs(value) < 100 else f"{value:.6g}"

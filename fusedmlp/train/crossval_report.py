@@ -1,5 +1,5 @@
-"""What a cross-validation says, draws and writes: lines and a table, crossval.png, results.csv,
-summary.json and the chosen network."""
+"""The results of a cross-validation: lines and a table, crossval.png, results.csv, summary.json and
+the chosen network."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ from .console import Console
 from .plots import PARTS, RIGHT, new_figure, png
 from .run_folder import RunFolder, model_bytes
 
-MAX_IN_PICTURE = 40  # candidates on the picture
+MAX_IN_PICTURE = 40  # candidates
 
 
 def measure_name(result) -> str:
@@ -99,14 +99,12 @@ class Report(Console):
 
 
 def write_report(result, place: RunFolder, about: dict, warn: Callable[[str], None]) -> None:
-    """All results of the run, the summary last: a folder that has one is complete; and then the
-    picture, if it can be drawn. config.json is that of the chosen network, so that `evaluate` and
-    `predict` take the folder."""
+    """Write all results, the summary last: a folder that has one is complete. Then the picture, if
+    it can be drawn. config.json is that of the chosen network, so that `evaluate` and `predict`
+    take the folder."""
     place.write_config(result.best.config)
     place.write("results.csv", results_csv(result))
-    place.write_metrics(
-        [{"seconds": None, **row} for row in result.refit],
-    )
+    place.write_metrics([{"seconds": None, **row} for row in result.refit])
     place.write("model.safetensors", model_bytes(result.model, about))
     place.write_json("summary.json", summary(result))
     place.write_pictures({"crossval.png": lambda: picture(result)}, warn)
@@ -159,9 +157,9 @@ def summary(result) -> dict:
 
 
 def picture(result) -> bytes:
-    """Left: validation over training error, with the line on which both are equal. What lies far up
-    the line learns too little, what lies far above it learns its training rows by heart. Right: the
-    same errors candidate by candidate."""
+    """Left: validation over training error, with the line on which both are equal. A candidate
+    far up the line learns too little, one far above it overfits. Right: the same errors by
+    candidate."""
     found = [c for c in result.candidates if math.isfinite(c.mean("val"))]
     found = sorted(found, key=lambda c: c.mean("val"))[:MAX_IN_PICTURE]
     found.sort(key=lambda c: c.number)
@@ -220,8 +218,8 @@ def _plane(axis, found, result) -> None:
 
 
 def _spread_out(axis, directions: tuple[str, ...], found) -> None:
-    """Logarithmic axes where one candidate is so bad that the good ones would lie on one spot;
-    linear below the smallest error, which keeps an error of 0 on the picture."""
+    """Make axes logarithmic where one candidate is so bad that the good ones would coincide; below
+    the smallest error they stay linear, which keeps an error of 0 on the picture."""
     errors = [value for c in found for part in ("train", "val") if (value := c.mean(part)) > 0]
     if not errors or max(errors) < 8 * min(errors):
         return

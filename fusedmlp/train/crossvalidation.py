@@ -1,7 +1,7 @@
-"""crossval: candidates compared by K-fold cross-validation, the best of them trained on all rows
-for training and tested once.
+"""crossval: K-fold cross-validation of candidates. The best is trained on all training rows and
+tested once.
 
-Folds and candidates are trained together by fit_many, where one engine can run them together.
+fit_many trains folds and candidates together, where one engine can run them together.
 """
 
 import functools
@@ -31,7 +31,7 @@ from .process import pick_device, run_settings, started_by_torchrun
 from .run_folder import create_folder
 from .run_state import describe_run
 
-# Settings that say how a network is trained, and not on what or where the run is kept.
+# Settings of how a network is trained; those of its data and of the run folder are common to all.
 COMPARED = (
     *("hidden", "activation", "dropout", "init", "init_std", "optimizer", "lr", "lr_schedule"),
     *("warmup_epochs", "momentum", "weight_decay", "label_smoothing", "clip_norm", "epochs"),
@@ -42,8 +42,9 @@ SEQUENCES = ("hidden", "dropout")  # settings with a value for each layer
 
 @dataclass(frozen=True)
 class Score:
-    """Of one network: the share of rows it gets wrong, or for regression the mean squared error
-    in the target's own units; and the loss it was trained on. nan where training diverged."""
+    """error: the share of rows that one network gets wrong, or for regression the mean squared
+    error in the target's own units; loss: the one it was trained on. nan where training diverged.
+    """
 
     error: float
     loss: float
@@ -90,7 +91,7 @@ class CrossvalResult:
     seconds: dict[str, float]  # search, refit
     folder: Path | None = None
     paths: dict[str, Path] = field(default_factory=dict)
-    test_r2: float | None = None  # of a regression
+    test_r2: float | None = None  # regression only
 
 
 def crossval(
@@ -187,7 +188,7 @@ def candidate_configs(config: TrainConfig, compare: Mapping[str, Sequence]) -> l
                 + (hint if name in SEQUENCES else "")
             )
         columns.append([(name, value) for value in values])
-    # In the order given: scikit-learn's ParameterGrid would sort the settings by name.
+    # The order is the one given: scikit-learn's ParameterGrid would sort settings by name.
     return [config.replace(**dict(chosen)).check() for chosen in itertools.product(*columns)]
 
 
@@ -283,8 +284,8 @@ def _loss_name(data: Data) -> str:
 
 
 def _groups(found: list[Candidate], folds: int) -> Iterator[list[tuple[Candidate, int]]]:
-    """(candidate, fold) pairs that may be trained in one call: of one precision, and of one fold
-    where the fold decides how rows are scaled."""
+    """(candidate, fold) pairs that may be trained in one call: they have one precision, and one
+    fold where the rows are scaled by the fold."""
     groups: dict[tuple, list] = {}
     for candidate in found:
         config = candidate.config

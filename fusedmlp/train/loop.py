@@ -203,8 +203,8 @@ def explain(model: nn.Module, data, config: TrainConfig | None = None) -> str:
 def _task(
     model, given, config, device, world, epoch: int = 0
 ) -> tuple[Task, Data | loaders.Loaders]:
-    """The task, and the data on its device. A loader is opened here, with the generators as they
-    are in the epoch that is the first to be run."""
+    """The task, and the data on its device. A loader is opened here, with the generators seeded as
+    for the first epoch to be run."""
     model.to(device)
     data = given
     if isinstance(given, Data):
@@ -226,7 +226,7 @@ def _task(
 
 
 def _open(run: Run, saved: dict | None) -> None:
-    """Make or reopen the run folder; take over what the checkpoint holds."""
+    """Make or reopen the run folder; restore the checkpoint."""
     config, options, world = run.config, run.options, run.world
     if saved is not None:
         restore(run, saved)
@@ -262,7 +262,7 @@ def _loop(run: Run, saved: dict | None) -> None:
 def _train_epoch(run: Run, rng: dict | None) -> bool:
     """Steps to the end of the epoch; False when asked to stop before it.
 
-    rng  states of torch's generators where a resumed epoch goes on
+    rng  states of torch's generators at the step where a resumed epoch continues
     """
     if rng is not None:
         set_rng(run, rng)
@@ -291,13 +291,13 @@ def _train_epoch(run: Run, rng: dict | None) -> bool:
 
 
 def _train_loader(run: Run, rng: dict | None) -> bool:
-    """As _train_epoch, for batches that come from an iterable."""
+    """The same as _train_epoch, for batches of an iterable."""
     position = run.position
     skip, read_at = position.step, time.perf_counter()
     pending = 0
     for number, (x, y) in enumerate(run.data.train):
         if number < skip:
-            continue  # of a resumed epoch: the loader has to run through what was seen
+            continue  # a resumed epoch: the loader has to run through the batches that were seen
         if number == skip and rng is not None:
             set_rng(run, rng)
         try:
@@ -327,7 +327,7 @@ def _read_checked(run: Run) -> tuple[float, float, int]:
 
 
 def _row(run: Run) -> dict:
-    """Close an epoch: its means, and the held-out rows."""
+    """The row of a finished epoch: its means, and the losses of the held-out rows."""
     position, task = run.position, run.task
     run.engine.sync()
     is_classes = task.loss == "cross_entropy"

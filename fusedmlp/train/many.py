@@ -1,7 +1,7 @@
 """fit_many: several networks on the same data at once, for sweeps, folds and ensembles.
 
-Every member ends with the bits that training it alone gives. Writes no files, changes no setting of
-the process, and does not test: whoever wants a test after each epoch passes `on_epoch`.
+Every member ends with the bits that training it alone gives. Nothing is written, no setting of the
+process changes, and nothing is tested: `on_epoch` is for a test after each epoch.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def fit_many(
 
 
 class _Training:
-    """A member that is under way."""
+    """A member in training."""
 
     def __init__(self, config: TrainConfig, task: Task, member: Member, is_native: bool):
         self.config, self.device = config, task.device
@@ -136,7 +136,7 @@ class _Training:
 
     @property
     def steps(self) -> int:
-        """Of one epoch."""
+        """Steps of one epoch."""
         return -(-len(self.rows) // self.config.batch_size)
 
     def order(self, epoch: int) -> Tensor:
@@ -152,7 +152,7 @@ class _Training:
             self.close_epoch(loss, right, rows)
 
     def close_epoch(self, loss: float, right: float, rows: int) -> None:
-        """Note what the epoch came to."""
+        """Append the epoch to the history; a loss that is not finite ends the training."""
         self.epoch += 1
         is_classes = self.engine.task.loss == "cross_entropy"
         if math.isfinite(loss):
@@ -164,7 +164,7 @@ class _Training:
 
 
 def _train_epochs(many: NativeMany, trainings: list[_Training], count: int) -> None:
-    """So many epochs of each, of one that has fewer left as many as those are."""
+    """Train `count` epochs of each, or as many as it has left."""
     orders: dict[tuple, Tensor] = {}
     shares = []
     for t in trainings:
@@ -186,7 +186,7 @@ def _row(loss: float, accuracy: float | None) -> dict:
 
 
 def _kind(model: nn.Module) -> tuple:
-    """Equal for models of which one stands for all when a row is tried on them."""
+    """Equal for models that all take a row of the data if one of them does."""
     if type(model) is not FusedMLP:
         return (id(model),)
     return (*map(type, model), *((tuple(p.shape), p.dtype) for p in model.parameters()))
@@ -195,7 +195,7 @@ def _kind(model: nn.Module) -> tuple:
 def _tasks(
     members: Sequence[Member], x: Tensor, y: Tensor, loss: str, scaling: Scaling
 ) -> list[tuple[TrainConfig, Task]]:
-    """Each member's config, without None, and its task as `fit` would set it up."""
+    """Each member's config, with all settings filled in, and its task as in `fit`."""
     classes = None
     if loss == "cross_entropy":
         classes = tuple(str(i) for i in range(int(y.max()) + 1))

@@ -1,5 +1,7 @@
-"""Pictures of a run as PNG bytes: learning curves, predictions, and where they go wrong. Draws
-off screen, writes nothing, and needs matplotlib only when it draws."""
+"""Pictures of a run as PNG bytes: learning curves, predictions and mistakes.
+
+Everything is drawn off screen and nothing is written; matplotlib is imported for the first picture.
+"""
 
 import contextlib
 import io
@@ -24,7 +26,7 @@ PARTS = {"train": "#1f6fb4", "val": "#b8860b", "test": "#c0261c"}
 def run_pictures(
     history: list[dict], data, outputs: Callable[[], Tensor] | None
 ) -> dict[str, Callable[[], bytes]]:
-    """{file name: what draws it}; outputs gives (n, C) of the test rows on the CPU, and is None
+    """{file name: what draws it}; outputs() returns (n, C) of the test rows on the CPU, and is None
     where there are none."""
     pictures = {"curves.png": lambda: curves(history)}
     if outputs is None:
@@ -54,8 +56,8 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
 
 
 def import_matplotlib():
-    """matplotlib, whatever MPLBACKEND says: where that names a backend which is not here, as in a
-    shell that a notebook started, matplotlib refuses to be imported at all."""
+    """matplotlib, whatever MPLBACKEND says: importing it fails where that names a backend which is
+    not installed, as in a shell that a notebook started."""
     named = None
     if "matplotlib" not in sys.modules:
         named = os.environ.pop("MPLBACKEND", None)
@@ -73,8 +75,8 @@ def import_matplotlib():
 
 
 def readable(name: str) -> str:
-    """A name of the user's as a label: cut short, what the font lacks as an escape, and a dollar
-    sign as such, which to matplotlib begins a formula."""
+    """A user's name as a label: it is cut short, characters that the font lacks become escapes, and
+    a dollar sign, with which matplotlib would begin a formula, is escaped."""
     from matplotlib import font_manager
 
     font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
@@ -154,8 +156,8 @@ def images(data: Data, outputs: Tensor) -> bytes:
 
 
 def confidence(data: Data, outputs: Tensor) -> bytes:
-    """For rows that are no images: how sure the network was, of what it got right and of what it
-    got wrong."""
+    """For rows that are no images: how sure the network was of its right and of its wrong
+    predictions."""
     true, predicted, probability = _classified(data, outputs)
     right = true == predicted
     figure, axes = new_figure(6.5, 4)
@@ -243,7 +245,7 @@ def scatter(data: Data, outputs: Tensor) -> bytes:
 
 
 def residuals(data: Data, outputs: Tensor) -> bytes:
-    """Regression: how the errors are spread."""
+    """Regression: a histogram of the errors."""
     true, predicted = _in_units(data, outputs)
     figure, axes = new_figure(5.5, 4)
     axis = axes[0, 0]

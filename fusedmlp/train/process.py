@@ -26,7 +26,7 @@ from .errors import TrainError, UsageError
 
 @dataclass
 class StopRequest:
-    """Set by Ctrl-C or SIGTERM; the loop looks at it between steps."""
+    """Ctrl-C or SIGTERM sets it; the loop looks at it between steps."""
 
     asked: bool = False
     at: float = 0.0
@@ -72,7 +72,7 @@ def seed_generators(seed: int, device: torch.device) -> None:
 
 
 def seed_epoch(config: TrainConfig, world: "World", epoch: int, device: torch.device) -> None:
-    """Seed for models that draw from torch's generator: another in each epoch, and each process."""
+    """Seed the generators for models that draw from them: each epoch and process differently."""
     number = seeded("model", config.seed, epoch * world.size + world.rank).initial_seed()
     seed_generators(number, device)
 
@@ -97,7 +97,7 @@ def stop_on_signals():
         return
 
     def ask(number, frame):
-        # torchrun sends a signal of its own right after the terminal's.
+        # torchrun sends another signal right after the terminal's.
         if stop.asked and number == signal.SIGINT and time.monotonic() - stop.at > 1.0:
             raise KeyboardInterrupt
         if not stop.asked:
@@ -130,7 +130,7 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    device: str = "cpu"  # of the tensors in collectives: gloo's CPU, or NCCL's GPU
+    device: str = "cpu"  # where the tensors of collectives are: the CPU for gloo, a GPU for NCCL
 
     @property
     def is_lead(self) -> bool:

@@ -21,13 +21,7 @@ from .data.loaders import Loaders
 from .data.types import Data
 from .errors import TrainError, UsageError
 from .process import StopRequest, World
-from .run_folder import (
-    RunFolder,
-    check_same_model,
-    load_checkpoint,
-    model_bytes,
-    save_checkpoint,
-)
+from .run_folder import RunFolder, check_same_model, load_checkpoint, model_bytes, save_checkpoint
 from .task import Task
 
 # Settings that may differ between a run and its continuation; others would make it another run.
@@ -36,7 +30,7 @@ MAY_CHANGE = ("epochs", "data_dir", "device", "backend", "engine")
 
 @dataclass
 class Position:
-    """How far a run is; the sums are those of the epoch under way."""
+    """How far a run is; loss, right, rows and seconds are sums over the present epoch."""
 
     epoch: int = 0  # epochs that are done
     step: int = 0  # steps of this epoch that are done
@@ -119,7 +113,7 @@ def set_rng(run: Run, rng: dict[str, Tensor]) -> None:
 
 
 def save(run: Run) -> None:
-    """Checkpoint, then metrics (resuming writes those again), by rank 0."""
+    """Write the checkpoint, then the metrics (resuming writes those again); rank 0 does it."""
     if run.folder is None:
         return
     run.engine.sync()
@@ -149,7 +143,7 @@ def save(run: Run) -> None:
 
 
 def what_is_kept(run: Run) -> str:
-    """What there is on the disk to go on from, as the end of a message."""
+    """The end of a message: which checkpoint is on the disk to continue from."""
     folder = run.folder.path
     try:
         position = Position(**load_checkpoint(folder)["position"])
@@ -174,10 +168,10 @@ def check_loss(run: Run, loss: float) -> None:
 
 
 def describe_run(model: nn.Module, data) -> dict:
-    """{"model": ..., "data": ...} in plain values, as checkpoint.pt and model.safetensors hold
-    it."""
+    """{"model": ..., "data": ...} in plain values, which checkpoint.pt and model.safetensors
+    hold."""
     about = {"kind": type(model).__name__, "dims": dims_of(model)}
-    # Read off the layers, not the config: fit may have been given a network of its own.
+    # The layers are asked, not the config: fit may have been given any network.
     about |= (shape_of(model) if type(model) is FusedMLP else None) or {}
     return {
         "model": about,
@@ -222,7 +216,7 @@ def summary(run: Run) -> dict:
 
 
 def _regression(run: Run) -> dict:
-    """{"test_rmse", "test_r2"} where there is a target to predict and rows to test it on."""
+    """{"test_rmse", "test_r2"}; empty for classes, for a loader and without test rows."""
     if not isinstance(run.data, Data) or run.data.is_classes or run.data.x_test is None:
         return {}
     outputs = predict(run.task.model, run.data.x_test, run.task.scaling, run.task.precision)
@@ -230,7 +224,7 @@ def _regression(run: Run) -> dict:
 
 
 def _backend(run: Run) -> str:
-    """What the first hidden layer runs on; `eager` where PyTorch's own kernels are the fastest
+    """The backend of the first hidden layer; `eager` where PyTorch's own kernels are the fastest
     known."""
     dims = run.about["model"]["dims"]
     name = run.about["model"].get("activation")

@@ -1,7 +1,7 @@
-"""csv files: a header line, then a row a line. Separators and encoding are read off the file, the
-type of the target is judged by all of its rows.
+"""csv files: a header line, then a row a line. The separator and the encoding are found in the
+file, and the type of the target follows from all of its rows.
 
-Reads and checks with pandas; nothing is executed.
+pandas reads the rows; nothing is executed.
 """
 
 import codecs
@@ -19,7 +19,7 @@ from .tables import MAX_CLASSES, Targets
 from .types import Data
 
 SEPARATORS = ",;\t"
-_SAMPLE_ROWS = 20  # rows by which the separator is judged
+_SAMPLE_ROWS = 20  # rows from which the separator is found
 _INTEGER = re.compile(r"[+-]?\d+")
 _WAY_OUT = "; make numbers of its cells, or leave the column out"
 
@@ -60,7 +60,7 @@ def read_csv(file: str, target: str | None, loss: str = "auto") -> Data:
 
 
 class _Table:
-    """A file of which the header is read: how it is written, and its columns when asked for."""
+    """A file whose header has been read: its encoding and separator, and its columns on request."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -104,7 +104,9 @@ class _Table:
                 f"reading {self.path} needs pandas ({error}): pip install 'fusedmlp[train]'"
             ) from error
         with _file_errors(self.path), warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # of rows that are too long
+            warnings.simplefilter(
+                "error", pd.errors.ParserWarning
+            )  # given for rows that are too long
             try:
                 found = pd.read_csv(
                     self.path,
@@ -115,7 +117,7 @@ class _Table:
                     skiprows=self.skipped,
                     keep_default_na=False,
                     skipinitialspace=True,
-                    low_memory=False,  # else the type of a column is judged piece by piece
+                    low_memory=False,  # else a column gets a type for each piece of the file
                     encoding=self.encoding,
                     **settings,
                 )
@@ -139,14 +141,14 @@ class _Table:
                 )
 
     def fail(self, message: str):
-        """Raise the error of a cell, or that of the row it is in."""
+        """Raise the error of a cell, or that of its row where that has a wrong length."""
         self.check_lengths()
         raise TrainError(f"{self.path}: {message}")
 
 
 @contextmanager
 def _file_errors(path: Path):
-    """What opening, decoding and splitting a file raise, as TrainError."""
+    """Raise errors of opening, decoding and splitting a file as TrainError."""
     try:
         yield
     except FileNotFoundError as error:
@@ -237,7 +239,7 @@ def _target(table: _Table, column, name: str, loss: str):
     where = f"{table.path}: column {name!r}"
     if loss == "mse" or column.dtype.kind == "f":
         return Targets(None).encode(_numbers(table, column, name), where), None, ()
-    # As it is written: 007 and 7 may be two names.
+    # The text of the file: 007 and 7 may be two names.
     number = column.name
     text = table.columns(usecols=[number], dtype=str)[number].str.strip()
     empty = np.flatnonzero(text == "")

@@ -32,10 +32,10 @@ FILES = (
     ("test images", "t10k-images-idx3-ubyte", 3),
     ("test labels", "t10k-labels-idx1-ubyte", 1),
 )
-DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
 CONNECT_SECONDS = 5.0
 DOWNLOAD_SECONDS = 120.0
-START_SECONDS = 20.0  # for Python itself, on a machine that is busy
+START_SECONDS = 20.0  # added for the start of Python on a busy machine
 
 # The probe uses the standard library only, so that a missing network is noticed within the time to
 # connect and not after the seconds that importing torchvision takes.
@@ -291,7 +291,7 @@ def download(
     finally:
         shutil.rmtree(work, ignore_errors=True)
         try:
-            for path in missing:  # of these, the folders that are empty still
+            for path in missing:  # only folders that are still empty
                 path.rmdir()
         except OSError:
             pass

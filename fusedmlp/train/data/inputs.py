@@ -1,5 +1,5 @@
-"""What `fit` may be given as data: a Data, tensors, or loaders; checked against the model before
-the first step."""
+"""The data that `fit` may be given: a Data, tensors, or loaders. They are checked against the model
+before the first step."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -25,7 +25,7 @@ from .types import Data, Scaling, in_fp32, standardized, with_validation
 
 
 def as_data(data, config: TrainConfig) -> Data | Loaders:
-    """A Data or Loaders from whatever `fit` was given."""
+    """The data that `fit` was given, as a Data or Loaders."""
     if isinstance(data, Loaders):
         return data
     if isinstance(data, Data):
@@ -75,7 +75,7 @@ def _are_arrays(parts) -> bool:
 
 
 def _check_parts(parts: list[tuple[Tensor, Tensor, str]], is_classes: bool) -> None:
-    """Rows and targets of each part (x, y, what follows their names), and that parts agree."""
+    """Check each part (x, y, suffix of their names), and that all parts agree."""
     x, y, _ = parts[0]
     for rows, targets, where in parts:
         check_pair(rows, targets, f"x{where}", f"y{where}")
@@ -116,7 +116,7 @@ def _tensors(arrays: list[Tensor], config: TrainConfig) -> Data:
 
 
 def _floats(targets: Tensor) -> Tensor:
-    """In fp64 what is not in fp32: the digits are needed until the targets are scaled."""
+    """fp32 targets unchanged, others in fp64: their digits are needed until they are scaled."""
     return targets if targets.dtype == torch.float32 else targets.double()
 
 

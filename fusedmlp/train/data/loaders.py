@@ -1,5 +1,5 @@
-"""Batches from the caller's own iterables, for data that does not fit in memory: each gets the
-checks that tensors get, and comes out on the device as the model takes it."""
+"""Batches from the caller's own iterables, for data that does not fit in memory: each is checked as
+tensors are, and moved to the device in the form that the model takes."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Loaders:
 
     @property
     def length(self) -> int | None:
-        """Batches an epoch, where the loader knows."""
+        """Batches an epoch; None where the loader has no length."""
         try:
             return len(self.train)
         except (TypeError, NotImplementedError):
@@ -34,18 +34,18 @@ class Loaders:
 
 @dataclass(frozen=True)
 class Form:
-    """What batches become: inputs of scaling.dtype, targets for the loss, on the device."""
+    """The form of all batches: inputs of scaling.dtype and targets for the loss, on the device."""
 
     device: torch.device
     scaling: Scaling
     loss: str
     is_bytes: bool  # rows are uint8
-    outputs: torch.Size  # of the model, for one row
+    outputs: torch.Size  # shape of the model's output for one row
 
 
 def _going_on(batch, iterator: Iterator) -> Iterator:
-    """batch and what follows it. An iterator is not asked for its iterator again: some begin anew
-    there."""
+    """batch and the batches after it. iter() is not called on the iterator again: some would begin
+    anew."""
     while batch is not _NOTHING:
         yield batch
         batch = next(iterator, _NOTHING)
@@ -54,8 +54,8 @@ def _going_on(batch, iterator: Iterator) -> Iterator:
 class Batches:
     """An iterable of checked (inputs, targets).
 
-    Its first batch, by which all others are judged, is read when this is made. The first pass goes
-    on from there, so that an iterable which can be gone through once loses nothing.
+    The constructor reads the first batch, which sets the form of all others. The first pass
+    continues from there, so that an iterable which can be iterated once loses nothing.
     """
 
     def __init__(self, loader: Iterable, name: str):
@@ -106,7 +106,7 @@ class Batches:
             ) from error
 
     def take(self, form: Form) -> None:
-        """Judge the first batch by the form, and let all others have it."""
+        """Set the form of all batches, and check the first one."""
         self.form = form
         self._formed(*self.first, 1)
         self.first = None
@@ -128,7 +128,7 @@ class Batches:
     def _formed(self, x: Tensor, y: Tensor, number: int) -> tuple[Tensor, Tensor]:
         form = self.form
         is_classes = form.loss == "cross_entropy"
-        # To look at the values of what lies on a GPU would wait for it in every step.
+        # Reading values on a GPU would wait for it in every step.
         looks = number == 1 or (x.device.type == "cpu" and y.device.type == "cpu")
         y_name = f"y of batch {number} of {self.name}"
         x_name = f"x of batch {number} of {self.name}"
@@ -150,7 +150,7 @@ class Batches:
 def checked_loaders(
     loaders: Loaders, model: nn.Module, config: TrainConfig, device: torch.device
 ) -> tuple[Loaders, Scaling, str]:
-    """(loaders of checked batches, scaling, loss), judged by the first batch of each."""
+    """(loaders of checked batches, scaling, loss), from the first batch of each."""
     train = Batches(loaders.train, "the loader")
     test = None if loaders.test is None else Batches(loaders.test, "the test loader")
     x, y = train.first

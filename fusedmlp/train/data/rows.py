@@ -1,4 +1,4 @@
-"""What is asked of rows, targets and models, wherever the rows come from."""
+"""Checks of rows, targets and models, for tensors and for batches of a loader."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from ..errors import TrainError, UsageError
 
 
 def array(part) -> Tensor | None:
-    """Tensors of array-likes (NumPy); None for everything else."""
+    """A tensor of an array-like (NumPy); None for everything else."""
     if isinstance(part, Tensor):
         return part.detach()
     if not hasattr(part, "__array__"):
@@ -33,7 +33,7 @@ def kinds(data) -> str:
 def check_pair(x: Tensor, y: Tensor, x_name: str, y_name: str, looks: bool = True) -> None:
     """Raise TrainError unless x has at least one row, y one target a row, and all is finite.
 
-    looks  at the values, which waits for a GPU that holds them
+    looks  whether values are checked, which waits for a GPU that holds them
     """
     if x.dim() < 1 or y.dim() < 1 or len(x) != len(y):
         raise TrainError(
@@ -54,7 +54,7 @@ def _is_finite(values: Tensor) -> bool:
 def check_classes(y: Tensor, name: str, outputs: int | None = None, looks: bool = True) -> None:
     """Raise TrainError unless y is (n,) classes from 0 on, below `outputs` where that is known.
 
-    looks  at the values, which waits for a GPU that holds them
+    looks  whether values are checked, which waits for a GPU that holds them
     """
     if y.dim() != 1:
         raise TrainError(f"{name} must be (n,) integer classes, got {shape(y)}")

@@ -1,5 +1,5 @@
-"""Data sets in npz files, and how the values of a target become class numbers or floats. Reads and
-checks; nothing is executed."""
+"""Data sets in npz files, and how the values of a target become class numbers or floats. Nothing of
+a file is executed."""
 
 import zipfile
 import zlib
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import TrainError
 from .types import Data, Scaling
 
-MAX_CLASSES = 1000  # more distinct integers than this are taken for a number, not a class
+MAX_CLASSES = 1000  # a target of more different integers is a number, not a class
 
 
 def read_npz(file: str, loss: str = "auto") -> Data:
@@ -145,8 +145,8 @@ class Targets:
 
     @classmethod
     def from_integers(cls, values: list[int], name: str, loss: str) -> "Targets":
-        """values: all that there are, rising. Classes numbered from 0 keep their numbers, gaps
-        too."""
+        """values: the different ones, rising. Classes numbered from 0 keep their numbers, also with
+        gaps."""
         if len(values) > MAX_CLASSES and loss == "auto":
             return cls(None)
         if len(values) > MAX_CLASSES:
@@ -161,14 +161,14 @@ class Targets:
         return cls.from_names([str(value) for value in values], len(values), name)
 
     @classmethod
-    def from_names(cls, names: list[str], held: int, name: str) -> "Targets":
-        """held: how many of these classes the training rows have."""
-        if held < 2:
+    def from_names(cls, names: list[str], count: int, name: str) -> "Targets":
+        """count: how many of these classes the training rows have."""
+        if count < 2:
             raise TrainError(f"{name} must hold at least two classes, got only {names[-1]}")
         return cls(tuple(names))
 
     def about_integers(self, count: int, rows: int, name: str) -> tuple[str, ...]:
-        """A note where it is not plain what `count` different integers in so many rows mean."""
+        """A note where `count` different integers in so many rows may be meant in two ways."""
         if self.classes is None:
             return (f"{name} has {count} different integers and is predicted as a number",)
         if rows < 20 * count:

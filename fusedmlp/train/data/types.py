@@ -2,7 +2,7 @@
 
 uint8 rows stay uint8, and `Scaling` makes float inputs of a gathered batch. Other rows are scaled
 once, in fp64, before they are cut to fp32: a column may have an offset that fp32 has no digits for.
-What a config names as its data set is read in datasets.py.
+The data set that a config names is read in datasets.py.
 """
 
 import hashlib
@@ -14,8 +14,8 @@ from torch import Tensor
 from ..errors import TrainError, UsageError
 from .scaling import Scaling
 
-SPLIT_SEED = 20  # of held-out rows: the same for every run seed, so that runs can be compared
-TEST_SHARE = 0.2  # of a file that brings no test rows
+SPLIT_SEED = 20  # picks held-out rows: the same for every run seed, so that runs can be compared
+TEST_SHARE = 0.2  # of the rows of a file without test rows
 COURSE_HIDDEN = (256, 256)  # the one network of several hidden layers with the course's weights
 
 
@@ -32,14 +32,14 @@ class Data:
     y_val: Tensor | None = None
     classes: tuple[str, ...] | None = None  # None: regression
     image_shape: tuple[int, int] | None = None
-    scaling: Scaling = field(default_factory=Scaling)  # of the rows as they are here
-    row_scaling: Scaling | None = None  # that the rows have gone through already
-    target_scaling: Scaling | None = None  # that a float target has gone through
+    scaling: Scaling = field(default_factory=Scaling)  # from these rows to inputs
+    row_scaling: Scaling | None = None  # that made these rows
+    target_scaling: Scaling | None = None  # that made a float target
     features: tuple[str, ...] | None = None  # column names of a csv
     target: str | None = None
-    notes: tuple[str, ...] = ()  # one line each, for whoever started the run
-    is_table: bool = False  # of a file with a number in each column: decides about defaults
-    fingerprint: str | None = None  # of the rows before they were scaled
+    notes: tuple[str, ...] = ()  # one line each, for the user
+    is_table: bool = False  # columns of numbers, for which some defaults differ
+    fingerprint: str | None = None  # digest of the rows before they were scaled
 
     @property
     def in_features(self) -> int:
@@ -62,7 +62,7 @@ class Data:
         return replace(self, scaling=self.scaling.to(device), **moved)
 
     def describe(self) -> dict:
-        """What evaluate and predict need of it later, in plain values."""
+        """The plain values that evaluate and predict need later."""
         return {
             "name": self.name,
             "classes": list(self.classes) if self.classes is not None else None,
@@ -95,7 +95,7 @@ class Data:
 
 
 def seeded(purpose: str, seed: int, index: int = 0) -> torch.Generator:
-    """A CPU generator for one purpose of one run; the global one has no part in it."""
+    """A CPU generator for one purpose of one run, independent of the global one."""
     text = f"{purpose}:{seed}:{index}".encode()
     number = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
     return torch.Generator().manual_seed(number >> 1)
@@ -146,7 +146,7 @@ def with_validation(data: Data, share: float) -> Data:
 
 
 def with_test(data: Data) -> Data:
-    """Hold out a fifth of the rows as a test set where the file brings none, and say so."""
+    """Hold out a fifth of the rows as a test set, with a note, where the file has none."""
     if data.x_test is not None:
         return data
     kept, held = hold_out(len(data.x_train), TEST_SHARE, data.y_train if data.is_classes else None)
@@ -212,12 +212,12 @@ def in_fp32(data: Data) -> Data:
 
 
 def prepared(data: Data, standardize: bool, rows: Tensor | None = None) -> Data:
-    """What `read` gives, as networks are trained on it."""
+    """A data set of `datasets.read` as networks are trained on it."""
     return in_fp32(standardized(data, rows) if standardize else data)
 
 
 def resolved(config, data):
-    """The config with all that was left to the data filled in.
+    """The config with every setting filled in that it left to the data.
 
     data  a Data, or Loaders, which are taken as images are
     """

@@ -1,8 +1,8 @@
 """The `graph` engine: several training steps in one CUDA graph of fused kernels.
 
-Parameters are updated where they lie and the optimiser's state lies in the torch.optim object, so
+Parameters are updated in place and the optimizer's state is in the torch.optim object, so its
 checkpoints are those of the `autograd` engine. It has never run on a GPU: `auto` does not take it.
-On other devices the same calls are made one by one, which is how they are tested.
+On other devices the same calls run one by one, which is how they are tested.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from .plain_layers import (
 
 log = logging.getLogger("fusedmlp")
 
-STEPS = 16  # of one graph, where as many of the same size follow each other
-SIZES = (STEPS, 4, 1)  # of the graphs that the steps of a call are made up of
-EVALUATIONS = 4  # graphs of evaluations that are held, each of data of its own
+STEPS = 16  # steps of one graph, where as many of the same size follow each other
+SIZES = (STEPS, 4, 1)  # steps of the graphs that make up a call
+EVALUATIONS = 4  # graphs of evaluations that are kept, each for one set of rows
 
 
 class Graph:
@@ -68,7 +68,7 @@ class Graph:
         self.rows = 0  # since the last read
         self.held: list[Tensor] = []
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
-        self.tried: set[tuple] = set()  # what has run outside of a graph
+        self.tried: set[tuple] = set()  # keys that have run outside of a graph
         self.evaluated: dict[tuple, tuple[Tensor, Tensor]] = {}  # the data that graphs read
         self.captures = task.device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if self.captures else None
@@ -88,7 +88,7 @@ class Graph:
             self._part(part, batch)
 
     def _grow(self, capacity: int) -> None:
-        """For steps on more rows than there are data, some of them more than once."""
+        """Make room for steps of more rows than the data have, some of them more than once."""
         totals = self.calls.totals
         self.calls = Calls(self.task, capacity)
         self.calls.totals.copy_(totals)
@@ -130,7 +130,7 @@ class Graph:
         torch.autograd.graph.increment_version(self.calls.parameters)
 
     def _go(self, key: tuple, calls: Callable[[], None]) -> None:
-        """Calls that are the same for each key: the first time as they are, then as a graph."""
+        """Run calls that are the same for each key: the first time directly, later as a graph."""
         if self.captures and key not in self.tried:
             self._outside(calls)
             self.tried.add(key)
@@ -146,11 +146,11 @@ class Graph:
             calls()
 
     def _capture_no_more(self, error: BaseException) -> None:
-        """Goes on call by call, which gives the same steps. An error of the calls comes again."""
+        """Continue call by call, with the same results. An error of the calls themselves is raised
+        again by them."""
         while error.__context__ is not None:
-            error = (
-                error.__context__
-            )  # what ended the capture, before the end of the capture failed
+            # The error that ended the capture, before the end of the capture failed.
+            error = error.__context__
         log.warning(
             "engine graph: a CUDA graph could not be captured, so the steps of this run go on call "
             "by call, which gives the same results but takes longer: %s: %s",
@@ -161,8 +161,8 @@ class Graph:
         self.graphs.clear()
 
     def _outside(self, calls: Callable[[], None]) -> None:
-        """Part of the run, on a stream of its own: libraries and kernels load themselves, are
-        compiled for these alignments and choose their tiles, which a capture does not allow."""
+        """Run the calls on a side stream, as part of the training: libraries and kernels are loaded
+        and compiled for these alignments and choose tiles, which a capture does not allow."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -170,8 +170,8 @@ class Graph:
         torch.cuda.current_stream().wait_stream(side)
 
     def _captured(self, calls: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """As torch.cuda.graph does it, which also waits for the device and gives its cached memory
-        back: the next allocations would then wait as well."""
+        """Capture as torch.cuda.graph does, which also waits for the device and frees its cached
+        memory: the next allocations would then wait as well."""
         graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -192,7 +192,7 @@ class Graph:
     def evaluate(self, x: Tensor, y: Tensor) -> Tensor | None:
         """(sum of losses, number right, rows) in fp64, on the device, over rows x (n, ...) as
         stored and their targets, in evaluation mode and without label smoothing; None where it
-        cannot take them. Does not wait. The data of the last few calls are kept alive."""
+        cannot take them. Does not wait. The data of the last few calls stay alive."""
         task, device = self.task, self.task.x.device
         if x.device != device or y.device != device:
             return None
@@ -209,7 +209,7 @@ class Graph:
         return self.calls.evaluated.clone()
 
     def sync(self) -> None:
-        """Nothing is held back: parameters and state are the task's own tensors."""
+        """Nothing to do: parameters and state are the task's own tensors."""
 
     def scaler_state(self) -> dict | None:
         return None

@@ -1,8 +1,8 @@
 """The `native` engine: many steps in one call of C++, for networks of plain layers on a CPU.
 
-Parameters are updated where they lie and the optimiser's state lies in the torch.optim object, so
-checkpoints are those of the `autograd` engine and either goes on from the other's. Update formulas
-and their order of operations are those of torch.optim.SGD, Adam and AdamW.
+Parameters are updated in place and the optimizer's state is in the torch.optim object, so its
+checkpoints are those of the `autograd` engine and either continues from the other's. The updates
+have the formulas and the order of operations of torch.optim.SGD, Adam and AdamW.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _ADAMS = {
     EpsilonHatAdam: native_op.ADAM_EPSILON_HAT,
 }
 _EMPTY = torch.empty(0)
-EVAL_ROWS = 256  # in one forward pass: its activations stay in the L2 cache
+EVAL_ROWS = 256  # rows of one forward pass: its activations stay in the L2 cache
 
 
 @dataclass
 class Call:
-    """Of one network for one call of native_op: its docstring says what each is."""
+    """The arguments of one network in a call of native_op, whose docstring describes them."""
 
     lr_scale: Tensor | None
     first: list[Tensor]
@@ -145,7 +145,7 @@ class Native:
             self.advance(steps)
 
     def call(self, steps: int) -> Call:
-        """What the ops are told of this network for its next steps."""
+        """The arguments of this network for its next steps."""
         task = self.task
         group = task.optimizer.param_groups[0]
         momentum = float(group.get("momentum", 0.0))
@@ -172,7 +172,7 @@ class Native:
         return Call(lr_scale, first, second, *self._numbers(), ints, floats)
 
     def advance(self, steps: int) -> None:
-        """These steps are done."""
+        """Count steps that are done."""
         if self.adam is not None:
             torch._foreach_add_([self.task.optimizer.state[p]["step"] for p in self.present], steps)
         torch.autograd.graph.increment_version(self.present)
@@ -228,7 +228,7 @@ class Native:
         return ints, numbers
 
     def _state(self, name: str) -> list[Tensor]:
-        """One entry of the optimiser's state for each parameter, made as torch.optim would."""
+        """One entry of the optimizer's state for each parameter, made as torch.optim would."""
         state, found = self.task.optimizer.state, []
         for p in self.parameters:
             if p is _EMPTY:
@@ -249,7 +249,7 @@ class Native:
         return loss, right, int(rows)
 
     def sync(self) -> None:
-        """Nothing is held back: parameters and state are the task's own tensors."""
+        """Nothing to do: parameters and state are the task's own tensors."""
 
     def scaler_state(self) -> dict | None:
         return None

@@ -1,6 +1,7 @@
-"""What the step engines that do not run modules know of a network: its layers, or why they do not.
+"""The layers of a network, for the engines that do not run its modules, and the reasons why an
+engine cannot train it.
 
-Does not run anything and does not change a module.
+Nothing is run and no module is changed.
 """
 
 from __future__ import annotations
@@ -20,12 +21,7 @@ from ..task import Task
 
 _LOSSES = ("cross_entropy", "mse", "logistic")
 # Settings of torch.optim that have another formula, and what they must be.
-_PLAIN_ADAM = {
-    "amsgrad": False,
-    "maximize": False,
-    "differentiable": False,
-    "capturable": False,
-}
+_PLAIN_ADAM = {"amsgrad": False, "maximize": False, "differentiable": False, "capturable": False}
 _PLAIN_SETTINGS = {
     torch.optim.SGD: {"dampening": 0, "maximize": False, "differentiable": False},
     torch.optim.AdamW: _PLAIN_ADAM,
@@ -33,12 +29,12 @@ _PLAIN_SETTINGS = {
     EpsilonHatAdam: _PLAIN_ADAM | {"decoupled_weight_decay": False},
 }
 _COMMON = ("momentum", "nesterov", "betas", "eps")  # the same for all groups
-_ALONE = "only an activation or Dropout that follows a Linear can be part of its layer"
+_LAYER_RULE = "only an activation or Dropout that follows a Linear can be part of its layer"
 
 
 @dataclass
 class Layer:
-    """y = drop(act(x w^T + b)); `number` is added to the stream of the step."""
+    """y = drop(act(x w^T + b)); its masks have the stream of the step plus `number`."""
 
     linear: nn.Linear
     act: int
@@ -52,7 +48,7 @@ class Layer:
         return self.linear.weight, self.linear.bias, self.slope
 
     def dropping(self) -> tuple[int, float]:
-        """(threshold, scale), as the Dropout is set now."""
+        """(threshold, scale) of the Dropout as it is set now."""
         dropout = self.dropout
         if dropout is None or not dropout.training:
             return 0, 1.0
@@ -63,7 +59,7 @@ class Layer:
 
 
 def layers_of(model: nn.Module) -> tuple[list[Layer], list[str]]:
-    """The layers of a chain of Linear, activation, Dropout, and what stands against it."""
+    """(layers of a chain of Linear, activation, Dropout; reasons why the model is not one)."""
     kind = type(model)
     if kind.forward not in (nn.Sequential.forward, FusedSequential.forward):
         return [], [f"the model must be a Sequential or a FusedMLP, got {kind.__name__}"]
@@ -82,11 +78,11 @@ def layers_of(model: nn.Module) -> tuple[list[Layer], list[str]]:
         if type(item) is not Stretch:
             name = type(item.module).__name__
             reasons.append(
-                f"{name} ({item.index}) is no part of a layer: {why_not(item.module, _ALONE)}"
+                f"{name} ({item.index}) is no part of a layer: {why_not(item.module, _LAYER_RULE)}"
             )
         elif item.linear is None:
             names = ", ".join(type(m).__name__ for m in item.modules)
-            reasons.append(f"{names} ({item.index}) does not follow a Linear; {_ALONE}")
+            reasons.append(f"{names} ({item.index}) does not follow a Linear; {_LAYER_RULE}")
         else:
             slope = item.activation.weight if item.act == activations.PRELU else None
             layer = Layer(item.linear, item.act, item.alpha, slope, item.dropout, number)
@@ -121,8 +117,7 @@ def _reasons_against_layer(layer: Layer) -> list[str]:
 def reasons_against_parameters(
     model: nn.Module, optimizer: torch.optim.Optimizer, device: str = "cpu"
 ) -> list[str]:
-    """Reasons why parameters cannot be updated where they lie, all of them, in fp32 on devices of
-    this type."""
+    """Reasons why the parameters, in fp32 on devices of this type, cannot be updated in place."""
     named = list(model.named_parameters(remove_duplicate=False))
     reasons = []
     if len({id(p) for _, p in named}) != len(named) or len(
@@ -138,8 +133,8 @@ def reasons_against_parameters(
             reasons.append(f"{name} must be a contiguous plain parameter")
         elif p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
             reasons.append(f"{name} has hooks")
-    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    if sorted(held) != sorted({id(p) for _, p in named}):
+    optimized = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    if sorted(optimized) != sorted({id(p) for _, p in named}):
         reasons.append("the optimiser must hold the parameters of the model, all and no others")
     return reasons
 
