@@ -50,7 +50,7 @@ def test_loss_and_accuracy_are_those_of_the_model(case, device, monkeypatch):
     make, sizes = CASES[case]
     data = make().to(device)
     # Parts, of which the last has fewer rows.
-    monkeypatch.setattr(graph_calls, "VALUES", 24 * max(sizes))
+    monkeypatch.setattr(graph_calls, "MAX_VALUES", 24 * max(sizes))
     assert 24 < len(data.x_test) and len(data.x_test) % 24
     loss = "cross_entropy" if data.is_classes else "mse"
     net = network(sizes=sizes, dropout=0.5)

@@ -13,8 +13,10 @@ from ..spec import activations
 from .config import TrainConfig
 from .data.rows import check_pair
 from .data.types import Data, Scaling, resolved, seeded
-from .losses import loss_sums
-from .task import autocast
+from .losses import loss_sums, mean_figures
+from .process import ALONE, World
+from .schedule import schedule_of
+from .task import Task, autocast
 
 EVAL_ROWS = 4096  # rows of a forward pass without gradients
 
@@ -98,6 +100,26 @@ def optimizer_for(model: nn.Module, config: TrainConfig, loss: str) -> torch.opt
     return torch.optim.SGD(parameters, momentum=config.momentum, **settings)
 
 
+def task_for(
+    model: nn.Module,
+    config: TrainConfig,
+    loss: str,
+    device: torch.device,
+    scaling: Scaling,
+    steps: int | None,
+    world: World = ALONE,
+) -> Task:
+    """The task of a config without None, to which the data are still to be added.
+
+    steps  of an epoch; None where a loader does not know
+    """
+    task = Task(model, optimizer_for(model, config, loss), loss, device, scaling=scaling)
+    task.precision, task.seed, task.world = config.precision, config.seed, world
+    task.label_smoothing, task.clip_norm = config.label_smoothing, config.clip_norm
+    task.schedule = schedule_of(config, steps)
+    return task
+
+
 def regression(outputs: Tensor, data: Data) -> dict[str, float]:
     """{"test_rmse", "test_r2"} of outputs (n, ...) for the test rows: the root of the mean squared
     error in the target's own units, and the mean of each target's coefficient of determination, as
@@ -151,8 +173,7 @@ def evaluate(
     if last > first:
         total = loss_sums(loss, predict(model, x[first:last], scaling, precision), y[first:last])
     total = total if world is None else world.sum(total)
-    loss_sum, right, rows = total.tolist()
-    return loss_sum / rows, right / rows if loss == "cross_entropy" else None
+    return mean_figures(loss, total.tolist())
 
 
 def evaluate_batches(task, batches) -> tuple[float | None, float | None]:
@@ -164,7 +185,4 @@ def evaluate_batches(task, batches) -> tuple[float | None, float | None]:
             predict(task.model, inputs, Scaling(dtype=inputs.dtype), task.precision),
             targets,
         )
-    loss_sum, right, rows = total.tolist()
-    if rows == 0:
-        return None, None
-    return loss_sum / rows, right / rows if task.loss == "cross_entropy" else None
+    return mean_figures(task.loss, total.tolist())

@@ -6,6 +6,12 @@ import time
 
 from .config import RunOptions, TrainConfig
 
+# Figures of a run's summary, in the order of the table at its end.
+FIGURES = (
+    *("test_accuracy", "test_r2", "test_rmse", "test_loss"),
+    *("val_accuracy", "val_loss", "train_accuracy", "train_loss"),
+)
+
 
 class Output:
     """Standard output whose failures do not end a run: characters that it lacks become escapes, and
@@ -110,20 +116,14 @@ class Console(Quiet):
             self._start_bar(run.position)
 
     def _start_bar(self, position) -> None:
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
+        from rich import progress
 
-        self.bar = Progress(
-            TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}"),
-            TimeRemainingColumn(),
+        self.bar = progress.Progress(
+            progress.TextColumn("epoch {task.fields[epoch]}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[state]}"),
+            progress.TimeRemainingColumn(),
             console=self.rich,
             transient=True,
         )
@@ -172,32 +172,16 @@ class Console(Quiet):
         summary = result.summary
         rows = [
             (name.replace("_", " "), _figure(summary[name]))
-            for name in (
-                "test_accuracy",
-                "test_r2",
-                "test_rmse",
-                "test_loss",
-                "val_accuracy",
-                "val_loss",
-                "train_accuracy",
-                "train_loss",
-            )
+            for name in FIGURES
             if summary.get(name) is not None
         ]
+        speed, engine = summary["samples_per_second"], f"{summary['engine']} engine"
         rows += [
             ("training time", f"{summary['train_seconds']:.2f} s"),
-            (
-                "speed",
-                f"{summary['samples_per_second']:,.0f} rows/s"
-                if summary["samples_per_second"]
-                else "-",
-            ),
-            (
-                "runs on",
-                f"{summary['device']}, {summary['backend']} kernels, {summary['engine']} engine",
-            ),
+            ("speed", f"{speed:,.0f} rows/s" if speed else "-"),
+            ("runs on", f"{summary['device']}, {summary['backend']} kernels, {engine}"),
+            *(("written", str(path)) for path in result.paths.values()),
         ]
-        rows += [("written", str(path)) for path in result.paths.values()]
         self._table(rows)
 
     def _table(self, rows: list[tuple[str, str]]) -> None:

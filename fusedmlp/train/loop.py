@@ -13,12 +13,13 @@ from pathlib import Path
 from torch import nn
 
 from . import build, engines
-from .build import evaluate, evaluate_batches, optimizer_for
+from .build import evaluate, evaluate_batches
 from .config import RunOptions, TrainConfig
 from .console import Quiet
 from .data import datasets, inputs, loaders
 from .data.types import Data, permutation, prepared, resolved
 from .errors import TrainError, UsageError, WriteError
+from .losses import mean_figures, rounded
 from .process import (
     World,
     current_world,
@@ -44,7 +45,6 @@ from .run_state import (
     what_is_kept,
     write_results,
 )
-from .schedule import schedule_of
 from .task import Task
 
 READ_SECONDS = 0.1  # between two reads of the losses; each waits for the device
@@ -206,23 +206,16 @@ def _task(
     """The task, and the data on its device. A loader is opened here, with the generators seeded as
     for the first epoch to be run."""
     model.to(device)
-    data = given
     if isinstance(given, Data):
         data = inputs.on_device(given, model, device)
-        loss, scaling = "cross_entropy" if data.is_classes else "mse", data.scaling
-    else:
-        seed_epoch(config, world, epoch, device)
-        data, scaling, loss = loaders.checked_loaders(given, model, config, device)
-    task = Task(model, optimizer_for(model, config, loss), loss, device, scaling=scaling)
-    task.precision, task.seed, task.world = config.precision, config.seed, world
-    task.label_smoothing, task.clip_norm = config.label_smoothing, config.clip_norm
-    if isinstance(given, Data):
+        loss = "cross_entropy" if data.is_classes else "mse"
+        steps = math.ceil(len(data.x_train) / config.batch_size)
+        task = build.task_for(model, config, loss, device, data.scaling, steps, world)
         task.x, task.y = data.x_train, data.y_train
-        steps = math.ceil(len(task.x) / config.batch_size)
-    else:
-        steps = given.length
-    task.schedule = schedule_of(config, steps)
-    return task, data
+        return task, data
+    seed_epoch(config, world, epoch, device)
+    data, scaling, loss = loaders.checked_loaders(given, model, config, device)
+    return build.task_for(model, config, loss, device, scaling, given.length, world), data
 
 
 def _open(run: Run, saved: dict | None) -> None:
@@ -330,22 +323,14 @@ def _row(run: Run) -> dict:
     """The row of a finished epoch: its means, and the losses of the held-out rows."""
     position, task = run.position, run.task
     run.engine.sync()
-    is_classes = task.loss == "cross_entropy"
-    row = {
-        "epoch": position.epoch + 1,
-        "train_loss": position.loss / position.rows,
-        "train_accuracy": position.right / position.rows if is_classes else None,
-    }
-    for part in ("val", "test"):
-        row[f"{part}_loss"], row[f"{part}_accuracy"] = _evaluate(run, part)
-    row["seconds"] = position.seconds
-    for name, value in row.items():
-        # 9 digits: the order of summing differs when a run was interrupted, in the 15th.
-        row[name] = float(f"{value:.9g}") if isinstance(value, float) else value
-    for part in ("val", "test"):
-        if row[f"{part}_loss"] is not None:
-            check_loss(run, row[f"{part}_loss"])
-    return row
+    figures = {"train": mean_figures(task.loss, (position.loss, position.right, position.rows))}
+    figures |= {part: _evaluate(run, part) for part in ("val", "test")}
+    row = {"epoch": position.epoch + 1}
+    for part, (loss, accuracy) in figures.items():
+        row |= {f"{part}_loss": rounded(loss), f"{part}_accuracy": rounded(accuracy)}
+        if loss is not None:
+            check_loss(run, loss)
+    return row | {"seconds": rounded(position.seconds)}
 
 
 def _evaluate(run: Run, part: str) -> tuple[float | None, float | None]:
@@ -363,8 +348,7 @@ def _evaluate(run: Run, part: str) -> tuple[float | None, float | None]:
         return None, None
     sums = run.engine.evaluate(x, y)
     if sums is not None:
-        loss, right, rows = sums.tolist()
-        return loss / rows, right / rows if task.loss == "cross_entropy" else None
+        return mean_figures(task.loss, sums.tolist())
     return evaluate(
         task.model, x, y, task.scaling, task.loss, precision=task.precision, world=task.world
     )

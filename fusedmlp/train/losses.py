@@ -7,6 +7,8 @@ poisson         of a row: the sum over its outputs (B, k), logarithms of the mea
                 Poisson deviance, y log(y / mean) - y + mean
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -78,6 +80,20 @@ def loss_sums(kind: str, outputs: Tensor, targets: Tensor, smoothing: float = 0.
         right = (outputs.argmax(1) == targets).sum().double()
     rows = torch.tensor(len(targets), device=outputs.device)
     return torch.stack([each.double().sum(), right, rows.double()])
+
+
+def mean_figures(kind: str, sums: Iterable[float]) -> tuple[float | None, float | None]:
+    """(loss, accuracy) of (sum of losses, number right, rows); accuracy is None for regression,
+    and both are None without rows."""
+    loss, right, rows = sums
+    if not rows:
+        return None, None
+    return loss / rows, right / rows if kind == "cross_entropy" else None
+
+
+def rounded(figure: float | None) -> float | None:
+    """The figure with 9 digits: beyond them the grouping of a sum can be seen."""
+    return None if figure is None else float(f"{figure:.9g}")
 
 
 class LossMeter:

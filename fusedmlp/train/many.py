@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..nn import FusedMLP
 from . import engines
-from .build import optimizer_for
+from .build import task_for
 from .config import TrainConfig
 from .data import inputs
 from .data.rows import kinds
@@ -23,8 +23,8 @@ from .data.types import Data, Scaling, permutation, resolved
 from .engines.native import Native
 from .engines.native_many import NativeMany, Share
 from .errors import UsageError
+from .losses import mean_figures, rounded
 from .process import ALONE, pick_device, run_settings, seed_epoch
-from .schedule import schedule_of
 from .task import Task
 
 MAX_TOGETHER = 64  # networks in one call
@@ -153,14 +153,13 @@ class _Training:
 
     def close_epoch(self, loss: float, right: float, rows: int) -> None:
         """Append the epoch to the history; a loss that is not finite ends the training."""
-        self.epoch += 1
-        is_classes = self.engine.task.loss == "cross_entropy"
-        if math.isfinite(loss):
-            self.history.append(_row(loss / rows, right / rows if is_classes else None))
-            return
-        left = self.config.epochs - self.epoch + 1
-        self.history += [_row(math.nan, math.nan if is_classes else None) for _ in range(left)]
-        self.epoch = self.config.epochs
+        epochs, kind = 1, self.engine.task.loss
+        if not math.isfinite(loss):
+            epochs, loss, right = self.config.epochs - self.epoch, math.nan, math.nan
+        mean, accuracy = map(rounded, mean_figures(kind, (loss, right, rows)))
+        row = {"train_loss": mean, "train_accuracy": accuracy}
+        self.history += [dict(row) for _ in range(epochs)]
+        self.epoch += epochs
 
 
 def _train_epochs(many: NativeMany, trainings: list[_Training], count: int) -> None:
@@ -177,12 +176,6 @@ def _train_epochs(many: NativeMany, trainings: list[_Training], count: int) -> N
     for training, sums in zip(trainings, many.run(shares), strict=True):
         for each in sums:
             training.close_epoch(*each)
-
-
-def _row(loss: float, accuracy: float | None) -> dict:
-    # 9 digits, as in the history of `fit`: beyond them the grouping of a sum can be seen.
-    rounded = None if accuracy is None else float(f"{accuracy:.9g}")
-    return {"train_loss": float(f"{loss:.9g}"), "train_accuracy": rounded}
 
 
 def _kind(model: nn.Module) -> tuple:
@@ -214,11 +207,9 @@ def _tasks(
             with run_settings(config, device):
                 fitted[key] = inputs.on_device(moved[device], model, device)
         data = fitted[key]
-        task = Task(model, optimizer_for(model, config, loss), loss, device, scaling=data.scaling)
+        steps = -(-len(member.rows) // config.batch_size)
+        task = task_for(model, config, loss, device, data.scaling, steps)
         task.x, task.y = data.x_train, data.y_train
-        task.precision, task.seed = config.precision, config.seed
-        task.label_smoothing, task.clip_norm = config.label_smoothing, config.clip_norm
-        task.schedule = schedule_of(config, -(-len(member.rows) // config.batch_size))
         tasks.append((config, task))
     return tasks
 
