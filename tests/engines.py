@@ -1,4 +1,4 @@
-"""Helpers of the tests of the step engines: tasks, and plain PyTorch's own loop as the judge."""
+"""Helpers of the tests of the engines: tasks, and plain PyTorch's own loop as the reference."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def test_the_best_is_refit_on_all_rows_and_tested():
 
 
 def test_folds_are_scaled_by_their_own_training_rows(monkeypatch):
-    """A held-out row that is far off must not have a say in the scaling that it is judged by."""
+    """A held-out row that is far off must have no part in the scaling it is evaluated with."""
     seen = []
 
     def spy(members, x, y, **settings):
@@ -117,7 +117,7 @@ def test_folds_are_scaled_by_their_own_training_rows(monkeypatch):
 @pytest.mark.parametrize("targets", [1, 2])
 @pytest.mark.parametrize("standardize", [False, True])
 def test_errors_of_a_regression_are_in_its_own_units(targets, standardize, monkeypatch):
-    """However they are judged: in one call, or network by network as two scaled targets have to."""
+    """Both in one call, and network by network, which two scaled targets need."""
     x = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
     y = torch.stack([100 + 10 * x.sum(1), x[:, 0]], 1)[:, :targets]
     config = TrainConfig(standardize=standardize, epochs=3, lr=1e-3, batch_size=16, hidden=(8,))

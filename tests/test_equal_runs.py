@@ -115,7 +115,7 @@ def test_evaluations_and_predictions_of_many_networks(each_way):
     nets = [network(sizes=sizes, seed=n) for n, sizes in enumerate(NETWORKS.values())]
     rows = [(torch.arange(n, 1500), torch.arange(0, 1500, 2)) for n in range(len(nets))]
 
-    def judged() -> tuple:
+    def evaluated() -> tuple:
         sums = native_evaluate.evaluate(nets, data.x_test, data.y_test, rows, loss="cross_entropy")
         one = native_evaluate.evaluate(
             nets[2:3], data.x_test, data.y_test, rows[2:3], loss="cross_entropy"
@@ -123,7 +123,7 @@ def test_evaluations_and_predictions_of_many_networks(each_way):
         outputs = [build.predict(net, data.x_test, Scaling()) for net in nets[1:3]]
         return tuple(t.numpy().tobytes() for t in (sums, one, *outputs))
 
-    assert len(set(each_way(judged, times=3))) == 1
+    assert len(set(each_way(evaluated, times=3))) == 1
 
 
 def test_scores_of_cross_validation(each_way):

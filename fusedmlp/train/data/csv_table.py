@@ -104,9 +104,8 @@ class _Table:
                 f"reading {self.path} needs pandas ({error}): pip install 'fusedmlp[train]'"
             ) from error
         with _file_errors(self.path), warnings.catch_warnings():
-            warnings.simplefilter(
-                "error", pd.errors.ParserWarning
-            )  # given for rows that are too long
+            # pandas warns of rows that are too long.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
             try:
                 found = pd.read_csv(
                     self.path,

@@ -123,7 +123,7 @@ def test_the_last_good_checkpoint_is_kept_when_the_loss_runs_away(tmp_path, monk
     assert all(torch.isfinite(t).all() for t in held["model"].values())
 
 
-def test_many_networks_are_judged_as_each_alone():
+def test_many_networks_are_evaluated_as_each_alone():
     data = made_data.blobs(rows=900)
     nets = [
         network(sizes=sizes, activation=act, dropout=0.4, seed=n)
@@ -151,11 +151,11 @@ def test_many_networks_of_which_one_is_of_other_modules_are_left_to_the_caller()
     plain, odd = network(sizes=(12, 3)), nn.Sequential(nn.Linear(12, 3), nn.BatchNorm1d(3))
     rows = [(torch.arange(9),)] * 2
 
-    def judge(models, x=data.x_train):
+    def sums_of(models, x=data.x_train):
         return native_evaluate.evaluate(models, x, data.y_train, rows, loss="cross_entropy")
 
-    assert judge([plain, plain]) is not None
-    assert judge([plain, odd]) is None
-    assert judge([plain, network(sizes=(11, 3))]) is None
-    assert judge([plain, network(sizes=(12, 3)).double()]) is None
-    assert judge([plain, plain], data.x_train.double()) is None
+    assert sums_of([plain, plain]) is not None
+    assert sums_of([plain, odd]) is None
+    assert sums_of([plain, network(sizes=(11, 3))]) is None
+    assert sums_of([plain, network(sizes=(12, 3)).double()]) is None
+    assert sums_of([plain, plain], data.x_train.double()) is None
