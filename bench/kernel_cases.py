@@ -55,7 +55,7 @@ class Kernel:
         vectors = empty(n), slope, state
         if self.op == "linear_act":
             w = empty(n, k) if self.descriptors < 2 else empty(k, n).t()
-            linear_act.run(empty(m, k), w, *vectors, *numbers, keep_h=True, tile=tile)
+            linear_act.run(empty(m, k), w, *vectors, *numbers, keep_preact=True, tile=tile)
         elif self.op == "dgrad_act":
             saved = empty(m, n) if saves else None
             dgrad_act(empty(m, k), empty(k, n), saved, *vectors, *numbers, saves, *sums, tile=tile)

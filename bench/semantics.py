@@ -229,7 +229,7 @@ def launch(case: str) -> None:
     if "dgrad_act" in case:
         dgrad_act(x, w.t(), saved, b, *epilogue, 3, 11, 2, True, False, tile=tile)
     else:
-        linear_act.run(x, w, b, *epilogue, 3, 11, keep_h=True, tile=tile)
+        linear_act.run(x, w, b, *epilogue, 3, 11, keep_preact=True, tile=tile)
 
 
 # From here on a plugin of pytest, which counts what ran.

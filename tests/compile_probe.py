@@ -59,7 +59,7 @@ def calls(m, n, k, dtype):
             yield (
                 f"linear_act {act} splits {splits}",
                 lambda deep=deep, numbers=numbers, tile=tile: linear_act.run(
-                    *deep, b, *numbers, keep_h=True, tile=tile
+                    *deep, b, *numbers, keep_preact=True, tile=tile
                 ),
             )
         rest = b, *numbers, activations.SAVE_Z, True, slope is not None

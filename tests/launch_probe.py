@@ -92,7 +92,7 @@ def run() -> list:
         if x.shape == (1, 32):
             # One row: M is a number of Python's, also in the kernel that adds up the splits.
             tile = tiles.Tile(16, 16, 16, 4, 2, splits=2)
-            linear_act.run(x, w, None, None, state, *numbers, keep_h=False, tile=tile)
+            linear_act.run(x, w, None, None, state, *numbers, keep_preact=False, tile=tile)
     return [list(r) for r in recorded]
 
 

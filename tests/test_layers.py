@@ -30,11 +30,6 @@ CIRCLES = [
         *("nn", "nn.sequential", "fusion.measure", "fusion.surgery", "fusion.report"),
         *("fusion.tracing", "fusion.compile", "fusion.tracing.graph", "fusion.tracing.modules"),
     },
-    {
-        *("backends.triton.bias_act_dropout", "backends.triton.dgrad_act"),
-        *("backends.triton.epilogue", "backends.triton.gemm", "backends.triton.linear_act"),
-        "backends.triton.tile_cache",
-    },
 ]
 
 

@@ -96,10 +96,10 @@ def _tile(name, **fields):
     return tiles.Tile(*TILES[name], 4, 2, **fields)
 
 
-def _run(args, tile, keep_h=True):
+def _run(args, tile, keep_preact=True):
     from fusedmlp.backends.triton import linear_act
 
-    return linear_act.run(*args, keep_h=keep_h, tile=tile)
+    return linear_act.run(*args, keep_preact=keep_preact, tile=tile)
 
 
 # --- masks --------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def test_the_mask_does_not_depend_on_the_tile(p, name, kernels, device):
     for m, n, offset in ((67, 75, 2**32 - 67), (1, 8, 0), (130, 10, 5)):
         x, w, _, *rest, layer, _ = _layer(m, 8, n, torch.float32, device, "none", p)
         far = torch.full((n,), 1e3, device=device)  # so that no kept element is 0
-        y, _ = _run((x, w, far, *rest, layer, offset), _tile(name), keep_h=False)
+        y, _ = _run((x, w, far, *rest, layer, offset), _tile(name), keep_preact=False)
         mask = philox.dropout_mask(SEED, STREAM + layer, m, n, p, row_offset=offset)
         assert torch.equal(y.cpu() != 0, mask)
 

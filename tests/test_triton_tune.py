@@ -70,22 +70,35 @@ def test_a_tile_that_this_version_does_not_have_is_not_used(tune, target):
     assert _stored(tune, target) is None
 
 
-def test_tuning_keeps_the_fastest_tile_and_shows_progress(tune, target, monkeypatch):
+def test_tuning_at_the_first_call_times_that_call_and_keeps_the_fastest(tune, target, monkeypatch):
     import triton
 
     from fusedmlp.backends.triton import tiles
 
-    candidates = list(tiles.candidates(*SIZES, 2, target))
+    class OnAGpu:
+        is_cuda, device = True, torch.device("cuda", 0)
+
+        def element_size(self):
+            return 2
+
+    candidates = tiles.candidates(*SIZES, 2, target)
     times = {tile: 1.0 + i for i, tile in enumerate(reversed(candidates))}
     monkeypatch.setattr(tune, "INTERPRET", False)
-    monkeypatch.setattr(tune, "_call", lambda *args: lambda tile: times[tile])
-    monkeypatch.setattr(tune, "candidates", lambda *args: candidates)
     monkeypatch.setattr(triton.testing, "do_bench", lambda call, **kwargs: call())
-    lines = []
-    best = tune.tune_one("linear_act", torch.bfloat16, *SIZES[2:], progress=lines.append)
-    assert best == candidates[-1] and len(lines) == len(candidates)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    timed = []
+
+    def choose():
+        run = lambda tile: (timed.append(tile), times[tile])[1]  # noqa: E731
+        return tune.choose(*SIZES, OnAGpu(), target, False, run)
+
+    assert choose() == tiles.default_tile(*SIZES, 2, target) and not timed
+    monkeypatch.setenv("FUSEDMLP_AUTOTUNE", "1")
+    assert choose() == candidates[-1] and timed == candidates
     tune.forget()
-    assert _stored(tune, target) == best
+    assert _stored(tune, target) == choose() == candidates[-1] and timed == candidates
+    monkeypatch.setenv("FUSEDMLP_AUTOTUNE", "0")
+    assert choose() == tiles.default_tile(*SIZES, 2, target)
 
 
 # --- the command --------------------------------------------------------------------------------
@@ -96,31 +109,33 @@ def gpu(tune, target, monkeypatch):
     """A GPU whose tiles take a time that is made up; 'none runs' for one size."""
     import triton
 
-    from fusedmlp.backends.triton import tiles
+    from fusedmlp.backends.triton import autotune, tiles
 
-    triton_backend = registry.Backend("triton", lambda d: None, (), "fusedmlp.backends.triton")
+    triton_backend = registry.Backend("triton", lambda d: None, ())
     monkeypatch.setitem(registry._BY_NAME, "triton", triton_backend)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(tune, "INTERPRET", False)
 
-    def candidates(op, dtype, m, n, k, device):
-        return list(tiles.candidates(op, "half", m, n, k, 2, target))[:3]
+    def candidates(job):
+        return tiles.candidates(job.op, "half", job.m, job.n, job.k, 2, target)[:3]
 
-    def call(op, dtype, m, n, k, device):
+    def call(job):
         def run(tile):
-            if m == 7:
+            if job.m == 7:
                 raise triton.runtime.errors.OutOfResources(1, 0, "shared memory")
-            return 1.0 + candidates(op, dtype, m, n, k, device)[::-1].index(tile)
+            return 1.0 + candidates(job)[::-1].index(tile)
 
         return run
 
-    monkeypatch.setattr(tune, "candidates", candidates)
-    monkeypatch.setattr(tune, "_call", call)
+    monkeypatch.setattr(autotune.Job, "candidates", candidates)
+    monkeypatch.setattr(autotune.Job, "call", call)
     monkeypatch.setattr(triton.testing, "do_bench", lambda call, **kwargs: call())
     return tune
 
 
 def test_the_command_keeps_the_fastest_tile_of_each_size(gpu, target, capsys):
+    from fusedmlp.backends.triton import tiles
+
     assert cli.main(["tune", "4000x1008x1008", "--net", "64-32-8", "--rows", "16"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in said[:-1]] == [
@@ -140,7 +155,7 @@ def test_the_command_keeps_the_fastest_tile_of_each_size(gpu, target, capsys):
         "linear_act bf16 16 x 8 -> 32",
         "dgrad_act bf16 16 x 32 -> 8",
     ]
-    assert _stored(gpu, target) == gpu.candidates(SIZES[0], torch.bfloat16, *SIZES[2:], 0)[2]
+    assert _stored(gpu, target) == tiles.candidates(*SIZES, 2, target)[2]
 
 
 def test_a_size_of_which_no_tile_runs_is_named(gpu, capsys):

@@ -99,25 +99,21 @@ def command(argv: list[str]) -> int:
         raise registry.BackendError(f"tune: there is nothing to tune here: {reason}")
     if not 0 <= args.device < torch.cuda.device_count():
         parser.error(f"--device must be below {torch.cuda.device_count()}, got {args.device}")
-    from ..backends.triton import tile_cache
+    from ..backends.triton import autotune, tile_cache
 
-    jobs = tile_cache.jobs(shapes, wanted)
+    jobs = autotune.jobs(shapes, wanted, args.device)
     if args.missing:
-        jobs = [job for job in jobs if not tile_cache.is_kept(*job, args.device)]
+        jobs = [job for job in jobs if not job.is_kept()]
     failed = 0
-    with _progress(sum(len(tile_cache.candidates(*job, args.device)) for job in jobs)) as (
-        tick,
-        say,
-    ):
+    with _progress(sum(len(job.candidates()) for job in jobs)) as (tick, say):
         for job in jobs:
-            op, dtype, m, n, k = job
-            times = tile_cache.time_tiles(*job, args.device, tick)
-            name = f"{op} {dtypes.SHORT[dtype]} {m} x {k} -> {n}"
-            if not times:
+            name = f"{job.op} {dtypes.SHORT[job.dtype]} {job.m} x {job.k} -> {job.n}"
+            tuned = job.tune(tick)
+            if tuned is None:
                 failed += 1
                 say(f"{name}: no tile ran")
                 continue
-            best = tile_cache.keep(*job, times, args.device)
+            best, times = tuned
             shape = "x".join(map(str, best[:3]))
             say(
                 f"{name}: {shape}, {best.warps} warps, {best.stages} stages, "

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import tiles
-from .device import exp_negative, quotient
+from .activations import exp_negative, quotient
 from .launch import launch
 from .tiles import cdiv
 
@@ -26,19 +26,8 @@ def _targets(target_ptr, row, inside_m, C, ignore_index):
 
 
 @triton.jit
-def _gradient(
-    z,
-    top,
-    total,
-    target,
-    counted,
-    wrong,
-    column,
-    C,
-    smoothing,
-    grad_scale,
-    EXACT: tl.constexpr,
-):
+def _gradient(z, top, total, target, counted, wrong, column, C, smoothing, grad_scale,
+              EXACT: tl.constexpr):
     """(BLOCK_M, BLOCK_N) of dz; NaN in a row whose target does not exist, 0 in an ignored one."""
     p = quotient(exp_negative(z - top[:, None], EXACT), total[:, None], EXACT)
     q = quotient(smoothing, tl.cast(C, tl.float32), EXACT) + tl.where(
@@ -66,17 +55,12 @@ def cross_entropy_kernel(
     dz_ptr,  # (M, C) contiguous
     z_ptr,  # (M, C)
     target_ptr,  # (M,) int64 contiguous
-    M,
-    C,
-    stride_zm,
-    stride_zc,
-    smoothing: tl.float32,
-    grad_scale: tl.float32,
-    ignore_index: tl.int64,
-    ONE_TILE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    M, C,
+    stride_zm, stride_zc,
+    smoothing: tl.float32, grad_scale: tl.float32, ignore_index: tl.int64,
+    ONE_TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
+    """Losses and dz of BLOCK_M rows; ONE_TILE says that a row fits into one tile of BLOCK_N."""
     EXACT: tl.constexpr = dz_ptr.dtype.element_ty == tl.float32
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside_m = row < M
@@ -105,7 +89,7 @@ def cross_entropy_kernel(
             z = tl.load(at, mask=inside, other=float("-inf")).to(tl.float32)
             z = tl.where(inside_m[:, None], z, 0.0)
             higher = tl.maximum(top, tl.max(z, axis=1))
-            # A stretch of -inf only: nothing to add, and -inf - -inf would be NaN.
+            # A tile of -inf only: there is nothing to add, and -inf - -inf would be NaN.
             base = tl.where(higher == float("-inf"), 0.0, higher)
             total = total * exp_negative(top - base, EXACT)
             total += tl.sum(exp_negative(z - base[:, None], EXACT), axis=1)
@@ -121,9 +105,9 @@ def cross_entropy_kernel(
             )
             tl.store(dz_ptr + row[:, None] * C + column[None, :], dz, mask=inside)
     # Read again, one element a row: cheaper than a search through the tile.
-    there = inside_m & counted & (wrong == 0)
+    has_target = inside_m & counted & (wrong == 0)
     at = z_ptr + row * stride_zm + target * stride_zc
-    at_target = tl.load(at, mask=there, other=0.0).to(tl.float32)
+    at_target = tl.load(at, mask=has_target, other=0.0).to(tl.float32)
     loss = _losses(top, total, at_target, sum_z, counted, wrong, C, smoothing)
     tl.store(loss_ptr + row, loss, mask=inside_m)
 
@@ -147,23 +131,9 @@ def cross_entropy(logits, target, label_smoothing=0.0, ignore_index=-100, grad_s
         return losses.fill_(float("nan")), dlogits
     block_m, block_n, warps = tiles.row_tile(m, c)
     launch(
-        cross_entropy_kernel,
-        cdiv(m, block_m),
-        logits,
-        losses,
-        dlogits,
-        logits,
-        target.contiguous(),
-        m,
-        c,
-        logits.stride(0),
-        logits.stride(1),
-        label_smoothing,
-        grad_scale,
-        ignore_index,
-        ONE_TILE=c <= block_n,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        warps=warps,
+        cross_entropy_kernel, cdiv(m, block_m), logits,
+        losses, dlogits, logits, target.contiguous(), m, c, *logits.stride(),
+        label_smoothing, grad_scale, ignore_index,
+        ONE_TILE=c <= block_n, BLOCK_M=block_m, BLOCK_N=block_n, warps=warps,
     )
     return losses, dlogits

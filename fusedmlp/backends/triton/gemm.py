@@ -1,6 +1,8 @@
 """What the GEMM kernels share: the main loop; on the host, operands, tile and precision."""
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,97 +18,80 @@ from .tiles import cdiv
 _PRECISION = {"half": "ieee", "ieee": "ieee", "tf32": "tf32"}
 
 
+class Matrix(NamedTuple):
+    """An operand inside a kernel: a pointer and two strides, or a tensor descriptor."""
+
+    ptr: tl.tensor
+    stride_row: tl.tensor
+    stride_col: tl.tensor
+
+
 @triton.jit
-def product_tile(
-    x_ptr,
-    w_ptr,
-    first_row,
-    first_column,
-    first_k,
-    end_k,
-    M,
-    N,
-    K,
-    stride_xm,
-    stride_xk,
-    stride_wn,
-    stride_wk,
-    PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def tile_of(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """(row, column) of the pid-th tile, walking GROUP_M rows of tiles at a time.
+
+    Programs that run together then share rows of one operand and columns of the other in L2.
+    """
+    in_group = GROUP_M * tiles_n
+    first = (pid // in_group) * GROUP_M
+    height = min(tiles_m - first, GROUP_M)
+    inside = pid % in_group
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def matmul_tile(x, w, row, column, first_k, end_k, M, N,
+                PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_K: tl.constexpr,
+                UPCAST: tl.constexpr,
+                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """(BLOCK_M, BLOCK_N) fp32 of x (M, K) times w (N, K) transposed, over k in [first_k, end_k).
 
-    DESCRIPTORS  0: pointers and strides. 1: x_ptr, w_ptr are tensor descriptors of x and w.
-                 2: w_ptr is one of w transposed, that is of (K, N).
+    row, column  int64, of the tile's first element
+    DESCRIPTORS  0: pointers and strides. 1: tensor descriptors of x and w.
+                 2: the descriptor of w is one of w transposed, that is of (K, N).
     EVEN_K       end_k - first_k is a multiple of BLOCK_K; else only the last part may be ragged
     UPCAST       bf16 to fp32 before the product: in the interpreter, which cannot multiply bf16
+
+    Without descriptors, rows beyond M, columns beyond N and, unless EVEN_K, k beyond end_k are
+    masked: they are read as 0 and add nothing.
     """
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if DESCRIPTORS != 0:
         # The copy engine fills what lies outside with 0. Its coordinates are 32-bit.
-        row, column = first_row.to(tl.int32), first_column.to(tl.int32)
+        row, column = row.to(tl.int32), column.to(tl.int32)
         for k in range(first_k, end_k, BLOCK_K):
-            x = x_ptr.load([row, k])
+            a = x.ptr.load([row, k])
             if DESCRIPTORS == 1:
-                w = w_ptr.load([column, k]).T
+                b = w.ptr.load([column, k]).T
             else:
-                w = w_ptr.load([k, column])
+                b = w.ptr.load([k, column])
             if UPCAST:
-                x, w = x.to(tl.float32), w.to(tl.float32)
-            acc = tl.dot(x, w, acc, input_precision=PRECISION)
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
     else:
-        row = first_row + tl.arange(0, BLOCK_M)
-        column = first_column + tl.arange(0, BLOCK_N)
+        rows = row + tl.arange(0, BLOCK_M)
+        columns = column + tl.arange(0, BLOCK_N)
         inner = tl.arange(0, BLOCK_K)
+        # 64-bit: k times a stride may exceed 2^31.
         k_at = first_k + inner.to(tl.int64)
-        x_at = x_ptr + row[:, None] * stride_xm + k_at[None, :] * stride_xk
-        w_at = w_ptr + column[None, :] * stride_wn + k_at[:, None] * stride_wk
-        x_in, w_in = (row < M)[:, None], (column < N)[None, :]
+        x_at = x.ptr + rows[:, None] * x.stride_row + k_at[None, :] * x.stride_col
+        w_at = w.ptr + columns[None, :] * w.stride_row + k_at[:, None] * w.stride_col
+        x_in, w_in = (rows < M)[:, None], (columns < N)[None, :]
         for k in range(first_k, end_k, BLOCK_K):
             if EVEN_K:
-                x = tl.load(x_at, mask=x_in, other=0.0)
-                w = tl.load(w_at, mask=w_in, other=0.0)
+                a = tl.load(x_at, mask=x_in, other=0.0)
+                b = tl.load(w_at, mask=w_in, other=0.0)
             else:
                 k_in = inner < end_k - k
-                x = tl.load(x_at, mask=x_in & k_in[None, :], other=0.0)
-                w = tl.load(w_at, mask=w_in & k_in[:, None], other=0.0)
+                a = tl.load(x_at, mask=x_in & k_in[None, :], other=0.0)
+                b = tl.load(w_at, mask=w_in & k_in[:, None], other=0.0)
             if UPCAST:
-                x, w = x.to(tl.float32), w.to(tl.float32)
-            acc = tl.dot(x, w, acc, input_precision=PRECISION)
-            x_at += BLOCK_K * stride_xk
-            w_at += BLOCK_K * stride_wk
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            # Both pointers step to the next BLOCK_K columns of their matrix.
+            x_at += BLOCK_K * x.stride_col
+            w_at += BLOCK_K * w.stride_col
     return acc
-
-
-@triton.jit
-def _halves(t, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    return t.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-
-
-@triton.jit
-def column_parts(t, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The PARTS equal parts of t's columns, left to right. Free: each is some of the registers."""
-    tl.static_assert(PARTS == 1 or PARTS == 2 or PARTS == 4 or PARTS == 8, "1, 2, 4 or 8 parts")
-    parts = (t,)
-    if PARTS > 1:
-        a, b = _halves(t, BLOCK_M, BLOCK_N)
-        parts = (a, b)
-        if PARTS > 2:
-            a, c = _halves(parts[0], BLOCK_M, BLOCK_N // 2)
-            e, g = _halves(parts[1], BLOCK_M, BLOCK_N // 2)
-            parts = (a, c, e, g)
-            if PARTS > 4:
-                a, b = _halves(parts[0], BLOCK_M, BLOCK_N // 4)
-                c, d = _halves(parts[1], BLOCK_M, BLOCK_N // 4)
-                e, f = _halves(parts[2], BLOCK_M, BLOCK_N // 4)
-                g, h = _halves(parts[3], BLOCK_M, BLOCK_N // 4)
-                parts = (a, b, c, d, e, f, g, h)
-    return parts
 
 
 def kind_of(dtype: torch.dtype) -> str:
@@ -162,12 +147,22 @@ def _constants(kind: str, descriptors: int, even_k: bool, upcast: bool, tile: ti
 class Product:
     """One x (M, K) times w (N, K) transposed: operands, tile and constants for a kernel's call."""
 
-    def __init__(self, x: Tensor, w: Tensor, op: str, tile: tiles.Tile | None = None):
+    def __init__(
+        self,
+        x: Tensor,
+        w: Tensor,
+        op: str,
+        tile: tiles.Tile | None = None,
+        run_with: Callable[[tiles.Tile], object] | None = None,
+    ):
+        """tile: to take, or None to choose one. run_with(tile) runs this very call with a tile, for
+        a size that is tuned at its first call."""
         (m, k), n = x.shape, w.shape[0]
         kind = kind_of(x.dtype)
         target = capability(x)
         self.m, self.n, self.k = m, n, k
-        self.tile = tile = tile or tile_cache.choose(op, kind, m, n, k, x, target, _odd(x, w))
+        odd = _odd(x, w)
+        self.tile = tile = tile or tile_cache.choose(op, kind, m, n, k, x, target, odd, run_with)
         by_k = w.stride(1) != 1
         descriptors = 0
         if tile.descriptors and k and _describable(x) and _describable(w.t() if by_k else w):

@@ -8,10 +8,11 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from ...spec import activations, philox
-from . import device, tiles
+from . import tiles
+from .activations import act_fwd
 
 # The interpreter replaces the type of every kernel when it is on while the kernels are defined.
-INTERPRET = not isinstance(device.act_fwd, triton.runtime.jit.JITFunction)
+INTERPRET = not isinstance(act_fwd, triton.runtime.jit.JITFunction)
 
 KEEP_ALL, KEEP_SOME, KEEP_NONE = 0, 1, 2
 
@@ -26,25 +27,31 @@ def rows_view(t: Tensor) -> Tensor:
     return t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
-def vector(t: Tensor | None) -> Tensor | None:
-    """A bias or slope whose elements lie side by side."""
-    return None if t is None else t.contiguous()
+def epilogue_arguments(
+    bias, slope, state, act, alpha, threshold, scale, stream_offset, row_offset,
+    saves=activations.SAVE_Z,
+):
+    """(pointers, numbers, compile-time constants) of a kernel's epilogue, in its order.
 
-
-def dropout_arguments(threshold: int) -> tuple[int, int]:
-    """(DROPOUT, int32 with the bits of the threshold)."""
+    saves  of a backward kernel, which reads the bias only beside a preactivation
+    """
+    dropout = KEEP_SOME
     if threshold == 0:
-        return KEEP_ALL, 0
-    if threshold == philox.TWO32:
-        return KEEP_NONE, 0
-    return KEEP_SOME, threshold - philox.TWO32 if threshold >= 1 << 31 else threshold
-
-
-def slopes(act: int, slope: Tensor | None) -> int:
-    """SLOPES: 0 where alpha serves, 1 for one learnable slope, 2 for one a column."""
-    if act != activations.PRELU:
-        return 0
-    return 1 if slope.numel() == 1 else 2
+        dropout = KEEP_ALL
+    elif threshold == philox.TWO32:
+        dropout, threshold = KEEP_NONE, 0
+    elif threshold >= 1 << 31:
+        threshold -= philox.TWO32  # the same bits as an int32
+    slopes = 0  # alpha serves; 1: one learnable slope; 2: one a column
+    if act == activations.PRELU:
+        slopes = 1 if slope.numel() == 1 else 2
+    pointers = (
+        bias.contiguous() if bias is not None and saves == activations.SAVE_Z else None,
+        slope.contiguous() if slopes else None,
+        state if dropout == KEEP_SOME else None,
+    )
+    numbers = alpha, threshold, scale, stream_offset, row_offset
+    return pointers, numbers, {"ACT": act, "SLOPES": slopes, "DROPOUT": dropout}
 
 
 # Asked for by name: multiplications and additions may be joined, as in PyTorch's own kernels.

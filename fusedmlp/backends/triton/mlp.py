@@ -23,29 +23,29 @@ def _saves(layer: nets.Layer, dtype: torch.dtype) -> int:
 
 
 def mlp_fwd(x, params, state, ints, numbers, row_offset, keep):
-    """y (..., N) of each layer, then h = x w^T of those whose z backward reads.
+    """y (..., N) of each layer, then preact = x w^T of those whose z backward reads.
 
     Only the last y if not `keep`. The arguments are those of the op (ops.py).
     """
-    ys, hs = [], []
+    ys, preacts = [], []
     for layer in nets.layers(params, ints, numbers):
-        keep_h = keep and _saves(layer, x.dtype) == SAVE_Z
-        x, h = run(x, layer.w, *layer.epilogue(state, row_offset), keep_h=keep_h)
+        keep_preact = keep and _saves(layer, x.dtype) == SAVE_Z
+        x, preact = run(x, layer.w, *layer.epilogue(state, row_offset), keep_preact=keep_preact)
         ys.append(x)
-        if keep_h:
-            hs.append(h)
-    return ys + hs if keep else ys[-1:]
+        if keep_preact:
+            preacts.append(preact)
+    return ys + preacts if keep else ys[-1:]
 
 
 def _or_empty(grad: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if grad is None else grad
 
 
-def mlp_bwd(dy, x, params, state, ys, hs, ints, numbers, row_offset, needs, need_dx):
+def mlp_bwd(dy, x, params, state, ys, preacts, ints, numbers, row_offset, needs, need_dx):
     """dx (..., K), then the gradient of each of the params; of no elements where not needed."""
     layers = list(nets.layers(params, ints, numbers))
     needs = [need & bits for need, bits in zip(needs, nets.bits_of(ints), strict=True)]
-    kinds, rest = [_saves(layer, dy.dtype) for layer in layers], iter(hs)
+    kinds, rest = [_saves(layer, dy.dtype) for layer in layers], iter(preacts)
     saved = [
         y if kind == SAVE_Y else next(rest) if kind == SAVE_Z else None
         for kind, y in zip(kinds, ys, strict=True)

@@ -1,4 +1,4 @@
-"""Tiles that were timed on this machine: kept on disk, looked up at a call, made ahead.
+"""Tiles that were timed on this machine: looked up at a call, kept on disk.
 
 The file holds one table a GPU and Triton version; a table maps an op, kind and size class (sizes
 rounded up to powers of two) to a tile. FUSEDMLP_AUTOTUNE decides what a call does with it:
@@ -18,7 +18,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -75,11 +75,6 @@ def size_class(op: str, kind: str, m: int, n: int, k: int, odd: bool = False) ->
     return f"{op} {kind} " + "x".join(map(str, up)) + " odd" * odd
 
 
-def _odd(op: str, n: int, k: int) -> bool:
-    """Whether the operands that are timed have odd rows (gemm.py); w of dgrad_act is (k, n)."""
-    return bool(k % 16 or (op == "dgrad_act" and n % 16))
-
-
 def forget() -> None:
     """Reads the file again at the next call."""
     global _tables
@@ -116,146 +111,68 @@ def choose(
     k: int,
     x: torch.Tensor,
     target: tiles.Target,
-    odd: bool = False,
+    odd: bool,
+    run_with: Callable[[tiles.Tile], object],
 ) -> tiles.Tile:
-    """The tile for one call on x's device; odd: of its operands, as in configs.candidates."""
+    """The tile for one call on x's device.
+
+    odd       of its operands, as in tiles.candidates
+    run_with  runs that very call with a tile, to time it
+    """
     itemsize = x.element_size()
     mode = environment.read("FUSEDMLP_AUTOTUNE")
     if not x.is_cuda or mode == "0" or torch.are_deterministic_algorithms_enabled():
         return tiles.default_tile(op, kind, m, n, k, itemsize, target, odd)
     stored = _stored(op, kind, m, n, k, itemsize, target, _table_name(x.device.index), odd)
     if stored is None and mode == "1" and not torch.cuda.is_current_stream_capturing():
-        stored = tune_one(op, x.dtype, m, n, k, x.device.index)
+        found = tiles.candidates(op, kind, m, n, k, itemsize, target, odd)
+        times = time_tiles(run_with, found, f"{op} {m}x{n}x{k}")
+        stored = keep(op, kind, m, n, k, times, x.device.index, odd) if times else None
     return stored or tiles.default_tile(op, kind, m, n, k, itemsize, target, odd)
 
 
-def _call(op: str, dtype: torch.dtype, m: int, n: int, k: int, device: int) -> Callable:
-    """tile -> one call of an op with relu and dropout on random data."""
-    from ...spec import activations, philox
-    from .dgrad_act import dgrad_act
-    from .linear_act import run
-
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, dtype=dtype, device=f"cuda:{device}")
-
-    threshold, scale = philox.threshold_and_scale(0.1)
-    state = torch.zeros(2, dtype=torch.int64, device=f"cuda:{device}")
-    epilogue = randn(n), None, state, activations.RELU, 0.0, threshold, scale, 0, 0
-    x = randn(m, k)
-    if op == "linear_act":
-        w = randn(n, k)
-        return lambda tile: run(x, w, *epilogue, keep_h=False, tile=tile)
-    w, saved = randn(k, n), randn(m, n)
-    rest = activations.SAVE_Y, True, False
-    return lambda tile: dgrad_act(x, w, saved, *epilogue, *rest, tile=tile)
-
-
 def time_tiles(
-    op: str,
-    dtype: torch.dtype,
-    m: int,
-    n: int,
-    k: int,
-    device: int = 0,
+    run_with: Callable[[tiles.Tile], object],
+    found: list[tiles.Tile],
+    name: str,
     progress: Callable[[str], None] = log.info,
 ) -> dict[tiles.Tile, float]:
-    """Milliseconds of every tile that can be chosen for one size and that the device can run.
+    """Milliseconds of run_with(tile) for each tile of `found` that the device can run.
 
-    op        'linear_act' or 'dgrad_act'; x (m, k), output (m, n)
     progress  called with one line a tile
     raises    RuntimeError in the interpreter
     """
     if INTERPRET:
         raise RuntimeError("tune: the interpreter has nothing to time; unset TRITON_INTERPRET")
-    call = _call(op, dtype, m, n, k, device)
     times: dict[tiles.Tile, float] = {}
-    found = candidates(op, dtype, m, n, k, device)
     for i, tile in enumerate(found, 1):
         try:
-            times[tile] = triton.testing.do_bench(lambda t=tile: call(t), return_mode="median")
+            times[tile] = triton.testing.do_bench(lambda t=tile: run_with(t), return_mode="median")
         except triton.runtime.errors.OutOfResources as error:
-            progress(f"{op} {m}x{n}x{k} {i}/{len(found)} {tuple(tile)}: {error}")
+            progress(f"{name} {i}/{len(found)} {tuple(tile)}: {error}")
             continue
-        progress(f"{op} {m}x{n}x{k} {i}/{len(found)} {tuple(tile)}: {1e3 * times[tile]:.1f} us")
+        progress(f"{name} {i}/{len(found)} {tuple(tile)}: {1e3 * times[tile]:.1f} us")
     return times
-
-
-def candidates(
-    op: str, dtype: torch.dtype, m: int, n: int, k: int, device: int = 0
-) -> list[tiles.Tile]:
-    """What time_tiles times, in this order."""
-    from .gemm import kind_of
-    from .launch import capability
-
-    target = capability(torch.empty(0, device=f"cuda:{device}"))
-    kind, odd = kind_of(dtype), _odd(op, n, k)
-    return tiles.candidates(op, kind, m, n, k, dtype.itemsize, target, odd)
-
-
-def tune_one(
-    op: str,
-    dtype: torch.dtype,
-    m: int,
-    n: int,
-    k: int,
-    device: int = 0,
-    progress: Callable[[str], None] = log.info,
-) -> tiles.Tile | None:
-    """Times every tile that can be chosen for one size, and keeps the fastest on disk.
-
-    Arguments as in time_tiles; returns the fastest tile, None if none ran.
-    """
-    times = time_tiles(op, dtype, m, n, k, device, progress)
-    return keep(op, dtype, m, n, k, times, device) if times else None
 
 
 def keep(
     op: str,
-    dtype: torch.dtype,
+    kind: str,
     m: int,
     n: int,
     k: int,
     times: dict[tiles.Tile, float],
-    device: int = 0,
+    device: int,
+    odd: bool,
 ) -> tiles.Tile:
     """Writes the fastest tile of one size to the file, and returns it."""
-    from .gemm import kind_of
-
     best = min(times, key=times.get)
-    table = _load().setdefault(_table_name(device), {})
-    table[size_class(op, kind_of(dtype), m, n, k, _odd(op, n, k))] = list(best)
+    _load().setdefault(_table_name(device), {})[size_class(op, kind, m, n, k, odd)] = list(best)
     _save()
     _stored.cache_clear()
     return best
 
 
-def is_kept(op: str, dtype: torch.dtype, m: int, n: int, k: int, device: int = 0) -> bool:
+def is_kept(op: str, kind: str, m: int, n: int, k: int, device: int, odd: bool) -> bool:
     """Whether the file has a tile for one size on this GPU."""
-    from .gemm import kind_of
-
-    table = _load().get(_table_name(device), {})
-    return size_class(op, kind_of(dtype), m, n, k, _odd(op, n, k)) in table
-
-
-def jobs(
-    shapes: Iterable[tuple[int, int, int]], dtypes: Iterable[torch.dtype]
-) -> list[tuple[str, torch.dtype, int, int, int]]:
-    """(op, dtype, m, n, k) of both GEMM kernels for shapes (M, K, N) of layers, each once."""
-    found = []
-    for m, k, n in shapes:
-        for dtype in dtypes:
-            found.append(("linear_act", dtype, m, n, k))
-            # The backward of this layer's input: dz (M, N) times W (N, K).
-            found.append(("dgrad_act", dtype, m, k, n))
-    return list(dict.fromkeys(found))
-
-
-def tune(
-    shapes: Iterable[tuple[int, int, int]],
-    dtypes: Iterable[torch.dtype] = (torch.bfloat16,),
-    device: int = 0,
-    progress: Callable[[str], None] = print,
-) -> None:
-    """Tunes both GEMM kernels ahead, for shapes (M, K, N) of layers, as `fusedmlp tune` does."""
-    for job in jobs(shapes, tuple(dtypes)):
-        tune_one(*job, device, progress)
+    return size_class(op, kind, m, n, k, odd) in _load().get(_table_name(device), {})

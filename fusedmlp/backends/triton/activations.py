@@ -1,11 +1,10 @@
-"""Device functions that all Triton kernels share: activations, derivatives, Philox, tile order.
+"""Activations and their derivatives in Triton, with the ids and meanings of spec/activations.py.
 
-Implements activations.py and philox.py; ids come from there. Everything computes in fp32, with the
-functions of Triton's own language, so that the interpreter runs the very code that a GPU runs. How
-exact they are is the GPU's matter: erf and log are libdevice's there, and exp, sqrt and `/` are
-approximations that may be wrong by two units in fp32's last place and more. That is nothing to a
-16-bit result. EXACT of a function says that the result is fp32: exp is then computed here and
-quotients are corrected. Holds no kernel and reads no tensor.
+Everything is computed in fp32 with functions of Triton's own language, so that the interpreter runs
+the code that a GPU runs. On a GPU, erf and log come from libdevice, while exp, sqrt and `/` are
+approximations that can be wrong by two units in the last place of fp32 and more. A 16-bit result
+does not show that. EXACT says that the result is fp32: exp is then computed here, and quotients are
+corrected. This file holds no kernel and reads no memory.
 """
 
 import triton
@@ -247,120 +246,3 @@ def act_grad_y(y, slope, ACT: tl.constexpr, EXACT: tl.constexpr):
     else:
         tl.static_assert(False, "this activation's derivative cannot be read off its output")
     return d
-
-
-@triton.jit
-def _mul_wide(a, M: tl.constexpr):
-    """Low and high words of the 64-bit product of 32-bit words."""
-    product = a.to(tl.uint64) * tl.full((), M, tl.uint64)
-    return product.to(tl.uint32), (product >> 32).to(tl.uint32)
-
-
-@triton.jit
-def philox(c0, c1, c2, c3, k0, k1):
-    """Philox 4x32-10 of philox.py on uint32 words that broadcast against each other.
-
-    Words are kept in the smallest shape they have: in the first rounds most of them depend on the
-    row or the column alone.
-    """
-    for _ in tl.static_range(10):
-        lo0, hi0 = _mul_wide(c0, 0xD2511F53)
-        lo1, hi1 = _mul_wide(c2, 0xCD9E8D57)
-        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
-        k0 += tl.full((), 0x9E3779B9, tl.uint32)
-        k1 += tl.full((), 0xBB67AE85, tl.uint32)
-    return c0, c1, c2, c3
-
-
-@triton.jit
-def keep_words(
-    seed,
-    stream,
-    first_row,
-    first_column,
-    threshold,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Eight (BLOCK_M, BLOCK_N // 8) masks: the c-th holds the columns with column mod 8 = c.
-
-    seed, stream, first_row, first_column  int64; row_offset is part of first_row
-    first_column, BLOCK_N                  multiples of 8: eight columns share one Philox call
-    threshold                              int32 with the bits of T < 2^32
-    """
-    tl.static_assert(BLOCK_N % 8 == 0, "eight columns share one Philox call")
-    t = threshold.to(tl.uint32, bitcast=True)
-    row = (first_row + tl.arange(0, BLOCK_M)).to(tl.uint32)[:, None]
-    group = (first_column // 8 + tl.arange(0, BLOCK_N // 8)).to(tl.uint32)[None, :]
-    w0, w1, w2, w3 = philox(
-        group,
-        row,
-        stream.to(tl.uint32),
-        (stream >> 32).to(tl.uint32),
-        seed.to(tl.uint32),
-        (seed >> 32).to(tl.uint32),
-    )
-    return (
-        w0 >= t,
-        ((w0 >> 16) | (w1 << 16)) >= t,
-        w1 >= t,
-        ((w1 >> 16) | (w2 << 16)) >= t,
-        w2 >= t,
-        ((w2 >> 16) | (w3 << 16)) >= t,
-        w3 >= t,
-        ((w3 >> 16) | (w0 << 16)) >= t,
-    )
-
-
-@triton.jit
-def join8(a, b, c, d, e, f, g, h, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(BLOCK_M, BLOCK_N) from its columns mod 8 = 0 to 7; the inverse of split8."""
-    even = tl.join(tl.join(a, e), tl.join(c, g))
-    odd = tl.join(tl.join(b, f), tl.join(d, h))
-    return tl.join(even, odd).reshape(BLOCK_M, BLOCK_N)
-
-
-@triton.jit
-def split8(t, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Eight (BLOCK_M, BLOCK_N // 8): the columns of t with column mod 8 = 0 to 7."""
-    # column = 8 group + 4 i + 2 j + k. The dimension i is split first: after a product it lies
-    # across lanes, so the layout changes here, to eight columns a thread, which is the store's.
-    cube = t.reshape(BLOCK_M, BLOCK_N // 8, 2, 2, 2).permute(0, 1, 4, 3, 2)
-    low, high = cube.split()
-    low_even, low_odd = low.split()
-    high_even, high_odd = high.split()
-    a, b = low_even.split()
-    c, d = low_odd.split()
-    e, f = high_even.split()
-    g, h = high_odd.split()
-    return a, b, c, d, e, f, g, h
-
-
-@triton.jit
-def keep_tile(
-    seed,
-    stream,
-    first_row,
-    first_column,
-    threshold,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """(BLOCK_M, BLOCK_N) of rng.keep_mask."""
-    k0, k1, k2, k3, k4, k5, k6, k7 = keep_words(
-        seed, stream, first_row, first_column, threshold, BLOCK_M, BLOCK_N
-    )
-    return join8(k0, k1, k2, k3, k4, k5, k6, k7, BLOCK_M, BLOCK_N)
-
-
-@triton.jit
-def tile_of(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """(row, column) of the pid-th tile, walking GROUP_M rows of tiles at a time.
-
-    Programs that run together then share rows of one operand and columns of the other in L2.
-    """
-    in_group = GROUP_M * tiles_n
-    first = (pid // in_group) * GROUP_M
-    height = min(tiles_m - first, GROUP_M)
-    inside = pid % in_group
-    return first + inside % height, inside // height
