@@ -103,8 +103,10 @@ def _loader(tensors) -> DataLoader:
 def test_more_epochs_go_on_from_a_finished_run(tmp_path):
     data = made_data.blobs()
     whole = fit(network(dropout=0.3), data, config(epochs=5))
-    fit(network(dropout=0.3), data, config(epochs=2), RunOptions(out=tmp_path / "run"))
-    longer = fit(network(dropout=0.3), data, config(epochs=5), RunOptions(resume=tmp_path / "run"))
+    fit(network(dropout=0.3), data, config(epochs=2), RunOptions(out=str(tmp_path / "run")))
+    longer = fit(
+        network(dropout=0.3), data, config(epochs=5), RunOptions(resume=str(tmp_path / "run"))
+    )
     assert state_equal(longer.model, whole.model)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["epochs"] == 5
     assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 6

@@ -23,7 +23,9 @@ from ..train.process import pick_device
 from . import loop, settings
 from .weights import Weights, glorot, outputs
 
-_PROBLEM = "Solver produced non-finite parameter weights. The input data may contain large values"
+_NOT_FINITE = (
+    "Solver produced non-finite parameter weights. The input data may contain large values"
+)
 
 
 def offers_partial_fit(estimator) -> bool:
@@ -114,7 +116,7 @@ class BaseFusedMLP(BaseEstimator):
         seed = int(random_state.randint(2**31 - 1)) if any(dropout) else 0
         self._train(X, y, sample_weight, dropout, seed, random_state, incremental)
         if not self._weights().are_finite():
-            raise ValueError(f"{_PROBLEM} and need to be preprocessed.")
+            raise ValueError(f"{_NOT_FINITE} and need to be preprocessed.")
         return self
 
     def _backend(self) -> str | None:

@@ -7,8 +7,8 @@ from numbers import Integral, Real
 from ..spec import activations
 
 # scikit-learn's names for what this package calls otherwise.
-_SAME = {"identity": "none", "logistic": "sigmoid"}
-ACTIVATIONS = {**{name: name for name in activations.NAMES}, **_SAME}
+_SKLEARN_NAMES = {"identity": "none", "logistic": "sigmoid"}
+ACTIVATIONS = {**{name: name for name in activations.NAMES}, **_SKLEARN_NAMES}
 _CHOICES = {
     "activation": tuple(ACTIVATIONS),
     "solver": ("adam", "sgd"),

@@ -167,7 +167,7 @@ def evaluate(
 ) -> tuple[float, float | None]:
     """(loss, accuracy) over rows x, y; accuracy is None for regression. Each process takes its
     share."""
-    check_pair(x, y, "x", "y", looks=False)
+    check_pair(x, y, "x", "y", with_values=False)
     first, last = world.rows(len(x)) if world is not None else (0, len(x))
     total = torch.zeros(3, dtype=torch.float64, device=x.device)
     if last > first:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from .config import shown
 from .console import Console
-from .plots import PARTS, RIGHT, new_figure, png
+from .plots import PART_COLOURS, RIGHT_COLOUR, new_figure, png
 from .run_folder import RunFolder, model_bytes
 
 MAX_IN_PICTURE = 40  # candidates
@@ -189,7 +189,7 @@ def _plane(axis, found, result) -> None:
             yerr=candidate.deviation("val"),
             fmt="*" if is_best else "o",
             markersize=14 if is_best else 6,
-            color=RIGHT if is_best else PARTS["train"],
+            color=RIGHT_COLOUR if is_best else PART_COLOURS["train"],
             elinewidth=0.7,
             label="chosen" if is_best else None,
         )
@@ -236,7 +236,7 @@ def _list(axis, found, result) -> None:
             places,
             xerr=[c.deviation(part) for c in found],
             fmt="o",
-            color=PARTS["train" if part == "train" else "test"],
+            color=PART_COLOURS["train" if part == "train" else "test"],
             elinewidth=0.8,
             label=label,
         )
@@ -248,7 +248,7 @@ def _list(axis, found, result) -> None:
     axis.set_yticks(places, labels, fontsize=8)
     for tick, candidate in zip(axis.get_yticklabels(), found, strict=True):
         if candidate is result.best:
-            tick.set(color=RIGHT, fontweight="bold")
+            tick.set(color=RIGHT_COLOUR, fontweight="bold")
     axis.invert_yaxis()
     axis.set(xlabel=measure_name(result))
     _spread_out(axis, ("x",), found)

@@ -99,7 +99,7 @@ def fit(
     if saved is None:
         config = resolved(config, given)
     else:
-        _check_continuation(config, options.resume, saved)
+        _check_continuation(config, Path(options.resume), saved)
     device, world = pick_device(config), current_world()
     _check_world(config, world, given)
     with run_settings(config, device), stop_on_signals() as stop:
@@ -140,7 +140,7 @@ def run(
             loaded = datasets.read(config)
             return loaded.name if config.dataset == "auto" else config.dataset
 
-        config = config.replace(dataset=world.lead(load_first))
+        config = config.replace(dataset=world.run_on_lead(load_first))
         loaded = loaded or datasets.read(config)
         config = resolved(config, loaded)
         loaded = prepared(loaded, config.standardize)
@@ -223,9 +223,9 @@ def _open(run: Run, saved: dict | None) -> None:
     config, options, world = run.config, run.options, run.world
     if saved is not None:
         restore(run, saved)
-        run.folder = world.lead(lambda: reopen_folder(Path(options.resume)))
+        run.folder = world.run_on_lead(lambda: reopen_folder(Path(options.resume)))
     elif options is not None:
-        run.folder = world.lead(lambda: create_folder(options, config))
+        run.folder = world.run_on_lead(lambda: create_folder(options, config))
     run.engine.set_step(run.position.global_step)
     run.progress.start(run)
     if config.engine == "auto" and run.task.device.type == "cpu" and run.engine.name == "autograd":
@@ -296,7 +296,7 @@ def _train_loader(run: Run, rng: dict | None) -> bool:
         try:
             run.engine.step_on(x, y)
         except RuntimeError as error:
-            run.data.train.blame(error)
+            run.data.train.raise_if_rows_differ(error)
             raise
         pending += 1
         seconds = time.perf_counter() - read_at
@@ -341,7 +341,7 @@ def _evaluate(run: Run, part: str) -> tuple[float | None, float | None]:
         try:
             return evaluate_batches(task, data.test)
         except RuntimeError as error:
-            data.test.blame(error)
+            data.test.raise_if_rows_differ(error)
             raise
     x, y = getattr(data, f"x_{part}"), getattr(data, f"y_{part}")
     if x is None:
@@ -361,8 +361,8 @@ def _close(run: Run) -> Result:
     if run.folder is not None:
         result.folder = run.folder.path
         if not interrupted:
-            run.world.lead(lambda: write_results(run, result.summary))
-            run.world.lead(lambda: draw_results(run))
+            run.world.run_on_lead(lambda: write_results(run, result.summary))
+            run.world.run_on_lead(lambda: draw_results(run))
         result.paths = run.folder.paths()
     run.progress.finish(result)
     return result

@@ -18,7 +18,7 @@ from . import engines
 from .build import task_for
 from .config import TrainConfig
 from .data import inputs
-from .data.rows import kinds
+from .data.rows import type_names
 from .data.types import Data, Scaling, permutation, resolved
 from .engines.native import Native
 from .engines.native_many import NativeMany, Share
@@ -237,7 +237,7 @@ def _check(members: Sequence[Member], x: Tensor, y: Tensor, loss: str) -> None:
     if loss not in LOSSES:
         raise UsageError(f"fit_many: loss must be one of {', '.join(LOSSES)}, got {loss!r}")
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-        raise TypeError(f"fit_many: x and y must be tensors, got {kinds((x, y))}")
+        raise TypeError(f"fit_many: x and y must be tensors, got {type_names((x, y))}")
     if x.dim() < 1 or y.dim() < 1 or len(x) != len(y) or len(x) == 0:
         raise UsageError(
             f"fit_many: y must have one target a row of x {tuple(x.shape)}, got {tuple(y.shape)}"

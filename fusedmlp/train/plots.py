@@ -17,10 +17,10 @@ from .errors import TrainError
 
 # Images on the prediction sheet: the first of the test set, then the first mistakes.
 FIRST_IMAGES, MISTAKE_IMAGES = 24, 16
-COLUMNS = 8
+IMAGES_A_ROW = 8
 NAME_LENGTH = 40  # characters
-RIGHT, WRONG = "#1a7f37", "#c0261c"
-PARTS = {"train": "#1f6fb4", "val": "#b8860b", "test": "#c0261c"}
+RIGHT_COLOUR, WRONG_COLOUR = "#1a7f37", "#c0261c"
+PART_COLOURS = {"train": "#1f6fb4", "val": "#b8860b", "test": "#c0261c"}
 
 
 def run_pictures(
@@ -98,7 +98,7 @@ def curves(history: list[dict]) -> bytes:
     figure, axes = new_figure(10 if has_accuracy else 5.5, 4, 1, 2 if has_accuracy else 1)
     epochs = [row["epoch"] for row in history]
     for axis, what in zip(axes[0], ("loss", "accuracy"), strict=False):
-        for part, colour in PARTS.items():
+        for part, colour in PART_COLOURS.items():
             values = [row[f"{part}_{what}"] for row in history]
             if not any(value is not None for value in values):
                 continue
@@ -126,8 +126,8 @@ def images(data: Data, outputs: Tensor) -> bytes:
     wrong = torch.nonzero(true != predicted).flatten().tolist()
     first = list(range(min(FIRST_IMAGES, len(true))))
     shown = first + [index for index in wrong if index >= len(first)][:MISTAKE_IMAGES]
-    rows = -(-len(shown) // COLUMNS)
-    figure, axes = new_figure(1.5 * COLUMNS, 1.85 * rows + 0.6, rows, COLUMNS)
+    rows = -(-len(shown) // IMAGES_A_ROW)
+    figure, axes = new_figure(1.5 * IMAGES_A_ROW, 1.85 * rows + 0.6, rows, IMAGES_A_ROW)
     for axis in axes.flat:
         axis.axis("off")
     for axis, index in zip(axes.flat, shown, strict=False):
@@ -139,12 +139,12 @@ def images(data: Data, outputs: Tensor) -> bytes:
         names = readable(data.classes[predicted[index]]), readable(data.classes[true[index]])
         is_right = predicted[index] == true[index]
         title = names[0] if is_right else f"{names[0]}\n(true: {names[1]})"
-        axis.set_title(title, fontsize=9, color=RIGHT if is_right else WRONG)
+        axis.set_title(title, fontsize=9, color=RIGHT_COLOUR if is_right else WRONG_COLOUR)
         if not is_right:
             axis.axis("on")
             axis.set(xticks=[], yticks=[])
             for spine in axis.spines.values():
-                spine.set(color=WRONG, linewidth=2)
+                spine.set(color=WRONG_COLOUR, linewidth=2)
     share = (true == predicted).float().mean().item()
     mistakes = len(shown) - len(first)
     figure.suptitle(
@@ -164,7 +164,9 @@ def confidence(data: Data, outputs: Tensor) -> bytes:
     axis = axes[0, 0]
     parts = [probability[right].numpy(), probability[~right].numpy()]
     labels = [f"right: {int(right.sum())}", f"wrong: {int((~right).sum())}"]
-    axis.hist(parts, bins=20, range=(0, 1), stacked=True, color=[RIGHT, WRONG], label=labels)
+    axis.hist(
+        parts, bins=20, range=(0, 1), stacked=True, color=[RIGHT_COLOUR, WRONG_COLOUR], label=labels
+    )
     axis.set(
         xlabel="probability of the predicted class",
         ylabel="test rows",
@@ -249,7 +251,7 @@ def residuals(data: Data, outputs: Tensor) -> bytes:
     true, predicted = _in_units(data, outputs)
     figure, axes = new_figure(5.5, 4)
     axis = axes[0, 0]
-    axis.hist((predicted - true).flatten().numpy(), bins=40, color=PARTS["train"])
+    axis.hist((predicted - true).flatten().numpy(), bins=40, color=PART_COLOURS["train"])
     axis.axvline(0, color="black", linewidth=1)
     axis.set(xlabel="predicted - true", ylabel="test rows", title=f"{readable(data.name)}: errors")
     axis.grid(alpha=0.3)

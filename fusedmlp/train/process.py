@@ -154,7 +154,7 @@ class World:
         dist.all_reduce(gathered, op=dist.ReduceOp.MAX)
         return gathered.tolist()
 
-    def lead(self, do: Callable):
+    def run_on_lead(self, do: Callable):
         """Call do() on rank 0 only; all processes return its result, or all fail with its error,
         which rank 0 reports."""
         if self.size == 1:

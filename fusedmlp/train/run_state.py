@@ -138,7 +138,7 @@ def save(run: Run) -> None:
         save_checkpoint(run.folder.file("checkpoint.pt"), content)
         run.folder.write_metrics(run.history)
 
-    run.world.lead(write)
+    run.world.run_on_lead(write)
     run.saved_at, run.saved_step = time.monotonic(), run.position.global_step
 
 

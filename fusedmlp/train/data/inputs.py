@@ -11,15 +11,15 @@ from ..config import TrainConfig
 from ..errors import TrainError, UsageError
 from .loaders import Loaders
 from .rows import (
-    array,
+    as_tensor,
     check_classes,
     check_pair,
     dtype_of,
-    fitted,
-    kinds,
     loss_for,
+    reshaped_targets,
     row_shape,
     shape,
+    type_names,
 )
 from .types import Data, Scaling, in_fp32, standardized, with_validation
 
@@ -34,14 +34,14 @@ def as_data(data, config: TrainConfig) -> Data | Loaders:
         _check_parts([part for part in parts if part[0] is not None], data.is_classes)
         return data
     parts = data if isinstance(data, tuple | list) else ()
-    arrays = [array(part) for part in parts]
+    arrays = [as_tensor(part) for part in parts]
     if len(parts) in (2, 4) and all(a is not None for a in arrays):
         return _tensors(arrays, config)
     given = _loaders(data)
     if given is None:
         raise TypeError(
             "fit: data must be (x, y), (x, y, x_test, y_test), a Data, a loader of (x, y) batches "
-            f"(a Dataset needs a DataLoader) or (loader, test_loader), got {kinds(data)}"
+            f"(a Dataset needs a DataLoader) or (loader, test_loader), got {type_names(data)}"
         )
     if config.val_split or config.standardize:
         flag = "val_split" if config.val_split else "standardize"
@@ -67,11 +67,15 @@ def _loaders(data) -> Loaders | None:
 
 
 def _is_loader(part) -> bool:
-    return hasattr(part, "__iter__") and array(part) is None and not isinstance(part, str | Mapping)
+    return (
+        hasattr(part, "__iter__")
+        and as_tensor(part) is None
+        and not isinstance(part, str | Mapping)
+    )
 
 
 def _are_arrays(parts) -> bool:
-    return all(array(part) is not None for part in parts)
+    return all(as_tensor(part) is not None for part in parts)
 
 
 def _check_parts(parts: list[tuple[Tensor, Tensor, str]], is_classes: bool) -> None:
@@ -160,7 +164,7 @@ def _fitted_to(model: nn.Module, data: Data) -> Data:
         extra = tuple(str(i) for i in range(len(data.classes), wanted[0]))
         return replace(data, classes=data.classes + extra)
     matched = {
-        name: fitted(targets, wanted)
+        name: reshaped_targets(targets, wanted)
         for name in ("y_train", "y_test", "y_val")
         if (targets := getattr(data, name)) is not None
     }

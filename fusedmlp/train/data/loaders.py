@@ -9,10 +9,19 @@ from torch import Tensor, nn
 
 from ..config import TrainConfig
 from ..errors import TrainError
-from .rows import array, check_classes, check_pair, dtype_of, fitted, kinds, loss_for, row_shape
+from .rows import (
+    as_tensor,
+    check_classes,
+    check_pair,
+    dtype_of,
+    loss_for,
+    reshaped_targets,
+    row_shape,
+    type_names,
+)
 from .types import Scaling
 
-_NOTHING = object()
+_END = object()
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,7 @@ class Loaders:
 
 
 @dataclass(frozen=True)
-class Form:
+class BatchForm:
     """The form of all batches: inputs of scaling.dtype and targets for the loss, on the device."""
 
     device: torch.device
@@ -46,9 +55,9 @@ class Form:
 def _going_on(batch, iterator: Iterator) -> Iterator:
     """batch and the batches after it. iter() is not called on the iterator again: some would begin
     anew."""
-    while batch is not _NOTHING:
+    while batch is not _END:
         yield batch
-        batch = next(iterator, _NOTHING)
+        batch = next(iterator, _END)
 
 
 class Batches:
@@ -62,8 +71,8 @@ class Batches:
         self.loader, self.name = loader, name
         self.passes = 0
         iterator = iter(loader)
-        first = next(iterator, _NOTHING)
-        if first is _NOTHING:
+        first = next(iterator, _END)
+        if first is _END:
             raise TrainError(f"{name} must give at least one batch, got none")
         self.first = self._pair(first, 1)
         check_pair(*self.first, f"x of batch 1 of {name}", f"y of batch 1 of {name}")
@@ -71,7 +80,7 @@ class Batches:
         self.last = 1, self.rows  # number of the last batch, and the shape of its rows
         self.started = _going_on(first, iterator)
         self.generator = torch.get_rng_state()  # a shuffling loader has drawn from it by now
-        self.form: Form | None = None
+        self.form: BatchForm | None = None
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -95,7 +104,7 @@ class Batches:
                 "DataLoader or a list"
             )
 
-    def blame(self, error: Exception) -> None:
+    def raise_if_rows_differ(self, error: Exception) -> None:
         """Raise a TrainError where the batch at which the model failed has other rows than the
         first."""
         number, rows = self.last
@@ -105,7 +114,7 @@ class Batches:
                 f"those of batch 1 are {tuple(self.rows)}: {str(error).splitlines()[0]}"
             ) from error
 
-    def take(self, form: Form) -> None:
+    def set_form(self, form: BatchForm) -> None:
         """Set the form of all batches, and check the first one."""
         self.form = form
         self._formed(*self.first, 1)
@@ -114,10 +123,10 @@ class Batches:
     def _pair(self, batch, number: int) -> tuple[Tensor, Tensor]:
         # A tensor of two rows would unpack into two as well.
         if isinstance(batch, tuple | list) and len(batch) == 2:
-            x, y = (array(part) for part in batch)
+            x, y = (as_tensor(part) for part in batch)
             if x is not None and y is not None:
                 return x, y
-        given = kinds(batch)
+        given = type_names(batch)
         if isinstance(batch, Mapping):
             given += " with the keys " + ", ".join(map(str, batch))
         raise TypeError(
@@ -129,22 +138,22 @@ class Batches:
         form = self.form
         is_classes = form.loss == "cross_entropy"
         # Reading values on a GPU would wait for it in every step.
-        looks = number == 1 or (x.device.type == "cpu" and y.device.type == "cpu")
+        with_values = number == 1 or (x.device.type == "cpu" and y.device.type == "cpu")
         y_name = f"y of batch {number} of {self.name}"
         x_name = f"x of batch {number} of {self.name}"
-        check_pair(x, y, x_name, y_name, looks)
+        check_pair(x, y, x_name, y_name, with_values)
         if (x.dtype == torch.uint8) != form.is_bytes:
             raise TrainError(
                 f"{x_name} must be bytes in all batches or in none, which are divided by 255, "
                 f"got {x.dtype}"
             )
         if is_classes:
-            check_classes(y, y_name, form.outputs[0], looks)
+            check_classes(y, y_name, form.outputs[0], with_values)
         inputs = form.scaling(x.to(form.device, non_blocking=True))
         y = y.to(form.device, non_blocking=True)
         if is_classes:
             return inputs, y.long()
-        return inputs, fitted(y.to(form.scaling.dtype), form.outputs, y_name)
+        return inputs, reshaped_targets(y.to(form.scaling.dtype), form.outputs, y_name)
 
 
 def checked_loaders(
@@ -158,10 +167,10 @@ def checked_loaders(
     is_bytes = x.dtype == torch.uint8
     scaling = Scaling(255.0 if is_bytes else 1.0, dtype=dtype_of(model))
     outputs = row_shape(model, scaling(x[:2].to(device)), loss == "cross_entropy")
-    form = Form(device, scaling, loss, is_bytes, outputs)
-    train.take(form)
+    form = BatchForm(device, scaling, loss, is_bytes, outputs)
+    train.set_form(form)
     if test is not None:
         if test.rows != train.rows:
             row_shape(model, scaling(test.first[0][:2].to(device)), loss == "cross_entropy")
-        test.take(form)
+        test.set_form(form)
     return Loaders(train, test, loaders.name), scaling, loss

@@ -28,7 +28,7 @@ _PLAIN_SETTINGS = {
     torch.optim.Adam: _PLAIN_ADAM | {"decoupled_weight_decay": False},
     EpsilonHatAdam: _PLAIN_ADAM | {"decoupled_weight_decay": False},
 }
-_COMMON = ("momentum", "nesterov", "betas", "eps")  # the same for all groups
+_SHARED_SETTINGS = ("momentum", "nesterov", "betas", "eps")  # the same for all groups
 _LAYER_RULE = "only an activation or Dropout that follows a Linear can be part of its layer"
 
 
@@ -155,7 +155,7 @@ def reasons_against_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:
         for name in ("lr", "betas", "weight_decay")
         if any(_has_tensor(group.get(name)) for group in groups)
     ]
-    if any(group.get(name) != groups[0].get(name) for group in groups for name in _COMMON):
+    if any(group.get(name) != groups[0].get(name) for group in groups for name in _SHARED_SETTINGS):
         reasons.append("parameter groups may differ in lr and weight_decay only")
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         reasons.append("the optimiser has hooks")
