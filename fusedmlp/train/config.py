@@ -19,6 +19,11 @@ Activation = Literal[*activations.NAMES]
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """What is trained and how: data set, network, optimizer, schedule, precision and engine.
+
+    None leaves a setting to the data. `check` raises UsageError for a setting that cannot be.
+    """
+
     dataset: str = "auto"
     """auto, fashion_mnist, mnist, kmnist, digits, synthetic, or a FILE.npz or FILE.csv"""
     data_dir: Path | None = None
@@ -218,6 +223,8 @@ def _check_contradictions(config: TrainConfig) -> None:
 
 @dataclass(frozen=True)
 class RunOptions:
+    """Where a run is kept: the folder that it writes, or the one that it resumes."""
+
     out: Path | None = None
     """run folder; default a new numbered one under runs/"""
     overwrite: bool = False

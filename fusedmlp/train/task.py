@@ -24,7 +24,6 @@ class Task:
     device: torch.device
     x: Tensor | None = None  # (n, ...) rows as stored; None where batches come from a loader
     y: Tensor | None = None  # (n,) int64 for cross_entropy, else (n, k) floats
-    row_weights: Tensor | None = None  # (n,) in the loss of each batch; None: all are equal
     scaling: Scaling = field(default_factory=Scaling)
     precision: str = "fp32"
     seed: int = 0
@@ -32,6 +31,7 @@ class Task:
     label_smoothing: float = 0.0  # cross_entropy only
     clip_norm: float = 0.0  # largest norm of all gradients together; 0: any
     schedule: Schedule = field(default_factory=Schedule)  # of the learning rates
+    row_weights: Tensor | None = None  # (n,) in the loss of each batch; None: all are equal
 
     @property
     def mask_layers(self) -> int:
