@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -233,6 +234,17 @@ def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path, monkeypatch)
     for thread in threads:
         thread.join()
     assert sorted(found) == [f"{i:04d}" for i in range(1, 9)]
+
+
+def test_options_without_a_folder_take_the_next_number(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = fit(network(), made_data.blobs(), config(epochs=1), RunOptions())
+    assert result.folder == Path("runs/0001")
+    held = json.loads((result.folder / "config.json").read_text())
+    kept = RunOptions(out=result.folder).to_dict()
+    assert {name: held[name] for name in kept} == kept
+    assert TrainConfig.from_dict(held) == result.config
+    assert fit(network(), made_data.blobs(), config(epochs=1)).folder is None
 
 
 def test_two_runs_cannot_take_one_named_folder(tmp_path):

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .data.scaling import Scaling
 from .data.types import Data
 from .errors import TrainError
 
@@ -214,12 +215,10 @@ def confusion(data: Data, outputs: Tensor) -> bytes:
 
 def _in_units(data: Data, outputs: Tensor) -> tuple[Tensor, Tensor]:
     """(true, predicted), each (n, k), in the target's own units."""
-    true = data.y_test.cpu().float().reshape(len(outputs), -1)
-    predicted = outputs.float().reshape(len(outputs), -1)
-    if data.target_scaling is None:
-        return true, predicted
-    mean, std = data.target_scaling.mean, data.target_scaling.std
-    return true * std + mean, predicted * std + mean
+    scaling = data.target_scaling or Scaling()
+    both = (data.y_test.cpu(), outputs)
+    true, predicted = (scaling.undo(t.reshape(len(outputs), -1)) for t in both)
+    return true, predicted
 
 
 def scatter(data: Data, outputs: Tensor) -> bytes:

@@ -140,12 +140,7 @@ def on_device(data: Data, model: nn.Module, device: torch.device) -> Data:
     if dtype != torch.float64:
         data = in_fp32(data)
     if not data.is_classes:
-        casted = {
-            n: t.to(dtype)
-            for n in ("y_train", "y_test", "y_val")
-            if (t := getattr(data, n)) is not None
-        }
-        data = replace(data, **casted)
+        data = data.map(lambda targets: targets.to(dtype), "y")
     return _fitted_to(model, data)
 
 
@@ -163,9 +158,4 @@ def _fitted_to(model: nn.Module, data: Data) -> Data:
                 check_classes(targets, name, wanted[0])
         extra = tuple(str(i) for i in range(len(data.classes), wanted[0]))
         return replace(data, classes=data.classes + extra)
-    matched = {
-        name: reshaped_targets(targets, wanted)
-        for name in ("y_train", "y_test", "y_val")
-        if (targets := getattr(data, name)) is not None
-    }
-    return replace(data, **matched)
+    return data.map(lambda targets: reshaped_targets(targets, wanted), "y")

@@ -6,6 +6,7 @@ The data set that a config names is read in datasets.py.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -53,13 +54,19 @@ class Data:
     def is_classes(self) -> bool:
         return self.classes is not None
 
-    def to(self, device) -> "Data":
-        moved = {
-            name: tensor.to(device)
-            for name in ("x_train", "y_train", "x_test", "y_test", "x_val", "y_val")
+    def map(self, change: Callable[[Tensor], Tensor], kinds: str = "xy") -> "Data":
+        """The data with rows ("x"), targets ("y") or both changed, in every part that is there."""
+        changed = {
+            name: change(tensor)
+            for kind in kinds
+            for name in (f"{kind}_train", f"{kind}_test", f"{kind}_val")
             if (tensor := getattr(self, name)) is not None
         }
-        return replace(self, scaling=self.scaling.to(device), **moved)
+        return replace(self, **changed)
+
+    def to(self, device) -> "Data":
+        data = self.map(lambda tensor: tensor.to(device))
+        return replace(data, scaling=self.scaling.to(device))
 
     def describe(self) -> dict:
         """The plain values that evaluate and predict need later."""
@@ -179,36 +186,31 @@ def standardized(data: Data, rows: Tensor | None = None) -> Data:
 def scaled(data: Data, scaling: Scaling, target_scaling: Scaling | None) -> Data:
     """The data with bytes to be scaled as they are gathered, other rows and targets scaled."""
 
-    def through(scaling: Scaling, rows: Tensor | None) -> Tensor | None:
-        if rows is None:
-            return None
-        # A model in fp64 gets what there is.
-        wide = rows.dtype in (torch.float64, torch.int64)
-        return replace(scaling, dtype=torch.float64 if wide else torch.float32)(rows)
+    def scale(scaling: Scaling, values: Tensor) -> Tensor:
+        # fp64 stays, for a model in fp64.
+        wide = values.dtype in (torch.float64, torch.int64)
+        return replace(scaling, dtype=torch.float64 if wide else torch.float32)(values)
 
-    parts = ("train", "test", "val")
     data = replace(data, fingerprint=data.digest())
     if data.x_train.dtype == torch.uint8:
         data = replace(data, scaling=scaling.to(dtype=torch.float32))
     else:
-        inputs = {f"x_{part}": through(scaling, getattr(data, f"x_{part}")) for part in parts}
-        data = replace(data, scaling=Scaling(), row_scaling=scaling, **inputs)
+        data = data.map(lambda rows: scale(scaling, rows), "x")
+        data = replace(data, scaling=Scaling(), row_scaling=scaling)
     if target_scaling is None:
         return data
-    targets = {f"y_{part}": through(target_scaling, getattr(data, f"y_{part}")) for part in parts}
+    data = data.map(lambda targets: scale(target_scaling, targets), "y")
     note = f"losses are in units of the variance of {data.target or 'the target'}"
-    return replace(data, target_scaling=target_scaling, notes=(*data.notes, note), **targets)
+    return replace(data, target_scaling=target_scaling, notes=(*data.notes, note))
 
 
 def in_fp32(data: Data) -> Data:
     """The data with fp64 rows and targets cut to fp32, which the engines read."""
-    narrow = {
-        name: tensor.float()
-        for part in ("train", "test", "val")
-        for name in (f"x_{part}", f"y_{part}")
-        if (tensor := getattr(data, name)) is not None and tensor.dtype == torch.float64
-    }
-    return replace(data, fingerprint=data.digest(), **narrow) if narrow else data
+    tensors = (data.x_train, data.y_train, data.x_test, data.y_test, data.x_val, data.y_val)
+    if not any(t is not None and t.dtype == torch.float64 for t in tensors):
+        return data
+    narrow = data.map(lambda t: t.float() if t.dtype == torch.float64 else t)
+    return replace(narrow, fingerprint=data.digest())
 
 
 def prepared(data: Data, standardize: bool, rows: Tensor | None = None) -> Data:
