@@ -23,8 +23,8 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.neural_network import MLPClassifier
 
 from fusedmlp.sklearn import FusedMLPClassifier
-from fusedmlp.train import Data, TrainConfig, build, compare, crossval, fit
-from fusedmlp.train.crossvalidation import splits_of
+from fusedmlp.train import Data, TrainConfig, build, crossval, fit
+from fusedmlp.train.crossvalidation import candidate_configs, splits_of
 from fusedmlp.train.data import datasets
 
 from . import record
@@ -46,7 +46,7 @@ def one_by_one(config: TrainConfig) -> list[float]:
     """The same by a loop of fit, the last network on all rows included."""
     loaded = datasets.load(config)
     errors = []
-    candidates = compare.candidates(config, COMPARED)
+    candidates = candidate_configs(config, COMPARED)
     for candidate in candidates:
         wrong = []
         for kept, held in splits_of(loaded, FOLDS)[0]:
@@ -66,7 +66,7 @@ def one_by_one(config: TrainConfig) -> list[float]:
 
 
 def _error(config: TrainConfig, part: Data, x, y) -> float:
-    net = build.build(config, part)
+    net = build.build_network(config, part)
     fit(net, part, config)
     build.evaluate(net, part.x_train, part.y_train, part.scaling, "cross_entropy")
     return 1 - build.evaluate(net, x, y, part.scaling, "cross_entropy")[1]

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from fusedmlp.nn import FusedMLP
 from fusedmlp.train.data.types import Scaling
-from fusedmlp.train.engines.autograd import Task
 from fusedmlp.train.engines.native import Native
 from fusedmlp.train.engines.native_many import NativeMany, Share
+from fusedmlp.train.task import Task
 
 from . import record, timing
 
@@ -111,7 +111,7 @@ def eager(net: Network):
 
 
 def engine_of(task: Task) -> Native:
-    if reasons := Native.refuses(task):
+    if reasons := Native.reasons_against(task):
         raise SystemExit(f"bench.engine_step: the native engine cannot run: {'; '.join(reasons)}")
     return Native(task)
 

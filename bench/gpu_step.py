@@ -34,7 +34,7 @@ from pathlib import Path
 
 import torch
 
-from fusedmlp.train.data import datasets, idx, types
+from fusedmlp.train.data import datasets, images, types
 
 from . import record, step_ways, timing
 from .step_ways import Case
@@ -160,8 +160,9 @@ def shown(row: dict) -> str:
 
 def loaded_for(args, job: Job) -> types.Data:
     """Fashion-MNIST where it is on disk, else noise of its sizes."""
-    root = args.data_dir or idx.default_folder()
-    if args.rows is None and idx.find(idx.IMAGE_SETS["fashion_mnist"], root):  # never fetched here
+    root = args.data_dir or images.default_folder()
+    has_files = images.find_files(images.IMAGE_SETS["fashion_mnist"], root)  # never downloaded here
+    if args.rows is None and has_files:
         return datasets.load(job.config)
     rows = args.rows or 60_000
     return made(rows, max(1, rows // 6))

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from fusedmlp.nn import FusedMLP
 from fusedmlp.spec import philox
 from fusedmlp.train.data import types
-from fusedmlp.train.engines.autograd import Task, autocast
 from fusedmlp.train.engines.graph import Graph
+from fusedmlp.train.task import Task, autocast
 
 RATE, SEED = 0.05, 0x5EED
 FLOOR = 1e-3  # relative error of an update: one hidden unit on the other side of relu's kink
@@ -146,7 +146,7 @@ class Ours:
         optimizer = torch.optim.SGD(self.net.parameters(), lr=RATE)
         task = Task(self.net, optimizer, "cross_entropy", device, loaded.x_train, loaded.y_train)
         task.scaling, task.precision, task.seed = loaded.scaling, case.precision, SEED
-        refuses = Graph.refuses if device.type == "cuda" else Graph.objections
+        refuses = Graph.reasons_against if device.type == "cuda" else Graph.reasons_on_any_device
         if reasons := refuses(task):
             raise RuntimeError("; ".join(reasons))
         self.engine = Graph(task)

@@ -15,7 +15,7 @@ from torch import nn
 
 from fusedmlp.train import TrainConfig, build, fit
 from fusedmlp.train.data import types
-from fusedmlp.train.engines import autograd
+from fusedmlp.train.task import autocast
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def plain_network(job: Job, loaded: types.Data, seed: int) -> nn.Sequential:
     for wide, narrow, p in zip(sizes, config.hidden, config.dropout_per_layer(), strict=False):
         layers += [nn.Linear(wide, narrow), nn.ReLU(), *([nn.Dropout(p)] if p else [])]
     net = nn.Sequential(*layers, nn.Linear(sizes[-1], loaded.out_features))
-    net.load_state_dict(build.build(config, loaded).state_dict())
+    net.load_state_dict(build.build_network(config, loaded).state_dict())
     return net.to(loaded.x_train.device)
 
 
@@ -72,7 +72,7 @@ class Ours:
 
     def run(self, seed: int) -> float:
         config = self.job.config.replace(seed=seed)
-        result = fit(build.build(config, self.data), self.data, config)
+        result = fit(build.build_network(config, self.data), self.data, config)
         if result.interrupted:
             raise KeyboardInterrupt
         return result.history[-1]["test_accuracy"]
@@ -96,13 +96,13 @@ class InMemory:
         for _ in range(self.job.epochs):
             order = torch.randperm(len(self.x), device=self.x.device)
             for rows in order.split(batch):
-                with autograd.autocast(self.x.device, self.job.config.precision):
+                with autocast(self.x.device, self.job.config.precision):
                     loss = F.cross_entropy(net(self.x[rows]), self.data.y_train[rows])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 total += loss.detach()
-            with autograd.autocast(self.x.device, self.job.config.precision):
+            with autocast(self.x.device, self.job.config.precision):
                 right = accuracy(net, self.x_test, self.data.y_test)
         return right
 
@@ -182,12 +182,12 @@ class ScikitLearn:
 
 def unpack(data_dir: Path | None, folder: Path) -> None:
     """The four files where torchvision wants them, unpacked."""
-    from fusedmlp.train.data import idx
+    from fusedmlp.train.data import images
 
-    root = data_dir if data_dir is not None else idx.default_folder()
+    root = data_dir if data_dir is not None else images.default_folder()
     raw = folder / "FashionMNIST" / "raw"
     raw.mkdir(parents=True, exist_ok=True)
-    for path in idx.find(idx.IMAGE_SETS["fashion_mnist"], root):
+    for path in images.find_files(images.IMAGE_SETS["fashion_mnist"], root):
         content = path.read_bytes()
         if path.suffix == ".gz":
             content = gzip.decompress(content)

@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from fusedmlp.spec import philox
-from fusedmlp.train import build
+from fusedmlp.train import build, engines
 from fusedmlp.train.data import datasets, types
-from fusedmlp.train.engines import autograd
+from fusedmlp.train.task import Task
 
 from . import record
 from .timing import percentile, spread
@@ -180,12 +180,12 @@ def _errors(
 
 
 def _engine(job: Job, loaded: types.Data):
-    net = build.build(job.config, loaded).to(loaded.x_train.device).train()
+    net = build.build_network(job.config, loaded).to(loaded.x_train.device).train()
     optimizer = build.optimizer_for(net, job.config, "cross_entropy")
-    task = autograd.Task(net, optimizer, "cross_entropy", loaded.x_train.device)
+    task = Task(net, optimizer, "cross_entropy", loaded.x_train.device)
     task.x, task.y, task.scaling = loaded.x_train, loaded.y_train, loaded.scaling
     task.seed = job.config.seed
-    engine = autograd.choose(job.config.engine, task)
+    engine = engines.choose(job.config.engine, task)
     engine.set_step(0)
     return engine
 

@@ -1,7 +1,7 @@
 """Lesson 7: choosing a model by cross-validation, and what generalisation hangs on.
 
 scikit-learn's digits, made hard: only 400 rows to learn from, and one in five of their labels is
-wrong. Rows that judge a model have the right ones.
+wrong. Rows on which a model is evaluated have the right ones.
 """
 
 import itertools

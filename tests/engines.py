@@ -1,4 +1,4 @@
-"""Helpers of the tests of the step engines: tasks, and plain PyTorch's own loop as the judge."""
+"""Helpers of the tests of the engines: tasks, and plain PyTorch's own loop as the reference."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fusedmlp.nn import FusedMLP
 from fusedmlp.spec import philox
 from fusedmlp.train import TrainConfig
 from fusedmlp.train.data.types import Data, permutation
-from fusedmlp.train.engines import native_op
-from fusedmlp.train.engines.autograd import Task, choose
+from fusedmlp.train.engines import choose, native_op
 from fusedmlp.train.engines.graph import Graph
 from fusedmlp.train.optim import EpsilonHatAdam
 from fusedmlp.train.schedule import Schedule
+from fusedmlp.train.task import Task
 
 
 def need_native() -> None:

@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from fusedmlp import cli
-from fusedmlp.train import TrainConfig, checkpoint
-from fusedmlp.train.data import fetch, idx
+from fusedmlp.train import RunOptions, TrainConfig
+from fusedmlp.train.data import images
+from fusedmlp.train.run_folder import load_checkpoint
 
 from . import made_data
 
@@ -32,10 +33,12 @@ QUICK = ("--device", "cpu", "--epochs", "2")
 @pytest.fixture(autouse=True)
 def _here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(fetch, "fetch", lambda name, root, **_: "no network in tests")
+    monkeypatch.setattr(images, "download", lambda *_: "no network in tests")
     monkeypatch.setenv("FUSEDMLP_DATA", str(tmp_path / "none"))
     monkeypatch.setattr(
-        idx, "IMAGE_SETS", {n: replace(s, system_folders=()) for n, s in idx.IMAGE_SETS.items()}
+        images,
+        "IMAGE_SETS",
+        {n: replace(s, system_folders=()) for n, s in images.IMAGE_SETS.items()},
     )
 
 
@@ -94,10 +97,10 @@ def test_flags_arrive_in_the_config():
     flags = (
         "--hidden 32 16 --dropout 0.2 0.5 --optimizer adamw --val-split 0.1 --standardize --seed -3"
     )
-    made = commands.parse_train(flags.split())
+    made, _ = commands.parse_train(flags.split())
     assert made.hidden == (32, 16) and made.dropout == (0.2, 0.5) and made.seed == -3
     assert made.optimizer == "adamw" and made.val_split == 0.1 and made.standardize
-    assert TrainConfig.from_dict(json.loads(made.to_json())) == made
+    assert TrainConfig.from_dict(json.loads(json.dumps(made.to_dict()))) == made
 
 
 # resume
@@ -109,7 +112,7 @@ def test_resume_takes_what_is_not_given_from_the_run(capsys, tmp_path):
     assert run("train", *flags, "--epochs", "2", "--out", "part") == 0
     assert run("train", "--resume", "part", "--epochs", "4") == 0
     assert "going on from epoch 3" in capsys.readouterr().out
-    whole, part = (checkpoint.load(tmp_path / name)["model"] for name in ("whole", "part"))
+    whole, part = (load_checkpoint(tmp_path / name)["model"] for name in ("whole", "part"))
     assert all(torch.equal(whole[name], part[name]) for name in whole)
     assert run("train", "--resume", "part", "--hidden", "64", "--epochs", "6") == 2
     assert "--hidden must stay [32] as in the run, got [64]" in capsys.readouterr().err
@@ -149,7 +152,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_model(tmp_path, how):
         assert [f.name for f in (tmp_path / "part").iterdir() if f.name.startswith(".")] == []
     finally:
         torch.set_num_threads(threads)
-    whole, part = (checkpoint.load(tmp_path / name)["model"] for name in ("whole", "part"))
+    whole, part = (load_checkpoint(tmp_path / name)["model"] for name in ("whole", "part"))
     assert all(torch.equal(whole[name], part[name]) for name in whole)
 
 
@@ -169,9 +172,9 @@ def trained_on_pictures(tmp_path):
     from fusedmlp.train import build, fit
 
     made = made_data.pictures(rows=400)
-    settings = TrainConfig(epochs=15, batch_size=32, hidden=(32,), out=tmp_path / "run")
+    settings = TrainConfig(epochs=15, batch_size=32, hidden=(32,))
     settings = settings.replace(init="default", lr=0.5, device="cpu")
-    fit(build.build(settings, made), made, settings)
+    fit(build.build_network(settings, made), made, settings, RunOptions(out=tmp_path / "run"))
     return made
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from fusedmlp import cli
-from fusedmlp.train import TrainConfig, UsageError, compare, crossval, fit
+from fusedmlp.train import TrainConfig, UsageError, crossval, fit
 from fusedmlp.train import build as models
 from fusedmlp.train import crossvalidation as cv
+from fusedmlp.train.commands import split_compared
 from fusedmlp.train.console import Quiet
 from fusedmlp.train.data import datasets
 from fusedmlp.train.data.types import Data, Scaling
@@ -61,7 +62,7 @@ def test_scores_are_those_of_training_each_network_alone():
     splits, _ = cv.splits_of(data, 3)
     for candidate in result.candidates:
         for number, (kept, held) in enumerate(splits):
-            net = models.build(candidate.config, data)
+            net = models.build_network(candidate.config, data)
             parts = data.x_train[kept], data.y_train[kept], data.x_train[held], data.y_train[held]
             given = replace(
                 data, x_train=parts[0], y_train=parts[1], x_test=parts[2], y_test=parts[3]
@@ -78,7 +79,7 @@ def test_the_best_is_refit_on_all_rows_and_tested():
     assert result.best.settings == {"lr": 0.5}
     assert result.best.mean("val") < result.candidates[0].mean("val")
     data = _digits()
-    net = models.build(result.best.config, data)
+    net = models.build_network(result.best.config, data)
     last = fit(net, data, result.best.config).history[-1]
     assert result.test.error == pytest.approx(1 - last["test_accuracy"])
     for a, b in zip(net.parameters(), result.model.parameters(), strict=True):
@@ -87,7 +88,7 @@ def test_the_best_is_refit_on_all_rows_and_tested():
 
 
 def test_folds_are_scaled_by_their_own_training_rows(monkeypatch):
-    """A held-out row that is far off must not have a say in the scaling that it is judged by."""
+    """A held-out row that is far off must have no part in the scaling it is evaluated with."""
     seen = []
 
     def spy(members, x, y, **settings):
@@ -116,13 +117,13 @@ def test_folds_are_scaled_by_their_own_training_rows(monkeypatch):
 @pytest.mark.parametrize("targets", [1, 2])
 @pytest.mark.parametrize("standardize", [False, True])
 def test_errors_of_a_regression_are_in_its_own_units(targets, standardize, monkeypatch):
-    """However they are judged: in one call, or network by network as two scaled targets have to."""
+    """Both in one call, and network by network, which two scaled targets need."""
     x = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
     y = torch.stack([100 + 10 * x.sum(1), x[:, 0]], 1)[:, :targets]
     config = TrainConfig(standardize=standardize, epochs=3, lr=1e-3, batch_size=16, hidden=(8,))
     compared = {"weight_decay": [0.0, 0.1]}
     here = crossval(config, compared, folds=2, data=(x, y))
-    monkeypatch.setattr(cv.native_judge, "judge", lambda *a, **k: None)
+    monkeypatch.setattr(cv.native_evaluate, "evaluate", lambda *a, **k: None)
     there = crossval(config, compared, folds=2, data=(x, y))
     for a, b in zip(here.candidates, there.candidates, strict=True):
         for one, other in zip([*a.train, *a.val], [*b.train, *b.val], strict=True):
@@ -220,15 +221,15 @@ def test_two_runs_give_the_same_bits():
 
 def test_words_become_values():
     words = "--hidden 64 / 128 64 --lr 0.1 0.5 --dropout=0.1 / 0.2 --seed 3"
-    rest, found = compare.split(words.split())
+    rest, found = split_compared(words.split())
     assert rest == ["--seed", "3"]
     assert found == {
         "hidden": [["64"], ["128", "64"]],
         "lr": [["0.1"], ["0.5"]],
         "dropout": [["0.1"], ["0.2"]],
     }
-    assert compare.split(["--hidden", "256", "256", "--debug"])[1] == {}  # as train takes it
-    made = compare.candidates(TrainConfig(), {"hidden": [64, [128, 64]], "lr": [0.1, 0.5]})
+    assert split_compared(["--hidden", "256", "256", "--debug"])[1] == {}  # as train takes it
+    made = cv.candidate_configs(TrainConfig(), {"hidden": [64, [128, 64]], "lr": [0.1, 0.5]})
     assert [(c.hidden, c.lr) for c in made][1:3] == [((64,), 0.5), ((128, 64), 0.1)]
 
 

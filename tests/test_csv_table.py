@@ -1,4 +1,4 @@
-"""csv files: what is read, how a target's type is judged, and what every bad one is told."""
+"""csv files: what is read, how the type of a target is found, and the message for every bad one."""
 
 from __future__ import annotations
 

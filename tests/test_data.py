@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fusedmlp.train import TrainConfig, TrainError
-from fusedmlp.train.data import datasets, fetch, idx, types
+from fusedmlp.train.data import datasets, images, types
 
 from . import made_data
 
@@ -21,11 +21,11 @@ made_data.need("numpy")
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch, tmp_path):
     """No test downloads, and no data set of this machine is found by accident."""
-    monkeypatch.setattr(fetch, "fetch", lambda name, root, **_: "no network in tests")
-    monkeypatch.setattr(idx, "DEBIAN_FOLDER", tmp_path / "debian")
-    fashion = idx.IMAGE_SETS["fashion_mnist"]
+    monkeypatch.setattr(images, "download", lambda *_: "no network in tests")
+    monkeypatch.setattr(images, "DEBIAN_FOLDER", tmp_path / "debian")
+    fashion = images.IMAGE_SETS["fashion_mnist"]
     monkeypatch.setitem(
-        idx.IMAGE_SETS,
+        images.IMAGE_SETS,
         "fashion_mnist",
         replace(fashion, system_folders=(tmp_path / "debian",)),
     )
@@ -169,8 +169,8 @@ def test_files_of_another_set_are_refused_and_unknown_ones_noted(tmp_path, monke
     folder = made_data.write_idx(tmp_path)
     digest = hashlib.md5((folder / f"{_LABELS}.gz").read_bytes()).hexdigest()
     assert "not Fashion-MNIST's official file" in load(dataset="auto", data_dir=tmp_path).notes[0]
-    foreign = replace(idx.IMAGE_SETS["kmnist"], md5=(digest,))
-    monkeypatch.setitem(idx.IMAGE_SETS, "kmnist", foreign)
+    foreign = replace(images.IMAGE_SETS["kmnist"], md5=(digest,))
+    monkeypatch.setitem(images.IMAGE_SETS, "kmnist", foreign)
     with pytest.raises(
         TrainError, match="must belong to Fashion-MNIST, but it is a file of KMNIST"
     ):
@@ -286,6 +286,6 @@ def test_orders_of_epochs_and_seeds_differ_and_repeat():
 def test_gz_reading_needs_no_second_copy_of_the_file(tmp_path):
     """The tensor is a view of the bytes that were read."""
     content = bytearray(gzip.decompress(gzip.compress(made_data.idx_bytes(_PARTS[_IMAGES]))))
-    images = idx.parse(content, tmp_path / "x", "train images", 3)
+    rows = images.parse(content, tmp_path / "x", "train images", 3)
     content[16] ^= 1
-    assert images[0, 0, 0] == content[16]
+    assert rows[0, 0, 0] == content[16]

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fusedmlp.spec import philox
-from fusedmlp.train.distributed import World
+from fusedmlp.train.process import World
 
 from . import made_data
 
@@ -66,9 +66,9 @@ def _exact(rows: Path) -> dict[str, torch.Tensor]:
     from fusedmlp.train import build, fit
     from fusedmlp.train.data import datasets
 
-    config = commands.parse_train(["--dataset", str(rows), *FLAGS, "--backend", "reference"])
+    config, _ = commands.parse_train(["--dataset", str(rows), *FLAGS, "--backend", "reference"])
     loaded = datasets.load(config)
-    net = build.build(config, loaded).double()
+    net = build.build_network(config, loaded).double()
     fit(net, loaded, config)
     return net.state_dict()
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fusedmlp import cli
-from fusedmlp.train import TrainConfig, TrainError, UsageError, build, fit
+from fusedmlp.train import RunOptions, TrainConfig, TrainError, UsageError, build, fit
 from fusedmlp.train.data import datasets, inputs, types
 
 from . import made_data
@@ -98,7 +98,7 @@ def test_tables_are_scaled_and_small_ones_take_small_steps(rows, batch, epochs):
 def test_tensors_and_loaders_of_the_caller_are_taken_as_they_are():
     x = torch.randn(20, 3)
     for y, lr in ((torch.arange(20) % 2, 0.1), (x.sum(1), 0.01)):
-        assert settings_of(inputs.of((x, y), TrainConfig())) == COURSE | {"lr": lr}
+        assert settings_of(inputs.as_data((x, y), TrainConfig())) == COURSE | {"lr": lr}
     assert settings_of(inputs.Loaders([]))["optimizer"] == "sgd"
 
 
@@ -203,12 +203,11 @@ def test_a_run_on_scaled_tensors_goes_on_scaled(tmp_path):
     """The continuation names no setting: all are those of the run."""
     given = table()
     parts = given.x_train, given.y_train
-    first = TrainConfig(
-        epochs=2, batch_size=32, device="cpu", standardize=True, out=tmp_path / "run"
-    )
-    fit(network(sizes=(3, 8, 1)), parts, first)
-    found = fit(network(sizes=(3, 8, 1)), parts, TrainConfig(resume=tmp_path / "run", epochs=4))
-    whole = fit(network(sizes=(3, 8, 1)), parts, first.replace(epochs=4, out=None))
+    first = TrainConfig(epochs=2, batch_size=32, device="cpu", standardize=True)
+    fit(network(sizes=(3, 8, 1)), parts, first, RunOptions(out=tmp_path / "run"))
+    options = RunOptions(resume=tmp_path / "run")
+    found = fit(network(sizes=(3, 8, 1)), parts, TrainConfig(epochs=4), options)
+    whole = fit(network(sizes=(3, 8, 1)), parts, first.replace(epochs=4))
     assert found.config.standardize and found.history[-1]["train_loss"] == pytest.approx(
         whole.history[-1]["train_loss"]
     )
@@ -224,7 +223,7 @@ def test_both_ways_to_say_standardize_are_flags():
         (("--standardize", "--seed", "3"), True),
         (("--standardize", "False"), False),
     ):
-        assert commands.parse_train([*words]).standardize is wanted
+        assert commands.parse_train([*words])[0].standardize is wanted
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64])

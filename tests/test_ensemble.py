@@ -14,7 +14,7 @@ from fusedmlp.train import (
     UsageError,
     fit,
     fit_many,
-    refuses_many,
+    reasons_against_many,
 )
 from fusedmlp.train import (
     many as ensemble,
@@ -89,7 +89,7 @@ def assert_each_as_alone(members: list[Member], twins: list[Member], history, x,
 def test_each_of_many_has_the_bits_of_training_it_alone(name, threads):
     (x, y), before = blobs(), torch.get_num_threads()
     members, twins = members_of(FLAGS[name]), members_of(FLAGS[name])
-    assert refuses_many(members, x, y, "cross_entropy") == []
+    assert reasons_against_many(members, x, y, "cross_entropy") == []
     try:
         torch.set_num_threads(threads)
         history = fit_many(members, x, y, loss="cross_entropy")
@@ -110,7 +110,7 @@ def test_slopes_that_are_learnt_and_squared_errors():
         ]
 
     members, twins = made(), made()
-    assert refuses_many(members, x, y, "mse") == []
+    assert reasons_against_many(members, x, y, "mse") == []
     history = fit_many(members, x, y.flatten(), loss="mse")
     assert history[0][0]["train_accuracy"] is None
     assert_each_as_alone(members, twins, history, x, y)
@@ -125,7 +125,7 @@ def test_bytes_are_scaled_inside():
         return [Member(n, config(seed=s), torch.arange(60 * s, 180)) for s, n in enumerate(nets)]
 
     members, twins = made(), made()
-    assert refuses_many(members, x, y, "cross_entropy") == []
+    assert reasons_against_many(members, x, y, "cross_entropy") == []
     history = fit_many(members, x, y, loss="cross_entropy", scaling=Scaling(255.0))
     assert_each_as_alone(members, twins, history, x, y)
 
@@ -153,17 +153,17 @@ def test_all_but_the_data_may_differ_in_one_call():
         ]
 
     members, twins = made(), made()
-    assert refuses_many(members, x, y, "cross_entropy") == []
+    assert reasons_against_many(members, x, y, "cross_entropy") == []
     history = fit_many(members, x, y, loss="cross_entropy")
     assert [len(rows) for rows in history] == [3, 5, 3, 1, 7]
     assert_each_as_alone(members, twins, history, x, y)
 
 
 def test_what_runs_one_after_the_other_has_the_same_bits(monkeypatch):
-    monkeypatch.setattr(ensemble, "MOST", 2)
+    monkeypatch.setattr(ensemble, "MAX_TOGETHER", 2)
     x, y = blobs()
     members, twins = (members_of(FLAGS["sgd"]) for _ in range(2))
-    reasons = refuses_many(members, x, y, "cross_entropy")
+    reasons = reasons_against_many(members, x, y, "cross_entropy")
     assert reasons == ["at most 2 networks are trained in one call, got 3"]
     history = fit_many(members, x, y, loss="cross_entropy")
     assert_each_as_alone(members, twins, history, x, y)
@@ -185,7 +185,7 @@ def test_short_epochs_share_a_call_and_end_where_a_loss_does(monkeypatch):
     monkeypatch.setattr(
         NativeMany, "_call", lambda self, shares: (calls.append(len(shares)), call(self, shares))[1]
     )
-    monkeypatch.setattr("fusedmlp.train.engines.native_many.FIRST", 1000.0)
+    monkeypatch.setattr("fusedmlp.train.engines.native_many.FIRST_CALL_STEPS", 1000.0)
     members, twins = made(), made()
     history = fit_many(members, x, y, loss="cross_entropy")
     assert calls == [3]
@@ -264,8 +264,8 @@ def test_64_run_together_and_65_one_after_the_other():
         return [Member(n, c, torch.arange(ROWS)) for n, c in zip(nets, settings, strict=True)]
 
     many, more = made(64), made(65)
-    assert refuses_many(many, x, y, "cross_entropy") == []
-    assert "at most 64" in refuses_many(more, x, y, "cross_entropy")[0]
+    assert reasons_against_many(many, x, y, "cross_entropy") == []
+    assert "at most 64" in reasons_against_many(more, x, y, "cross_entropy")[0]
     first = fit_many(many, x, y, loss="cross_entropy")
     assert fit_many(more, x, y, loss="cross_entropy")[:64] == first
     assert all(state_equal(a.model, b.model) for a, b in zip(many, more, strict=False))
@@ -300,7 +300,8 @@ def test_what_cannot_share_a_call_says_why(case):
     first, second = members_of([{}, settings])
     second = second if make is None else Member(make(), second.config, second.rows)
     assert any(
-        message in reason for reason in refuses_many([first, second], *blobs(), "cross_entropy")
+        message in reason
+        for reason in reasons_against_many([first, second], *blobs(), "cross_entropy")
     )
 
 
@@ -325,7 +326,7 @@ def test_arguments_that_cannot_be_are_usage_errors(case):
     with pytest.raises(UsageError, match=message):
         fit_many(*arguments, loss=loss)
     with pytest.raises(UsageError, match=message):
-        refuses_many(*arguments, loss)
+        reasons_against_many(*arguments, loss)
 
 
 def test_members_must_have_models_of_their_own():

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedmlp.train import build, crossval, fit
+from fusedmlp.train import RunOptions, build, crossval, fit
 from fusedmlp.train.data.types import Data, Scaling
 from fusedmlp.train.engines import native_evaluate
+from fusedmlp.train.losses import loss_sums
 
 from . import made_data
 from .engines import OPTIMIZERS, config, engine_of, need_native, network
@@ -82,8 +83,8 @@ def metrics(folder: Path) -> str:
 
 def run(sizes, folder: Path, epochs: int = 4) -> str:
     """The metrics of a run into that folder."""
-    settings = dict(engine="native", epochs=epochs, optimizer="adamw", lr=1e-3, out=folder)
-    fit(network(sizes=sizes, dropout=0.1), made(512, 2048), config(**settings, batch_size=128))
+    settings = config(engine="native", epochs=epochs, optimizer="adamw", lr=1e-3, batch_size=128)
+    fit(network(sizes=sizes, dropout=0.1), made(512, 2048), settings, RunOptions(out=folder))
     return metrics(folder)
 
 
@@ -101,9 +102,9 @@ def test_metrics_of_equal_runs(name, each_way, tmp_path):
 def test_evaluations_of_one_network(name, each_way):
     data = made(16, 4000)
     engine = engine_of("native", network(sizes=NETWORKS[name]), data, OPTIMIZERS["sgd"])
-    found = each_way(lambda: tuple(engine.judge(data.x_test, data.y_test).tolist()), times=20)
+    found = each_way(lambda: tuple(engine.evaluate(data.x_test, data.y_test).tolist()), times=20)
     assert len(set(found)) == 1
-    wanted = build.judge(
+    wanted = loss_sums(
         "cross_entropy", build.predict(engine.task.model, data.x_test, Scaling()), data.y_test
     )
     torch.testing.assert_close(torch.tensor(found[0]).double(), wanted, rtol=1e-5, atol=0)
@@ -114,15 +115,15 @@ def test_evaluations_and_predictions_of_many_networks(each_way):
     nets = [network(sizes=sizes, seed=n) for n, sizes in enumerate(NETWORKS.values())]
     rows = [(torch.arange(n, 1500), torch.arange(0, 1500, 2)) for n in range(len(nets))]
 
-    def judged() -> tuple:
-        sums = native_evaluate.judge(nets, data.x_test, data.y_test, rows, loss="cross_entropy")
-        one = native_evaluate.judge(
+    def evaluated() -> tuple:
+        sums = native_evaluate.evaluate(nets, data.x_test, data.y_test, rows, loss="cross_entropy")
+        one = native_evaluate.evaluate(
             nets[2:3], data.x_test, data.y_test, rows[2:3], loss="cross_entropy"
         )
         outputs = [build.predict(net, data.x_test, Scaling()) for net in nets[1:3]]
         return tuple(t.numpy().tobytes() for t in (sums, one, *outputs))
 
-    assert len(set(each_way(judged, times=3))) == 1
+    assert len(set(each_way(evaluated, times=3))) == 1
 
 
 def test_scores_of_cross_validation(each_way):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedmlp.train.data import idx
+from fusedmlp.train.data.images import IMAGE_SETS, default_folder, find_files
 
 pytest.importorskip("matplotlib", reason="the lessons draw: pip install 'fusedmlp[train]'")
 pytest.importorskip("sklearn", reason="the lessons read its digits: pip install 'fusedmlp[train]'")
@@ -45,7 +45,7 @@ def images(request):
     """Arguments for a lesson on images: all of the digits, a short run on Fashion-MNIST."""
     if request.param == "digits":
         return DIGITS
-    if idx.find(idx.IMAGE_SETS["fashion_mnist"], idx.default_folder()) is None:
+    if find_files(IMAGE_SETS["fashion_mnist"], default_folder()) is None:
         pytest.skip("Fashion-MNIST is not on this machine; FUSEDMLP_DATA names its folder")
     return "--dataset", "fashion_mnist", "--epochs", "2"
 

@@ -35,11 +35,11 @@ def test_what_runs_outside_of_a_graph_and_when_graphs_are_made(monkeypatch):
         engine.captures = captures
         for _ in range(3):
             engine.steps(order, 8)
-            engine.judge(x, y)
+            engine.evaluate(x, y)
         other = copy.deepcopy(engine.task.optimizer.state_dict())
         engine.task.optimizer.load_state_dict(other)
         engine.steps(order, 8)
-        engine.judge(x, y)
+        engine.evaluate(x, y)
         engine.steps(torch.arange(300).repeat(2), 400)  # more rows than there are data
         engines.append(engine)
     once = ["capture", "replay"] * 5  # with the graph of the evaluation
@@ -78,7 +78,7 @@ def test_a_capture_that_fails_does_not_end_the_run(fails_at, monkeypatch, caplog
         engine.captures = captures
         for _ in range(3):
             engine.steps(order, 8)
-            engine.judge(data.x_test, data.y_test)
+            engine.evaluate(data.x_test, data.y_test)
         engines.append(engine)
     assert events == ["capture"] * fails_at + ["failure"]
     assert state_equal(engines[0].task.model, engines[1].task.model)

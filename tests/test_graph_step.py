@@ -15,8 +15,8 @@ from fusedmlp.backends import reference
 from fusedmlp.spec import activations
 from fusedmlp.train import TrainError, explain, fit
 from fusedmlp.train.data.types import Data, permutation, standardized
-from fusedmlp.train.engines import graph_calls
-from fusedmlp.train.engines.autograd import Autograd, choose, why
+from fusedmlp.train.engines import Autograd, choose, graph_calls
+from fusedmlp.train.engines import explain as explain_engines
 from fusedmlp.train.engines.graph import STEPS, Graph
 from fusedmlp.train.optim import EpsilonHatAdam
 from fusedmlp.train.schedule import Schedule
@@ -237,7 +237,7 @@ def test_no_call_of_the_sequence_waits_for_a_value(name, precision, monkeypatch)
         engine.calls.load(torch.arange(132), None)
         with Watch() as watch:
             engine.calls.run(32, 4)
-            engine.calls.judge(engine.task.x, engine.task.y)
+            engine.calls.evaluate(engine.task.x, engine.task.y)
     assert {"index_select", "mm", "_log_softmax"} <= watch.seen
     assert not watch.seen & WAITING and "_to_copy to a device" not in watch.seen
     with Watch() as watch:
@@ -255,7 +255,7 @@ def test_no_call_of_the_sequence_waits_for_a_value(name, precision, monkeypatch)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so():
     task = task_of(network(), made_data.pictures(), OPTIMIZERS["sgd"])
-    assert Graph.refuses(task) == ["it runs on a CUDA GPU, the device is cpu"]
+    assert Graph.reasons_against(task) == ["it runs on a CUDA GPU, the device is cpu"]
     with pytest.raises(TrainError, match="engine 'graph' was asked for but .* CUDA GPU"):
         choose("graph", task)
 
@@ -263,21 +263,23 @@ def test_without_a_gpu_it_says_so():
 def test_what_it_cannot_run_it_refuses():
     data = made_data.blobs()
     make = functools.partial(task_of, network(sizes=(12, 16, 3)), data)
-    assert Graph.objections(make(OPTIMIZERS["adamw"])) == []
-    assert "fp16" in Graph.objections(make(OPTIMIZERS["sgd"], precision="fp16"))[0]
-    assert "SGD, Adam or AdamW" in Graph.objections(make(torch.optim.RMSprop))[0]
-    assert "another place for epsilon" in Graph.objections(make(EpsilonHatAdam))[0]
-    assert "from a loader" in Graph.objections(make(OPTIMIZERS["sgd"], x=None))[0]
+    assert Graph.reasons_on_any_device(make(OPTIMIZERS["adamw"])) == []
+    assert "fp16" in Graph.reasons_on_any_device(make(OPTIMIZERS["sgd"], precision="fp16"))[0]
+    assert "SGD, Adam or AdamW" in Graph.reasons_on_any_device(make(torch.optim.RMSprop))[0]
+    assert "another place for epsilon" in Graph.reasons_on_any_device(make(EpsilonHatAdam))[0]
+    assert "from a loader" in Graph.reasons_on_any_device(make(OPTIMIZERS["sgd"], x=None))[0]
 
 
 def test_auto_does_not_take_it(monkeypatch):
     """Also where it could run: no results file has shown it on a GPU."""
-    monkeypatch.setattr(Graph, "refuses", Graph.objections)
+    monkeypatch.setattr(Graph, "reasons_against", Graph.reasons_on_any_device)
     task = task_of(network(), made_data.pictures(), torch.optim.SGD, clip_norm=0.0)
     assert choose("auto", task).name in ("native", "autograd")
     assert choose("graph", task).name == "graph"
-    assert any("graph: only when asked for by name" in line for line in why("auto", task))
-    assert "graph: taken, asked for by name" in why("graph", task)
+    assert any(
+        "graph: only when asked for by name" in line for line in explain_engines("auto", task)
+    )
+    assert "graph: taken, asked for by name" in explain_engines("graph", task)
 
 
 def test_explain_names_the_engine_and_the_reasons_of_the_others():

@@ -177,7 +177,7 @@ def test_the_launches_of_an_evaluation(device, monkeypatch):
     with fusedmlp.use_backend("triton"):
         engine = on(device, data, OPTIMIZERS["sgd"])
         with launches:
-            engine.calls.judge(data.x_test, data.y_test)
+            engine.calls.evaluate(data.x_test, data.y_test)
     assert launches.seen["linear_act_fwd_kernel"] == 3 == len(engine.calls.layers)
     assert launches.seen["cross_entropy_kernel"] == 1
     assert launches.seen.total() <= 14

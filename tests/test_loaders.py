@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from fusedmlp.train import Scaling, TrainConfig, TrainError, UsageError, evaluate, fit
+from fusedmlp.train import RunOptions, Scaling, TrainConfig, TrainError, UsageError, evaluate, fit
 
 from . import made_data
 from .test_train import config, network, state_equal
@@ -203,8 +203,8 @@ def test_a_run_on_a_loader_that_is_resumed_between_epochs_goes_on_exactly(tmp_pa
 
     whole, part = net(), net()
     fit(whole, rows(), config(epochs=4))
-    fit(part, rows(), config(epochs=2, out=tmp_path / "run"))
-    fit(part, rows(), config(epochs=4, resume=tmp_path / "run"))
+    fit(part, rows(), config(epochs=2), RunOptions(out=tmp_path / "run"))
+    fit(part, rows(), config(epochs=4), RunOptions(resume=tmp_path / "run"))
     assert state_equal(whole, part)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 import fusedmlp
 from fusedmlp.train import TrainError, fit
 from fusedmlp.train.console import Quiet
-from fusedmlp.train.engines.autograd import choose
+from fusedmlp.train.engines import choose
 from fusedmlp.train.engines.native import Native
 from fusedmlp.train.optim import EpsilonHatAdam
 
@@ -61,7 +61,7 @@ def test_what_it_cannot_run_it_refuses_with_the_reason(case):
     change, settings, message = REFUSED[case]
     net = change(network(sizes=(12, 12, 3)))
     task = task_of(net, made_data.blobs(), OPTIMIZERS["sgd"], **settings)
-    assert message in "; ".join(Native.refuses(task))
+    assert message in "; ".join(Native.reasons_against(task))
     with pytest.raises(TrainError, match="cannot be used"):
         choose("native", task)
 
@@ -93,7 +93,7 @@ def test_what_it_cannot_run_it_refuses_with_the_reason(case):
 )
 def test_other_optimisers_are_refused_and_run_by_autograd(make):
     task = task_of(network(sizes=(12, 16, 3)), made_data.blobs(), make)
-    assert Native.refuses(task) and choose("auto", task).name == "autograd"
+    assert Native.reasons_against(task) and choose("auto", task).name == "autograd"
 
 
 class Notes(Quiet):

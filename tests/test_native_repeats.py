@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 
-from fusedmlp.train import TrainError, fit
+from fusedmlp.train import RunOptions, TrainError, fit
 from fusedmlp.train.console import Quiet
 from fusedmlp.train.data.types import Data, permutation
 
@@ -153,11 +153,11 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, settings):
     settings = config(engine="native", epochs=4, batch_size=1, **settings)
     data = made_data.blobs()
     whole = fit(network(sizes=(12, 16, 3), dropout=0.3), data, settings)
-    out = settings.replace(out=tmp_path / "run")
-    first = fit(network(sizes=(12, 16, 3), dropout=0.3), data, out, progress=StopAt(200))
+    net, out = network(sizes=(12, 16, 3), dropout=0.3), RunOptions(out=tmp_path / "run")
+    first = fit(net, data, settings, out, progress=StopAt(200))
     assert first.interrupted and not state_equal(first.model, whole.model)
-    resumed = settings.replace(resume=tmp_path / "run")
-    second = fit(network(sizes=(12, 16, 3), dropout=0.3, seed=9), data, resumed)
+    net, out = network(sizes=(12, 16, 3), dropout=0.3, seed=9), RunOptions(resume=tmp_path / "run")
+    second = fit(net, data, settings, out)
     assert state_equal(second.model, whole.model)
     assert [row["train_loss"] for row in second.history] == [
         row["train_loss"] for row in whole.history

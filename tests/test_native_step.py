@@ -11,7 +11,7 @@ from torch import nn
 from fusedmlp import fuse
 from fusedmlp.spec import activations
 from fusedmlp.train.data.types import Data, permutation, standardized
-from fusedmlp.train.engines import autograd
+from fusedmlp.train.losses import loss_sums
 from fusedmlp.train.optim import EpsilonHatAdam
 
 from . import made_data
@@ -85,8 +85,8 @@ def test_logistic_losses_keep_to_the_trajectory(outputs):
         engines[-1].steps(permutation(SEED, 0, len(data.x_train)), 64)
     (loss, *rest), (wanted, *others) = (engine.read() for engine in engines)
     assert loss == pytest.approx(wanted, rel=1e-5) and rest == others == [0.0, 300]
-    sums = engines[0].judge(data.x_test, data.y_test)
-    wanted = autograd.judge("logistic", net(data.x_test), data.y_test)
+    sums = engines[0].evaluate(data.x_test, data.y_test)
+    wanted = loss_sums("logistic", net(data.x_test), data.y_test)
     torch.testing.assert_close(sums, wanted, rtol=1e-4, atol=0)
 
 

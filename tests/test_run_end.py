@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fusedmlp import cli
-from fusedmlp.train import TrainError, checkpoint, crossval, finish, fit, plots, run_folder
+from fusedmlp.train import RunOptions, TrainError, crossval, fit, plots, run_folder, run_state
 from fusedmlp.train.console import Console
 
 from . import made_data
@@ -72,16 +72,16 @@ def test_a_picture_that_fails_is_a_line_of_warning(tmp_path, monkeypatch, capsys
     data = made_data.blobs()
     monkeypatch.setattr(plots, "curves", _fail)
     monkeypatch.setattr(plots, "confusion", _fail)
-    fit(network(), data, config(out=tmp_path / "said"), progress=Console())
+    fit(network(), data, config(), RunOptions(out=tmp_path / "said"), progress=Console())
     said = capsys.readouterr().out.splitlines()
     line = f"{tmp_path / 'said'}: no curves.png, confusion.png: no ink"
     assert said.count(f"warning: {line}") == 1
     assert files(tmp_path / "said") == RESULTS | {"predictions.png"}
     with caplog.at_level(logging.WARNING, logger="fusedmlp"):
-        fit(network(), data, config(out=tmp_path / "logged"))
+        fit(network(), data, config(), RunOptions(out=tmp_path / "logged"))
     assert [record.getMessage() for record in caplog.records] == [line.replace("said", "logged")]
     monkeypatch.undo()
-    fit(network(), data, config(resume=tmp_path / "logged"))
+    fit(network(), data, config(), RunOptions(resume=tmp_path / "logged"))
     assert files(tmp_path / "logged") == RESULTS | PICTURES
 
 
@@ -94,7 +94,7 @@ def test_results_are_there_before_the_first_picture(tmp_path, monkeypatch):
 
     monkeypatch.setattr(plots, "curves", look)
     with pytest.raises(KeyboardInterrupt):
-        fit(network(), made_data.blobs(), config(out=tmp_path / "run"))
+        fit(network(), made_data.blobs(), config(), RunOptions(out=tmp_path / "run"))
     assert seen == [RESULTS] and files(tmp_path / "run") == RESULTS
 
 
@@ -103,8 +103,9 @@ def test_a_run_needs_no_matplotlib(tmp_path, monkeypatch, caplog):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     data = made_data.blobs()
-    fit(network(), data, config(out=tmp_path / "run"))
-    crossval(config(hidden=(4,), epochs=1, out=tmp_path / "cv"), data=data, folds=2)
+    fit(network(), data, config(), RunOptions(out=tmp_path / "run"))
+    options = RunOptions(out=tmp_path / "cv")
+    crossval(config(hidden=(4,), epochs=1), options=options, data=data, folds=2)
     first, second = (record.getMessage() for record in caplog.records)
     assert "no curves.png, predictions.png, confusion.png: " in first
     assert "no crossval.png: " in second
@@ -129,7 +130,7 @@ def test_any_name_can_be_drawn(tmp_path, kind, caplog):
         net = network(sizes=(made.in_features, 8, len(made.classes)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        result = fit(net, data, config(out=tmp_path / "run"))
+        result = fit(net, data, config(), RunOptions(out=tmp_path / "run"))
     assert not caplog.records
     assert sum(name.endswith(".png") for name in result.paths) == 3
 
@@ -149,7 +150,7 @@ def _comparable(path) -> dict[str, object]:
     timed = ("seconds", "samples_per_second")
     found["summary.json"] = {k: v for k, v in summary.items() if not k.endswith(timed)}
     if "checkpoint.pt" in found:
-        content = checkpoint.load(path)
+        content = run_folder.load_checkpoint(path)
         for row in (*content["history"], content["position"]):
             for name in ("seconds", "total_seconds"):
                 row.pop(name, None)
@@ -175,14 +176,16 @@ def test_two_equal_runs_leave_equal_files(tmp_path, command, monkeypatch):
 def test_the_model_file_does_not_depend_on_the_order_of_a_hash_table():
     """The library keeps metadata in a table that has another order in each call."""
     net = network(dropout=0.1)
-    about = finish.describe(net, made_data.blobs())
-    assert len({finish.model_bytes(net, about) for _ in range(20)}) == 1
+    about = run_state.describe_run(net, made_data.blobs())
+    assert len({run_folder.model_bytes(net, about) for _ in range(20)}) == 1
 
 
 def test_the_model_file_is_one_that_the_library_reads(tmp_path):
     from safetensors import safe_open
 
-    result = fit(network(dropout=0.1), made_data.blobs(), config(out=tmp_path / "run"))
+    result = fit(
+        network(dropout=0.1), made_data.blobs(), config(), RunOptions(out=tmp_path / "run")
+    )
     with safe_open(result.paths["model.safetensors"], framework="pt") as file:
         assert file.metadata()["format"] == "pt"
         assert json.loads(file.metadata()["fusedmlp"])["model"]["kind"] == "FusedMLP"
@@ -203,7 +206,7 @@ def _fill_at(monkeypatch, count: int) -> list:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         sync(handle)
 
-    monkeypatch.setattr(checkpoint.os, "fsync", fsync)
+    monkeypatch.setattr(run_folder.os, "fsync", fsync)
     return calls
 
 
@@ -217,7 +220,7 @@ def test_a_disk_that_is_full_at_any_write_is_told_as_it_is(tmp_path, monkeypatch
         with monkeypatch.context() as patch:
             _fill_at(patch, number)
             try:
-                fit(network(), data, config(out=run))
+                fit(network(), data, config(), RunOptions(out=run))
                 break
             except TrainError as error:
                 told.append(str(error))
@@ -227,11 +230,11 @@ def test_a_disk_that_is_full_at_any_write_is_told_as_it_is(tmp_path, monkeypatch
             assert not run.exists()
             continue
         assert files(run) <= RESULTS and not any(name.startswith(".") for name in files(run))
-        held = checkpoint.load(run)["position"]["epoch"]
+        held = run_folder.load_checkpoint(run)["position"]["epoch"]
         assert told[-1].endswith(
             f"its checkpoint of epoch {held} is kept: go on with --resume {run}"
         )
-        assert fit(network(), data, config(resume=run)).history[-1]["epoch"] == 2
+        assert fit(network(), data, config(), RunOptions(resume=run)).history[-1]["epoch"] == 2
         assert files(run) == RESULTS | PICTURES
     # Two checkpoints with their metrics, and the results. Of pictures there are warnings.
     assert [text.split(f"{tmp_path}")[1].split(":")[0][2:] for text in told] == [
@@ -249,13 +252,13 @@ def test_a_disk_that_is_full_at_any_write_is_told_as_it_is(tmp_path, monkeypatch
 
 def test_what_a_killed_run_was_writing_is_removed_when_it_goes_on(tmp_path):
     data = made_data.blobs()
-    fit(network(), data, config(epochs=1, out=tmp_path / "run"))
+    fit(network(), data, config(epochs=1), RunOptions(out=tmp_path / "run"))
     left = tmp_path / "run" / ".checkpoint.pt-abc"
     left.write_bytes(b"half")
-    fit(network(), data, config(epochs=2, resume=tmp_path / "run"))
+    fit(network(), data, config(epochs=2), RunOptions(resume=tmp_path / "run"))
     assert not left.exists()
     left.write_bytes(b"half")
-    fit(network(), data, config(epochs=1, out=tmp_path / "run", overwrite=True))
+    fit(network(), data, config(epochs=1), RunOptions(out=tmp_path / "run", overwrite=True))
     assert not left.exists()
 
 

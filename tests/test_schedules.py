@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
-from fusedmlp.train import TrainConfig, UsageError, checkpoint, fit
+from fusedmlp.train import RunOptions, TrainConfig, UsageError, fit, run_folder
 from fusedmlp.train.console import Quiet
 from fusedmlp.train.loop import Result
 from fusedmlp.train.schedule import Schedule
@@ -126,27 +126,26 @@ def test_a_run_goes_on_in_the_middle_of_a_schedule_to_the_same_bits(tmp_path, en
     out = tmp_path / "run"
     stop = StopAt(100)
     first = fit(
-        network(sizes=(12, 16, 3), dropout=0.3), data, settings.replace(out=out), progress=stop
+        network(sizes=(12, 16, 3), dropout=0.3), data, settings, RunOptions(out=out), progress=stop
     )
     assert first.interrupted and not state_equal(first.model, whole.model)
     # The checkpoint holds the rate that the schedule multiplies, not that of the last step.
-    assert checkpoint.load(out)["optimizer"]["param_groups"][0]["lr"] == 0.01
+    assert run_folder.load_checkpoint(out)["optimizer"]["param_groups"][0]["lr"] == 0.01
     again = network(sizes=(12, 16, 3), dropout=0.3, seed=9)
-    second = fit(again, data, settings.replace(resume=out))
+    second = fit(again, data, settings, RunOptions(resume=out))
     assert state_equal(second.model, whole.model)
 
 
 def test_a_resumed_schedule_keeps_its_end(tmp_path):
     data, out = made_data.blobs(), tmp_path / "run"
     settings = config(epochs=2, lr_schedule="linear")
-    fit(network(sizes=(12, 16, 3)), data, settings.replace(out=out))
+    fit(network(sizes=(12, 16, 3)), data, settings, RunOptions(out=out))
     with pytest.raises(UsageError, match="--epochs must stay 2 as in the run, got 5"):
-        fit(network(sizes=(12, 16, 3)), data, settings.replace(epochs=5, resume=out))
+        fit(network(sizes=(12, 16, 3)), data, settings.replace(epochs=5), RunOptions(resume=out))
     with pytest.raises(UsageError, match="has done its 2 epochs; its --lr-schedule linear has end"):
-        fit(network(sizes=(12, 16, 3)), data, settings.replace(resume=out))
+        fit(network(sizes=(12, 16, 3)), data, settings, RunOptions(resume=out))
     with pytest.raises(UsageError, match="--lr-schedule must stay linear"):
-        longer = config(epochs=5, resume=out)
-        fit(network(sizes=(12, 16, 3)), data, longer)
+        fit(network(sizes=(12, 16, 3)), data, config(epochs=5), RunOptions(resume=out))
 
 
 @pytest.mark.parametrize(

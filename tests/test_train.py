@@ -15,11 +15,11 @@ from torch import nn
 
 from fusedmlp.nn import FusedMLP
 from fusedmlp.spec import philox
-from fusedmlp.train import TrainConfig, build, fit, predict
+from fusedmlp.train import TrainConfig, build, engines, fit, predict
 from fusedmlp.train.data import inputs
 from fusedmlp.train.data.types import permutation
-from fusedmlp.train.engines import autograd
 from fusedmlp.train.process import seed_generators
+from fusedmlp.train.task import Task
 
 from . import made_data
 
@@ -149,7 +149,7 @@ def engine_for(net: FusedMLP, data, settings: TrainConfig):
     """The autograd engine on all of the data, before its first step."""
     cpu = torch.device("cpu")
     data = inputs.on_device(data, net, cpu)
-    task = autograd.Task(
+    task = Task(
         net.train(), build.optimizer_for(net, settings, "cross_entropy"), "cross_entropy", cpu
     )
     task.x, task.y, task.scaling, task.seed = (
@@ -158,7 +158,7 @@ def engine_for(net: FusedMLP, data, settings: TrainConfig):
         data.scaling,
         settings.seed,
     )
-    engine = autograd.choose("autograd", task)
+    engine = engines.choose("autograd", task)
     engine.set_step(0)
     return engine
 
@@ -202,7 +202,7 @@ def test_the_seed_alone_decides_weights_order_and_masks():
         torch.rand(noise)
         settings = config(seed=seed, dropout=(0.5,), hidden=(16,), init="default")
         data = made_data.blobs()
-        return fit(build.build(settings, data), data, settings).model
+        return fit(build.build_network(settings, data), data, settings).model
 
     assert state_equal(trained(1, 3), trained(1, 77))
     assert not state_equal(trained(1, 3), trained(2, 3))
@@ -213,7 +213,7 @@ def test_the_global_generator_is_left_as_it_was(dropout):
     settings = config(dropout=(dropout,), hidden=(16,))
     before = torch.get_rng_state()
     data = made_data.blobs()
-    fit(build.build(settings, data), data, settings)
+    fit(build.build_network(settings, data), data, settings)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -233,11 +233,11 @@ def test_a_users_model_with_plain_dropout_repeats_too():
 def test_initial_weights_are_what_init_says():
     data = made_data.pictures()
     settings = TrainConfig(hidden=(400,), init_std=0.02, seed=9)
-    normal = build.build(settings, data)
+    normal = build.build_network(settings, data)
     weights = torch.cat([m.weight.flatten() for m in normal if isinstance(m, nn.Linear)])
     assert abs(weights.std().item() - 0.02) < 1e-3
     assert all((m.bias == 0).all() for m in normal if isinstance(m, nn.Linear))
-    default = build.build(settings.replace(init="default", init_std=None), data)
+    default = build.build_network(settings.replace(init="default", init_std=None), data)
     bound = 1 / 8  # of nn.Linear: 1 / sqrt(64)
     assert 0.9 * bound < default[0].weight.abs().max().item() <= bound
 
@@ -255,11 +255,11 @@ def test_the_mask_of_a_step_is_that_of_its_global_step_and_layer():
     net = network(sizes=(12, 16, 8, 3), dropout=0.5)
     for p in net.parameters():
         p.data.fill_(0.1)
-    task = autograd.Task(
+    task = Task(
         net, torch.optim.SGD(net.parameters(), lr=0.0), "cross_entropy", torch.device("cpu")
     )
     task.x, task.y, task.seed = torch.ones(5, 12), torch.zeros(5, dtype=torch.long), 42
-    engine = autograd.choose("autograd", task)
+    engine = engines.choose("autograd", task)
     engine.set_step(7)
     engine.step(torch.arange(5))
     first = philox.dropout_mask(42, 7 * 3, 5, 16, 0.5)

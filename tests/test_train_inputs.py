@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fusedmlp
-from fusedmlp.train import TrainConfig, TrainError, UsageError, distributed, fit
+from fusedmlp.train import RunOptions, TrainConfig, TrainError, UsageError, fit, loop
+from fusedmlp.train.process import World
 
 from . import made_data
 from .test_train import config, network, state_equal
@@ -253,12 +254,13 @@ SETTINGS = {
 
 @pytest.mark.parametrize("case", SETTINGS)
 def test_a_setting_that_cannot_be_is_a_usage_error(case):
+    kind = RunOptions if SETTINGS[case].keys() <= {"out", "overwrite", "resume"} else TrainConfig
     with pytest.raises(UsageError):
-        TrainConfig(**SETTINGS[case]).check()
+        kind(**SETTINGS[case]).check()
 
 
 def test_a_batch_smaller_than_the_number_of_processes_is_refused(monkeypatch):
-    monkeypatch.setattr(distributed, "current", lambda: distributed.World(1, 4))
+    monkeypatch.setattr(loop, "current_world", lambda: World(1, 4))
     with pytest.raises(UsageError, match="--batch-size must be at least .*processes, 4, got 3"):
         fit(network(), made_data.blobs(), config(batch_size=3))
 

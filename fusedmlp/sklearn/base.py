@@ -1,4 +1,4 @@
-"""What both estimators share: fit, partial_fit, early stopping and prediction.
+"""The base of both estimators: fit, partial_fit, early stopping and prediction.
 
 Steps and random draws come in the order of scikit-learn's MLP, so that the same random_state gives
 the same start and the same batches.
@@ -15,7 +15,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import train_test_split
 from sklearn.utils import check_random_state, shuffle
 
-# Private by name, and what estimators outside scikit-learn use for want of a public one.
+# Private by name; estimators outside scikit-learn use them, as there is no public one.
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 
 from ..train.config import TrainConfig
@@ -23,11 +23,13 @@ from ..train.process import pick_device
 from . import loop, settings
 from .weights import Weights, glorot, outputs
 
-_PROBLEM = "Solver produced non-finite parameter weights. The input data may contain large values"
+_NOT_FINITE = (
+    "Solver produced non-finite parameter weights. The input data may contain large values"
+)
 
 
 def offers_partial_fit(estimator) -> bool:
-    """For available_if: there is no partial_fit with lbfgs, as in scikit-learn."""
+    """For available_if: lbfgs has no partial_fit, as in scikit-learn."""
     if estimator.solver == "lbfgs":
         raise AttributeError(
             "partial_fit is only available for stochastic optimizers. lbfgs is not stochastic."
@@ -36,10 +38,47 @@ def offers_partial_fit(estimator) -> bool:
 
 
 class BaseFusedMLP(BaseEstimator):
-    """Not for use by itself. A subclass says how targets become numbers and back:
-    _validated, _out_activation, _targets, _decoded and _score_of."""
+    """Not for use by itself. A subclass defines how targets become numbers and back: _validated,
+    _out_activation, _targets, _decoded_targets and _score_of."""
 
     _stratifies = False  # whether held-out rows are drawn by class
+
+    def __init__(
+        self,
+        hidden_layer_sizes=(100,),
+        activation="relu",
+        *,
+        solver="adam",
+        alpha=0.0001,
+        batch_size="auto",
+        learning_rate="constant",
+        learning_rate_init=0.001,
+        power_t=0.5,
+        max_iter=200,
+        shuffle=True,
+        random_state=None,
+        tol=1e-4,
+        verbose=False,
+        warm_start=False,
+        momentum=0.9,
+        nesterovs_momentum=True,
+        early_stopping=False,
+        validation_fraction=0.1,
+        beta_1=0.9,
+        beta_2=0.999,
+        epsilon=1e-8,
+        n_iter_no_change=10,
+        max_fun=15000,
+        dropout=0.0,
+        device="auto",
+        backend="auto",
+        engine="auto",
+    ):
+        self._keep_arguments(locals())
+
+    def _keep_arguments(self, arguments: dict) -> None:
+        """Arguments become attributes of their names, as scikit-learn asks of a constructor."""
+        vars(self).update((k, v) for k, v in arguments.items() if k != "self")
 
     def fit(self, X, y, sample_weight=None):
         """Train from new weights, or with warm_start from those of the last fit.
@@ -48,7 +87,7 @@ class BaseFusedMLP(BaseEstimator):
         y              (n,) or (n, outputs)
         sample_weight  (n,) or None
         returns        self
-        raises         ValueError for settings or data that cannot be
+        raises         ValueError for wrong settings or data
         """
         return self._fit(X, y, sample_weight, False)
 
@@ -77,7 +116,7 @@ class BaseFusedMLP(BaseEstimator):
         seed = int(random_state.randint(2**31 - 1)) if any(dropout) else 0
         self._train(X, y, sample_weight, dropout, seed, random_state, incremental)
         if not self._weights().are_finite():
-            raise ValueError(f"{_PROBLEM} and need to be preprocessed.")
+            raise ValueError(f"{_NOT_FINITE} and need to be preprocessed.")
         return self
 
     def _backend(self) -> str | None:
@@ -121,7 +160,7 @@ class BaseFusedMLP(BaseEstimator):
             self.out_activation_,
             float(self.alpha),
         )
-        running = loop.make(
+        running = loop.Loop(
             self._weights(),
             settings.ACTIVATIONS[self.activation],
             dropout,
@@ -132,7 +171,7 @@ class BaseFusedMLP(BaseEstimator):
             seed,
             self._loop_state if incremental else None,
         )
-        self.engine_ = running.way
+        self.engine_ = running.engine.name
         validation = None
         if held is not None:
             weight = None if sample_weight is None else sample_weight[held]
@@ -189,7 +228,7 @@ class BaseFusedMLP(BaseEstimator):
             self.loss_curve_.append(self.loss_)
             if self.verbose:
                 print(f"Iteration {self.n_iter_}, loss = {self.loss_:.8f}")
-            self._judge(running, validation)
+            self._count_improvement(running, validation)
             if self.solver == "sgd" and self.learning_rate == "invscaling":
                 rate = self.learning_rate_init / (self.t_ + 1) ** self.power_t
                 running.set_learning_rate(rate)
@@ -205,7 +244,7 @@ class BaseFusedMLP(BaseEstimator):
                 stacklevel=2,
             )
 
-    def _judge(self, running, validation) -> None:
+    def _count_improvement(self, running, validation) -> None:
         """Count epochs without improvement; keep the best weights of early stopping."""
         if validation is None:
             is_better = self.loss_ <= self.best_loss_ - self.tol
@@ -218,14 +257,14 @@ class BaseFusedMLP(BaseEstimator):
             self.validation_scores_.append(score)
             if self.verbose:
                 print(f"Validation score: {score:f}")
-            # A score that is no number is not below the bar either: so does scikit-learn count.
+            # A score that is no number is not below the bar either: scikit-learn counts so too.
             is_better = not score < self.best_validation_score_ + self.tol
             if score > self.best_validation_score_:
                 self.best_validation_score_, self._best = score, now
         self._no_improvement_count = 0 if is_better else self._no_improvement_count + 1
 
     def _stops(self, running) -> bool:
-        """Whether to stop for want of improvement; adaptive rates are lowered first."""
+        """Whether to stop, as nothing improves any more; adaptive rates are lowered first."""
         what = "Validation score" if self.early_stopping else "Training loss"
         said = (
             f"{what} did not improve more than tol={self.tol:f} for {self.n_iter_no_change} "

@@ -1,4 +1,5 @@
-"""FusedMLPClassifier and FusedMLPRegressor: targets to numbers and back; the rest is in base.py."""
+"""FusedMLPClassifier and FusedMLPRegressor: how targets become numbers and back. The rest is in
+base.py."""
 
 import numpy as np
 from scipy.special import expit, log_expit, log_softmax, softmax
@@ -30,7 +31,7 @@ class FusedMLPClassifier(ClassifierMixin, BaseFusedMLP):
     solver      'adam' or 'sgd'; 'lbfgs', and max_fun with it, has no meaning here: ValueError at
                 fit. 'adam' is Adam with the penalty in the gradient (not AdamW)
     alpha       L2 penalty: alpha / (2 B) times the sum of squared weights for a batch of B rows
-                (scikit-learn's _backprop; loop.py derives the weight_decay that it comes to)
+                (scikit-learn's _backprop; loop.py derives the weight_decay from it)
     dropout     probability of dropping after each hidden layer, or one for each of them
     device      'auto' (cuda where there is one), 'cpu' or 'cuda'
     backend     of the fused kernels: 'auto', 'native', 'triton', 'reference'
@@ -49,65 +50,6 @@ class FusedMLPClassifier(ClassifierMixin, BaseFusedMLP):
     """
 
     _stratifies = True
-
-    def __init__(
-        self,
-        hidden_layer_sizes=(100,),
-        activation="relu",
-        *,
-        solver="adam",
-        alpha=0.0001,
-        batch_size="auto",
-        learning_rate="constant",
-        learning_rate_init=0.001,
-        power_t=0.5,
-        max_iter=200,
-        shuffle=True,
-        random_state=None,
-        tol=1e-4,
-        verbose=False,
-        warm_start=False,
-        momentum=0.9,
-        nesterovs_momentum=True,
-        early_stopping=False,
-        validation_fraction=0.1,
-        beta_1=0.9,
-        beta_2=0.999,
-        epsilon=1e-8,
-        n_iter_no_change=10,
-        max_fun=15000,
-        dropout=0.0,
-        device="auto",
-        backend="auto",
-        engine="auto",
-    ):
-        self.hidden_layer_sizes = hidden_layer_sizes
-        self.activation = activation
-        self.solver = solver
-        self.alpha = alpha
-        self.batch_size = batch_size
-        self.learning_rate = learning_rate
-        self.learning_rate_init = learning_rate_init
-        self.power_t = power_t
-        self.max_iter = max_iter
-        self.shuffle = shuffle
-        self.random_state = random_state
-        self.tol = tol
-        self.verbose = verbose
-        self.warm_start = warm_start
-        self.momentum = momentum
-        self.nesterovs_momentum = nesterovs_momentum
-        self.early_stopping = early_stopping
-        self.validation_fraction = validation_fraction
-        self.beta_1 = beta_1
-        self.beta_2 = beta_2
-        self.epsilon = epsilon
-        self.n_iter_no_change = n_iter_no_change
-        self.max_fun = max_fun
-        self.dropout = dropout
-        self.device = device
-        self.backend = backend
-        self.engine = engine
 
     @property
     def loss(self):
@@ -242,34 +184,7 @@ class FusedMLPRegressor(RegressorMixin, BaseFusedMLP):
         backend="auto",
         engine="auto",
     ):
-        self.loss = loss
-        self.hidden_layer_sizes = hidden_layer_sizes
-        self.activation = activation
-        self.solver = solver
-        self.alpha = alpha
-        self.batch_size = batch_size
-        self.learning_rate = learning_rate
-        self.learning_rate_init = learning_rate_init
-        self.power_t = power_t
-        self.max_iter = max_iter
-        self.shuffle = shuffle
-        self.random_state = random_state
-        self.tol = tol
-        self.verbose = verbose
-        self.warm_start = warm_start
-        self.momentum = momentum
-        self.nesterovs_momentum = nesterovs_momentum
-        self.early_stopping = early_stopping
-        self.validation_fraction = validation_fraction
-        self.beta_1 = beta_1
-        self.beta_2 = beta_2
-        self.epsilon = epsilon
-        self.n_iter_no_change = n_iter_no_change
-        self.max_fun = max_fun
-        self.dropout = dropout
-        self.device = device
-        self.backend = backend
-        self.engine = engine
+        self._keep_arguments(locals())
 
     @available_if(offers_partial_fit)
     def partial_fit(self, X, y, sample_weight=None):

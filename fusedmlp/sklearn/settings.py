@@ -1,5 +1,4 @@
-"""What constructor arguments may be, checked at fit as scikit-learn's conventions ask. Leaf: knows
-no data."""
+"""Checks of the constructor's arguments, which fit makes, as scikit-learn's conventions ask."""
 
 import math
 from collections.abc import Iterable
@@ -8,8 +7,8 @@ from numbers import Integral, Real
 from ..spec import activations
 
 # scikit-learn's names for what this package calls otherwise.
-_SAME = {"identity": "none", "logistic": "sigmoid"}
-ACTIVATIONS = {**{name: name for name in activations.NAMES}, **_SAME}
+_SKLEARN_NAMES = {"identity": "none", "logistic": "sigmoid"}
+ACTIVATIONS = {**{name: name for name in activations.NAMES}, **_SKLEARN_NAMES}
 _CHOICES = {
     "activation": tuple(ACTIVATIONS),
     "solver": ("adam", "sgd"),
@@ -36,7 +35,7 @@ _SWITCHES = ("shuffle", "warm_start", "nesterovs_momentum", "early_stopping")
 
 
 def check(estimator) -> None:
-    """Raise ValueError for the first setting that cannot be."""
+    """Raise ValueError for the first wrong setting."""
     name = type(estimator).__name__
     if estimator.solver == "lbfgs":
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Weights as scikit-learn keeps them, NumPy arrays, and the network that they make.
+"""Weights as scikit-learn keeps them, NumPy arrays, and the network made of them.
 
 A fitted estimator holds arrays only, so it is pickled, copied and moved like any other.
 """
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..nn import FusedMLP
 
-ROWS = 4096  # of one forward pass in prediction
+ROWS = 4096  # rows of one forward pass in prediction
 
 
 @dataclass
@@ -67,12 +67,7 @@ def network(
     """A network on the device with copies of the weights in dtype."""
     sizes = [len(weights.coefs[0]), *(len(b) for b in weights.intercepts)]
     net = FusedMLP(
-        sizes[0],
-        sizes[1:-1],
-        sizes[-1],
-        activation=activation,
-        dropout=dropout,
-        device="meta",
+        sizes[0], sizes[1:-1], sizes[-1], activation=activation, dropout=dropout, device="meta"
     )
     linears = [m for m in net if isinstance(m, nn.Linear)]
     for layer, coef, intercept in zip(linears, weights.coefs, weights.intercepts, strict=True):
@@ -86,7 +81,7 @@ def network(
 
 
 def trained(net: FusedMLP) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(weights of the Linears, everything else): what is trained."""
+    """(weights of the Linears, all other trained parameters)."""
     linears = [m for m in net if isinstance(m, nn.Linear)]
     w, b = [m.weight for m in linears], [m.bias for m in linears]
     return w, b + [m.weight for m in net if isinstance(m, nn.PReLU)]

@@ -4,20 +4,20 @@ result = fusedmlp.train.fit(model, (x, y, x_test, y_test), fusedmlp.train.TrainC
 """
 
 from .build import evaluate, predict
-from .config import TrainConfig
+from .config import RunOptions, TrainConfig
 from .crossvalidation import CrossvalResult, crossval
 from .data.types import Data, Scaling
 from .errors import TrainError, UsageError
 from .inference import load
-from .job import run
-from .loop import Result, explain, fit
-from .many import Member, fit_many, refuses_many
+from .loop import Result, explain, fit, run
+from .many import Member, fit_many, reasons_against_many
 
 __all__ = [
     "CrossvalResult",
     "Data",
     "Member",
     "Result",
+    "RunOptions",
     "Scaling",
     "TrainConfig",
     "TrainError",
@@ -29,6 +29,6 @@ __all__ = [
     "fit_many",
     "load",
     "predict",
-    "refuses_many",
+    "reasons_against_many",
     "run",
 ]

@@ -1,5 +1,5 @@
-"""The network of a config, its first weights, its optimiser, and what it says about rows it has
-not seen."""
+"""The network of a config, its first weights, its optimizer, and its outputs on rows that it is not
+trained on."""
 
 import math
 from itertools import pairwise
@@ -13,20 +13,23 @@ from ..spec import activations
 from .config import TrainConfig
 from .data.rows import check_pair
 from .data.types import Data, Scaling, resolved, seeded
-from .engines.autograd import autocast, judge
+from .losses import loss_sums, mean_figures
+from .process import ALONE, World
+from .schedule import schedule_of
+from .task import Task, autocast
 
-EVAL_ROWS = 4096  # rows a forward pass without gradients
+EVAL_ROWS = 4096  # rows of a forward pass without gradients
 
 
-def build(config: TrainConfig, data: Data) -> FusedMLP:
-    """On the CPU; the weights depend on the seed alone and the global generator is left as it
-    was."""
+def build_network(config: TrainConfig, data: Data) -> FusedMLP:
+    """The network on the CPU; its weights depend on the seed alone, and the global generator is
+    left as it was."""
     config = resolved(config, data)
-    return make(describe(config, data), config.init, config.init_std, config.seed)
+    return network_of_shape(shape_for(config, data), config.init, config.init_std, config.seed)
 
 
-def describe(config: TrainConfig, data: Data) -> dict:
-    """What `make` needs to build the network again, in plain values."""
+def shape_for(config: TrainConfig, data: Data) -> dict:
+    """The plain values from which `network_of_shape` builds the network again."""
     return {
         "dims": [data.in_features, *config.hidden, data.out_features],
         "activation": config.activation,
@@ -34,14 +37,13 @@ def describe(config: TrainConfig, data: Data) -> dict:
     }
 
 
-def make(
+def network_of_shape(
     shape: dict, init: str = "default", init_std: float | None = None, seed: int = 0
 ) -> FusedMLP:
     first, *hidden, last = shape["dims"]
     generator = seeded("init", seed)
     with torch.random.fork_rng(devices=[]):
-        # PyTorch's layers draw their first weights from the global generator: lend it the run's
-        # seed.
+        # PyTorch's layers draw their first weights from the global generator.
         torch.default_generator.manual_seed(generator.initial_seed())
         model = FusedMLP(
             first, hidden, last, activation=shape["activation"], dropout=shape["dropout"]
@@ -63,8 +65,8 @@ def dims_of(model: nn.Module) -> list[int]:
 
 
 def shape_of(model: FusedMLP) -> dict | None:
-    """What `make` needs to build this network again; None where children were put in or
-    replaced."""
+    """The plain values from which `network_of_shape` builds this network again; None where children
+    were added or replaced."""
     layers, names, dropout = [], [], []
     for child in model:
         if type(child) is nn.Linear:
@@ -96,6 +98,26 @@ def optimizer_for(model: nn.Module, config: TrainConfig, loss: str) -> torch.opt
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, **settings)
     return torch.optim.SGD(parameters, momentum=config.momentum, **settings)
+
+
+def task_for(
+    model: nn.Module,
+    config: TrainConfig,
+    loss: str,
+    device: torch.device,
+    scaling: Scaling,
+    steps: int | None,
+    world: World = ALONE,
+) -> Task:
+    """The task of a config without None, to which the data are still to be added.
+
+    steps  of an epoch; None where a loader does not know
+    """
+    task = Task(model, optimizer_for(model, config, loss), loss, device, scaling=scaling)
+    task.precision, task.seed, task.world = config.precision, config.seed, world
+    task.label_smoothing, task.clip_norm = config.label_smoothing, config.clip_norm
+    task.schedule = schedule_of(config, steps)
+    return task
 
 
 def regression(outputs: Tensor, data: Data) -> dict[str, float]:
@@ -145,26 +167,22 @@ def evaluate(
 ) -> tuple[float, float | None]:
     """(loss, accuracy) over rows x, y; accuracy is None for regression. Each process takes its
     share."""
-    check_pair(x, y, "x", "y", looks=False)
+    check_pair(x, y, "x", "y", with_values=False)
     first, last = world.rows(len(x)) if world is not None else (0, len(x))
     total = torch.zeros(3, dtype=torch.float64, device=x.device)
     if last > first:
-        total = judge(loss, predict(model, x[first:last], scaling, precision), y[first:last])
+        total = loss_sums(loss, predict(model, x[first:last], scaling, precision), y[first:last])
     total = total if world is None else world.sum(total)
-    loss_sum, right, rows = total.tolist()
-    return loss_sum / rows, right / rows if loss == "cross_entropy" else None
+    return mean_figures(loss, total.tolist())
 
 
 def evaluate_batches(task, batches) -> tuple[float | None, float | None]:
-    """As evaluate, over (inputs, targets) that are on the device already."""
+    """The same as evaluate, over (inputs, targets) that are on the device already."""
     total = torch.zeros(3, dtype=torch.float64, device=task.device)
     for inputs, targets in batches:
-        total += judge(
+        total += loss_sums(
             task.loss,
             predict(task.model, inputs, Scaling(dtype=inputs.dtype), task.precision),
             targets,
         )
-    loss_sum, right, rows = total.tolist()
-    if rows == 0:
-        return None, None
-    return loss_sum / rows, right / rows if task.loss == "cross_entropy" else None
+    return mean_figures(task.loss, total.tolist())

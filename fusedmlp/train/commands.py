@@ -1,5 +1,5 @@
-"""The commands train, evaluate and predict: flags in, text out. The work is done in job.py and
-inference.py."""
+"""The commands train, crossval, evaluate and predict: flags in, text out. The work is in loop.py,
+crossvalidation.py and inference.py."""
 
 import contextlib
 import csv
@@ -12,11 +12,13 @@ from typing import Literal
 
 import tyro
 
-from . import checkpoint, compare, crossval_report, crossvalidation, distributed, inference, job
-from .config import TrainConfig
+from . import crossval_report, crossvalidation, inference, loop
+from .config import RunOptions, TrainConfig, flag_name
 from .console import Console
+from .crossvalidation import COMPARED, SEQUENCES
 from .errors import TrainError, UsageError
-from .process import pick_device
+from .process import is_quiet_process, pick_device
+from .run_folder import load_checkpoint
 
 INTERRUPTED = 130
 
@@ -52,10 +54,10 @@ class PredictArgs:
 
 
 def _parse(kind: type, name: str, argv: list[str], default=None):
-    """Flags -> kind; a mistake is shown by tyro and ends with exit code 2."""
+    """The flags as an object of this kind; tyro shows a mistake and ends with exit code 2."""
     argv = list(_with_values(argv))
     with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
-        if distributed.is_quiet_process():
+        if is_quiet_process():
             stack.enter_context(contextlib.redirect_stderr(nowhere))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         settings = (tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands)
@@ -64,7 +66,7 @@ def _parse(kind: type, name: str, argv: list[str], default=None):
 
 
 def _with_values(argv: list[str]) -> Iterator[str]:
-    """tyro wants a value for a setting that is True, False or left to the data."""
+    """The words with a value after --standardize, as tyro wants for a setting that may be None."""
     for place, word in enumerate(argv):
         following = argv[place + 1] if place + 1 < len(argv) else ""
         if word == "--no-standardize":
@@ -75,18 +77,30 @@ def _with_values(argv: list[str]) -> Iterator[str]:
             yield word
 
 
-def parse_train(argv: list[str]) -> TrainConfig:
-    """The config of these flags; with --resume what is not given is as in the run."""
-    config = _parse(TrainConfig, "train", argv, TrainConfig())
-    if config.resume is None:
-        return config.check()
-    config.check()
-    was = checkpoint.config_of(checkpoint.load(config.resume)).replace(resume=config.resume)
-    return _parse(TrainConfig, "train", argv, was).check()
+@dataclass(frozen=True)
+class TrainArgs(RunOptions, TrainConfig):
+    def split(self) -> tuple[TrainConfig, RunOptions]:
+        """(what is trained, where the run is kept), both checked."""
+        parts = (
+            kind(**{field.name: getattr(self, field.name) for field in fields(kind)})
+            for kind in (TrainConfig, RunOptions)
+        )
+        config, options = (part.check() for part in parts)
+        return config, options
+
+
+def parse_train(argv: list[str]) -> tuple[TrainConfig, RunOptions]:
+    """The settings of these flags; with --resume what is not given is as in the run."""
+    config, options = _parse(TrainArgs, "train", argv, TrainArgs()).split()
+    if options.resume is None:
+        return config, options
+    was = TrainConfig.from_dict(load_checkpoint(options.resume)["config"])
+    default = TrainArgs(**vars(was), resume=options.resume)
+    return _parse(TrainArgs, "train", argv, default).split()
 
 
 @dataclass(frozen=True)
-class CrossvalConfig(TrainConfig):
+class CrossvalArgs(TrainArgs):
     """Compare settings by cross-validation; train the best on all training rows, test it once.
 
     A slash stands between values to compare, and every combination is a candidate:
@@ -98,20 +112,64 @@ class CrossvalConfig(TrainConfig):
     """parts of the training rows, each held out once"""
 
 
-def crossval(argv: list[str]) -> int:
-    def parse(flags: list[str]) -> CrossvalConfig:
-        return _parse(CrossvalConfig, "crossval", flags, CrossvalConfig())
+def split_compared(argv: list[str]) -> tuple[list[str], dict[str, list[list[str]]]]:
+    """(argv without what is compared, {setting: the words of each of its values}).
 
-    settings, values = compare.parsed(argv, parse)
-    plain = {field.name: getattr(settings, field.name) for field in fields(TrainConfig)}
-    crossvalidation.crossval_into_folder(
-        TrainConfig(**plain), values, folds=settings.folds, progress=crossval_report.Report()
+    Words between two slashes are one value, as `fusedmlp train` takes it. Where a value is one
+    word, each word is a value.
+    """
+    rest: list[str] = []
+    compared: dict[str, list[list[str]]] = {}
+    words = list(argv)
+    while words:
+        flag, values = words.pop(0), []
+        while words and not words[0].startswith("--"):
+            values.append(words.pop(0))
+        name, sign, first = flag.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        values = [first, *values] if sign else values
+        groups: list[list[str]] = [[]]
+        for word in values:
+            if word == "/":
+                groups.append([])
+            else:
+                groups[-1].append(word)
+        if name in COMPARED and name not in SEQUENCES:
+            groups = [[word] for group in groups for word in group]
+        if not flag.startswith("--") or len(groups) < 2:
+            rest += [flag, *([] if sign else values)]
+        elif name not in COMPARED:
+            raise UsageError(
+                f"{flag_name(name)} is the same for all candidates, got {' '.join(values)}; what "
+                f"can be compared: {', '.join(map(flag_name, COMPARED))}"
+            )
+        elif name in compared:
+            raise UsageError(f"{flag_name(name)} is given twice; put / between its values")
+        else:
+            compared[name] = groups
+    return rest, compared
+
+
+def crossval(argv: list[str]) -> int:
+    def parse(flags: list[str]) -> CrossvalArgs:
+        return _parse(CrossvalArgs, "crossval", flags, CrossvalArgs())
+
+    rest, compared = split_compared(argv)
+    args = parse(rest)
+    config, options = args.split()
+    values = {
+        name: [getattr(parse([flag_name(name), *words]), name) for words in groups]
+        for name, groups in compared.items()
+    }
+    crossvalidation.crossval(
+        config, values, options, folds=args.folds, progress=crossval_report.Report()
     )
     return 0
 
 
 def train(argv: list[str]) -> int:
-    result = job.run(parse_train(argv), Console())
+    config, options = parse_train(argv)
+    result = loop.run(config, options, progress=Console())
     return INTERRUPTED if result.interrupted else 0
 
 
@@ -175,7 +233,7 @@ def _write_classes(trained, names, heading, rows, targets) -> None:
 
 
 def _write_numbers(trained, names, rows, targets) -> None:
-    """In the target's own units, as the targets are."""
+    """Predictions and targets, both in the target's own units."""
     outputs = trained.target_scaling.undo(trained.outputs(rows))
     writer = csv.writer(sys.stdout, lineterminator="\n")
     columns = range(outputs.shape[1])

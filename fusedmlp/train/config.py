@@ -1,11 +1,10 @@
-"""TrainConfig: every setting of a run, its default and its one-line help. The command line is
-generated from it.
+"""TrainConfig: what is trained. RunOptions: where the run is kept. Both with the default and the
+one-line help of each setting, from which the command line is generated.
 
-Does not touch data, devices or files: it only checks what can be judged from the settings alone.
+Nothing here touches data, devices or files.
 """
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,11 @@ Activation = Literal[*activations.NAMES]
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """What is trained and how: data set, network, optimizer, schedule, precision and engine.
+
+    None leaves a setting to the data. `check` raises UsageError for a setting that cannot be.
+    """
+
     dataset: str = "auto"
     """auto, fashion_mnist, mnist, kmnist, digits, synthetic, or a FILE.npz or FILE.csv"""
     data_dir: Path | None = None
@@ -76,14 +80,6 @@ class TrainConfig:
     """how a training step is run; auto: the fastest that supports it"""
     seed: int = 0
     """of the initial weights, the order of the rows and the dropout masks"""
-    out: Path | None = None
-    """run folder; default a new numbered one under runs/"""
-    overwrite: bool = False
-    """replace the run that is in --out"""
-    resume: Path | None = None
-    """go on with the run in this folder"""
-    debug: bool = False
-    """show a traceback when something fails"""
 
     def check(self) -> "TrainConfig":
         """Raise UsageError for the first setting that cannot be; return self."""
@@ -91,8 +87,7 @@ class TrainConfig:
         if len(self.dropout) not in (1, len(self.hidden)):
             raise UsageError(
                 f"--dropout must be one number or one for each of the {len(self.hidden)} hidden "
-                "layers, "
-                f"got {len(self.dropout)}: {_words(self.dropout)}"
+                f"layers, got {len(self.dropout)}: {_words(self.dropout)}"
             )
         if self.activation not in activations.NAMES:
             raise UsageError(
@@ -121,39 +116,55 @@ class TrainConfig:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict:
-        """Plain values only (str, int, float, bool, None, list), as config.json and checkpoints
-        hold them."""
-        plain = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            plain[field.name] = (
-                str(value)
-                if isinstance(value, Path)
-                else list(value)
-                if isinstance(value, tuple)
-                else value
-            )
-        return plain
+        """Plain values only (str, int, float, bool, None, list), as checkpoints hold them."""
+        return _plain_values(self)
 
     @classmethod
     def from_dict(cls, plain: dict) -> "TrainConfig":
+        """The config of a checkpoint or a config.json, whose run options are left out."""
         known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(plain) - known)
+        values = {k: v for k, v in plain.items() if k not in RunOptions.__dataclass_fields__}
+        unknown = sorted(set(values) - known)
         if unknown:
             raise UsageError(
                 f"config: unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}"
             )
-        values = dict(plain)
         for name in ("hidden", "dropout"):
             if name in values:
                 values[name] = tuple(values[name])
-        for name in ("data_dir", "out", "resume"):
-            if values.get(name) is not None:
-                values[name] = Path(values[name])
+        if values.get("data_dir") is not None:
+            values["data_dir"] = Path(values["data_dir"])
         return cls(**values)
 
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2) + "\n"
+    def with_absolute_paths(self) -> "TrainConfig":
+        """The same data from any working folder, so that a run can be resumed from another one."""
+        config = self
+        if config.dataset.lower().endswith((".npz", ".csv")):
+            config = config.replace(dataset=str(Path(config.dataset).absolute()))
+        if config.data_dir is not None:
+            config = config.replace(data_dir=config.data_dir.absolute())
+        return config
+
+
+def flag_name(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def shown(value) -> str:
+    """A value of a setting as the command line takes it."""
+    if isinstance(value, tuple | list):
+        return " ".join(shown(v) for v in value) or "(none)"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _plain_values(settings) -> dict:
+    """{name: value} of a dataclass: paths as text, tuples as lists."""
+    plain = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        value = list(value) if isinstance(value, tuple) else value
+        plain[field.name] = str(value) if isinstance(value, Path) else value
+    return plain
 
 
 def _words(values) -> str:
@@ -163,7 +174,7 @@ def _words(values) -> str:
 def _check_numbers(config: TrainConfig) -> None:
     def need(name, value, holds, wanted):
         if not holds:
-            raise UsageError(f"--{name.replace('_', '-')} must be {wanted}, got {value}")
+            raise UsageError(f"{flag_name(name)} must be {wanted}, got {value}")
 
     for width in config.hidden:
         need("hidden", _words(config.hidden), width >= 1, "widths of at least 1")
@@ -208,9 +219,31 @@ def _check_contradictions(config: TrainConfig) -> None:
         )
     if config.precision == "tf32" and config.device == "cpu":
         raise UsageError("--precision tf32 needs --device cuda; on a CPU take fp32 or bf16")
-    if config.resume is not None and config.out is not None:
-        raise UsageError("--resume goes on in the run's own folder; leave out --out")
-    if config.resume is not None and config.overwrite:
-        raise UsageError("--resume and --overwrite contradict each other")
-    if config.overwrite and config.out is None:
-        raise UsageError("--overwrite needs --out, the run to replace")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a run is kept: the folder that it writes, or the one that it resumes."""
+
+    out: Path | None = None
+    """run folder; default a new numbered one under runs/"""
+    overwrite: bool = False
+    """replace the run that is in --out"""
+    resume: Path | None = None
+    """go on with the run in this folder"""
+    debug: bool = False
+    """show a traceback when something fails"""
+
+    def check(self) -> "RunOptions":
+        """Raise UsageError where two options contradict each other; return self."""
+        if self.resume is not None and self.out is not None:
+            raise UsageError("--resume goes on in the run's own folder; leave out --out")
+        if self.resume is not None and self.overwrite:
+            raise UsageError("--resume and --overwrite contradict each other")
+        if self.overwrite and self.out is None:
+            raise UsageError("--overwrite needs --out, the run to replace")
+        return self
+
+    def to_dict(self) -> dict:
+        """Plain values only (str, bool, None)."""
+        return _plain_values(self)

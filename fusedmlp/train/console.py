@@ -1,16 +1,24 @@
-"""What a run says while it goes: nothing (Quiet), or lines and, on a terminal, a bar (Console)."""
+"""The output of a run: nothing (Quiet), or lines and, on a terminal, a bar (Console)."""
 
 import logging
 import sys
 import time
 
+from .config import RunOptions, TrainConfig
+
+# Figures of a run's summary, in the order of the table at its end.
+FIGURES = (
+    *("test_accuracy", "test_r2", "test_rmse", "test_loss"),
+    *("val_accuracy", "val_loss", "train_accuracy", "train_loss"),
+)
+
 
 class Output:
-    """Standard output for a run, which does not end for it: characters that it lacks become
-    escapes, and when it is closed or full or its reader is gone, no more is said."""
+    """Standard output whose failures do not end a run: characters that it lacks become escapes, and
+    once it is closed or full, or its reader is gone, no more is written."""
 
     def __init__(self):
-        # A bar of rich's that is under way stands in for the stream.
+        # While a bar of rich is shown, sys.stdout is a proxy of it.
         self.stream = getattr(sys.stdout, "rich_proxied_file", sys.stdout)
 
     @property
@@ -21,8 +29,8 @@ class Output:
         return self._try(lambda stream: stream.isatty()) or False
 
     def write(self, text: str) -> int:
-        there = text.encode(self.encoding, "backslashreplace").decode(self.encoding)
-        self._try(lambda stream: stream.write(there))
+        printable = text.encode(self.encoding, "backslashreplace").decode(self.encoding)
+        self._try(lambda stream: stream.write(printable))
         return len(text)
 
     def flush(self) -> None:
@@ -36,22 +44,22 @@ class Output:
 
 
 class Quiet:
-    """The interface, and a run that says nothing."""
+    """The interface, and the output of a run that says nothing."""
 
-    def start(self, run) -> None: ...
+    def start(self, *parts) -> None: ...
     def note(self, text: str) -> None: ...
     def warn(self, text: str) -> None:
         logging.getLogger("fusedmlp").warning(text)
 
     def steps(self, position, steps: int | None) -> None: ...
     def epoch(self, row: dict) -> None: ...
+    def trained(self, done: int, total: int) -> None: ...
     def finish(self, result) -> None: ...
     def close(self) -> None: ...
 
 
 class Console(Quiet):
-    """One line an epoch; on a terminal also a bar of the epoch under way, and a table at the
-    end."""
+    """One line an epoch; on a terminal also a bar of the present epoch, and a table at the end."""
 
     def __init__(self):
         self.output = Output()
@@ -99,7 +107,7 @@ class Console(Quiet):
             f"engine {run.engine.name}, seed {config.seed}"
             + (f", {run.world.size} processes" if run.world.size > 1 else "")
         )
-        self.say("settings: " + _settings(config))
+        self.say("settings: " + _shown_settings(config, run.options or RunOptions()))
         if run.folder is not None:
             self.say(f"run folder: {run.folder.path}")
         if run.position.global_step:
@@ -108,20 +116,14 @@ class Console(Quiet):
             self._start_bar(run.position)
 
     def _start_bar(self, position) -> None:
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
+        from rich import progress
 
-        self.bar = Progress(
-            TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}"),
-            TimeRemainingColumn(),
+        self.bar = progress.Progress(
+            progress.TextColumn("epoch {task.fields[epoch]}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[state]}"),
+            progress.TimeRemainingColumn(),
             console=self.rich,
             transient=True,
         )
@@ -169,36 +171,17 @@ class Console(Quiet):
             return
         summary = result.summary
         rows = [
-            (
-                name.replace("_", " "),
-                _figure(summary[name]),
-            )
-            for name in (
-                "test_accuracy",
-                "test_r2",
-                "test_rmse",
-                "test_loss",
-                "val_accuracy",
-                "val_loss",
-                "train_accuracy",
-                "train_loss",
-            )
+            (name.replace("_", " "), _figure(summary[name]))
+            for name in FIGURES
             if summary.get(name) is not None
         ]
+        speed, engine = summary["samples_per_second"], f"{summary['engine']} engine"
         rows += [
             ("training time", f"{summary['train_seconds']:.2f} s"),
-            (
-                "speed",
-                f"{summary['samples_per_second']:,.0f} rows/s"
-                if summary["samples_per_second"]
-                else "-",
-            ),
-            (
-                "runs on",
-                f"{summary['device']}, {summary['backend']} kernels, {summary['engine']} engine",
-            ),
+            ("speed", f"{speed:,.0f} rows/s" if speed else "-"),
+            ("runs on", f"{summary['device']}, {summary['backend']} kernels, {engine}"),
+            *(("written", str(path)) for path in result.paths.values()),
         ]
-        rows += [("written", str(path)) for path in result.paths.values()]
         self._table(rows)
 
     def _table(self, rows: list[tuple[str, str]]) -> None:
@@ -220,14 +203,16 @@ class Console(Quiet):
             self.bar = None
 
 
-def _settings(config) -> str:
+def _shown_settings(config: TrainConfig, options: RunOptions) -> str:
     return "  ".join(
-        f"{name}={_plain(value)}" for name, value in config.to_dict().items() if value is not None
+        f"{name}={_plain(value)}"
+        for name, value in (config.to_dict() | options.to_dict()).items()
+        if value is not None
     )
 
 
 def _figure(value) -> str:
-    """Shares and losses with four decimals, what has units of its own with six digits."""
+    """Shares and losses with four decimals, large values, which have units, with six digits."""
     if not isinstance(value, float):
         return str(value)
     return f"{value:.4f}" if abs(value) < 100 else f"{value:.6g}"

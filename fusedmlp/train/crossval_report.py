@@ -1,21 +1,20 @@
-"""What a cross-validation says, draws and writes: lines and a table, crossval.png, results.csv,
-summary.json and the chosen network."""
+"""The results of a cross-validation: lines and a table, crossval.png, results.csv, summary.json and
+the chosen network."""
 
 import csv
 import io
 import math
 from collections.abc import Callable
 
-from . import finish
-from .compare import shown
+from .config import shown
 from .console import Console
-from .plots import PARTS, RIGHT, new_figure, png
-from .run_folder import RunFolder
+from .plots import PART_COLOURS, RIGHT_COLOUR, new_figure, png
+from .run_folder import RunFolder, model_bytes
 
-SHOWN = 40  # candidates on the picture
+MAX_IN_PICTURE = 40  # candidates
 
 
-def measure(result) -> str:
+def measure_name(result) -> str:
     return "error" if result.data.is_classes else "mean squared error"
 
 
@@ -67,7 +66,7 @@ class Report(Console):
         from rich.table import Table
 
         is_classes = result.data.is_classes
-        table = Table(title=f"{measure(result)}, mean ± deviation over {result.folds} folds")
+        table = Table(title=f"{measure_name(result)}, mean ± deviation over {result.folds} folds")
         for name in ("", *result.best.settings, "parameters", "training", "validation"):
             table.add_column(name, justify="right")
         for candidate in result.candidates:
@@ -87,7 +86,7 @@ class Report(Console):
         self.say(f"chosen: {result.best.label}; trained again on all training rows")
         if result.test is not None:
             self.say(
-                f"test {measure(result)}, looked at once: "
+                f"test {measure_name(result)}, looked at once: "
                 f"{_figure_of(result.test.error, is_classes)}"
                 + ("" if result.test_r2 is None else f", R2 {result.test_r2:.4f}")
             )
@@ -99,19 +98,16 @@ class Report(Console):
             self.say(f"written  {path}")
 
 
-def write(result, place: RunFolder, about: dict, warn: Callable[[str], None]) -> None:
-    """All results of the run, the summary last: a folder that has one is complete; and then the
-    picture, if it can be drawn. config.json is that of the chosen network, so that `evaluate` and
-    `predict` take the folder."""
-    config = result.best.config.replace(out=place.path)
-    place.write("config.json", finish.config_json(config))
+def write_report(result, place: RunFolder, about: dict, warn: Callable[[str], None]) -> None:
+    """Write all results, the summary last: a folder that has one is complete. Then the picture, if
+    it can be drawn. config.json is that of the chosen network, so that `evaluate` and `predict`
+    take the folder."""
+    place.write_config(result.best.config)
     place.write("results.csv", results_csv(result))
-    place.write_metrics(
-        [{"seconds": None, **row} for row in result.refit],
-    )
-    place.write("model.safetensors", finish.model_bytes(result.model, about))
+    place.write_metrics([{"seconds": None, **row} for row in result.refit])
+    place.write("model.safetensors", model_bytes(result.model, about))
     place.write_json("summary.json", summary(result))
-    finish.write_pictures(place, {"crossval.png": lambda: picture(result)}, warn)
+    place.write_pictures({"crossval.png": lambda: picture(result)}, warn)
 
 
 def results_csv(result) -> str:
@@ -148,7 +144,7 @@ def summary(result) -> dict:
 
     return {
         "dataset": result.data.name,
-        "measure": measure(result),
+        "measure": measure_name(result),
         "folds": result.folds,
         "best": numbers(result.best),
         "test_error": None if result.test is None else result.test.error,
@@ -161,11 +157,11 @@ def summary(result) -> dict:
 
 
 def picture(result) -> bytes:
-    """Left: validation over training error, with the line on which both are equal. What lies far up
-    the line learns too little, what lies far above it learns its training rows by heart. Right: the
-    same errors candidate by candidate."""
+    """Left: validation over training error, with the line on which both are equal. A candidate
+    far up the line learns too little, one far above it overfits. Right: the same errors by
+    candidate."""
     found = [c for c in result.candidates if math.isfinite(c.mean("val"))]
-    found = sorted(found, key=lambda c: c.mean("val"))[:SHOWN]
+    found = sorted(found, key=lambda c: c.mean("val"))[:MAX_IN_PICTURE]
     found.sort(key=lambda c: c.number)
     figure, axes = new_figure(13, max(4.5, 1.5 + 0.28 * len(found)), 1, 2)
     _plane(axes[0, 0], found, result)
@@ -174,7 +170,11 @@ def picture(result) -> bytes:
     figure.suptitle(
         f"{result.data.name}: {len(result.candidates)} candidates in {result.folds} folds"
         + (f", {lost} diverged" if lost else "")
-        + (f"; the best {SHOWN} are shown" if len(result.candidates) - lost > SHOWN else "")
+        + (
+            f"; the best {MAX_IN_PICTURE} are shown"
+            if len(result.candidates) - lost > MAX_IN_PICTURE
+            else ""
+        )
     )
     return png(figure)
 
@@ -189,7 +189,7 @@ def _plane(axis, found, result) -> None:
             yerr=candidate.deviation("val"),
             fmt="*" if is_best else "o",
             markersize=14 if is_best else 6,
-            color=RIGHT if is_best else PARTS["train"],
+            color=RIGHT_COLOUR if is_best else PART_COLOURS["train"],
             elinewidth=0.7,
             label="chosen" if is_best else None,
         )
@@ -207,8 +207,8 @@ def _plane(axis, found, result) -> None:
     axis.text(0.03, 0.96, "overfits: above the line", va="top", **words)
     axis.text(0.97, 0.2, "underfits: far up the line", ha="right", va="top", **words)
     axis.set(
-        xlabel=f"training {measure(result)}",
-        ylabel=f"validation {measure(result)}",
+        xlabel=f"training {measure_name(result)}",
+        ylabel=f"validation {measure_name(result)}",
         xlim=(-0.02 * most, most),
         ylim=(-0.02 * most, most),
     )
@@ -218,8 +218,8 @@ def _plane(axis, found, result) -> None:
 
 
 def _spread_out(axis, directions: tuple[str, ...], found) -> None:
-    """Logarithmic axes where one candidate is so bad that the good ones would lie on one spot;
-    linear below the smallest error, which keeps an error of 0 on the picture."""
+    """Make axes logarithmic where one candidate is so bad that the good ones would coincide; below
+    the smallest error they stay linear, which keeps an error of 0 on the picture."""
     errors = [value for c in found for part in ("train", "val") if (value := c.mean(part)) > 0]
     if not errors or max(errors) < 8 * min(errors):
         return
@@ -236,7 +236,7 @@ def _list(axis, found, result) -> None:
             places,
             xerr=[c.deviation(part) for c in found],
             fmt="o",
-            color=PARTS["train" if part == "train" else "test"],
+            color=PART_COLOURS["train" if part == "train" else "test"],
             elinewidth=0.8,
             label=label,
         )
@@ -248,9 +248,9 @@ def _list(axis, found, result) -> None:
     axis.set_yticks(places, labels, fontsize=8)
     for tick, candidate in zip(axis.get_yticklabels(), found, strict=True):
         if candidate is result.best:
-            tick.set(color=RIGHT, fontweight="bold")
+            tick.set(color=RIGHT_COLOUR, fontweight="bold")
     axis.invert_yaxis()
-    axis.set(xlabel=measure(result))
+    axis.set(xlabel=measure_name(result))
     _spread_out(axis, ("x",), found)
     axis.grid(alpha=0.3)
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)  # hides no candidate

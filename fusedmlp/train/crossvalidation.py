@@ -1,10 +1,11 @@
-"""crossval: candidates compared by K-fold cross-validation, the best of them trained on all rows
-for training and tested once.
+"""crossval: K-fold cross-validation of candidates. The best is trained on all training rows and
+tested once.
 
-Folds and candidates are trained together by fit_many, where one engine can run them together.
+fit_many trains folds and candidates together, where one engine can run them together.
 """
 
 import functools
+import itertools
 import math
 import time
 import warnings
@@ -16,28 +17,34 @@ import torch
 from torch import Tensor
 
 from . import build as models
-from . import compare as comparing
-from . import distributed, finish
-from . import run_folder as folder
-from .config import TrainConfig
+from . import crossval_report
+from .config import RunOptions, TrainConfig, flag_name, shown
 from .console import Quiet
 from .data import datasets, inputs
 from .data.types import SPLIT_SEED, Data, prepared, resolved
 from .engines import native_evaluate
-from .engines.autograd import judge
 from .errors import TrainError, UsageError
-from .job import with_whole_paths
 from .loop import fit
-from .many import Member, fit_many
-from .process import borrowed, pick_device
+from .losses import loss_sums
+from .many import MAX_TOGETHER, Member, fit_many
+from .process import pick_device, run_settings, started_by_torchrun
+from .run_folder import create_folder
+from .run_state import describe_run
 
-MOST = 64  # networks that fit_many trains in one call
+# Settings of how a network is trained; those of its data and of the run folder are common to all.
+COMPARED = (
+    *("hidden", "activation", "dropout", "init", "init_std", "optimizer", "lr", "lr_schedule"),
+    *("warmup_epochs", "momentum", "weight_decay", "label_smoothing", "clip_norm", "epochs"),
+    *("batch_size", "precision", "seed"),
+)
+SEQUENCES = ("hidden", "dropout")  # settings with a value for each layer
 
 
 @dataclass(frozen=True)
 class Score:
-    """Of one network: the share of rows it gets wrong, or for regression the mean squared error
-    in the target's own units; and the loss it was trained on. nan where training diverged."""
+    """error: the share of rows that one network gets wrong, or for regression the mean squared
+    error in the target's own units; loss: the one it was trained on. nan where training diverged.
+    """
 
     error: float
     loss: float
@@ -65,7 +72,7 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        words = (f"{name} {comparing.shown(value)}" for name, value in self.settings.items())
+        words = (f"{name} {shown(value)}" for name, value in self.settings.items())
         return ", ".join(words) or "as set"
 
 
@@ -84,12 +91,13 @@ class CrossvalResult:
     seconds: dict[str, float]  # search, refit
     folder: Path | None = None
     paths: dict[str, Path] = field(default_factory=dict)
-    test_r2: float | None = None  # of a regression
+    test_r2: float | None = None  # regression only
 
 
 def crossval(
     config: TrainConfig | None = None,
     compare: Mapping[str, Sequence] | None = None,
+    options: RunOptions | None = None,
     *,
     folds: int = 5,
     data=None,
@@ -97,9 +105,10 @@ def crossval(
 ) -> CrossvalResult:
     """Compare settings by cross-validation; train the best on all training rows and test it.
 
-    config    what all candidates have in common; where `out` is set a run folder is written
+    config    what all candidates have in common
     compare   {name of a TrainConfig setting: values to compare}, every combination of which is a
               candidate: {"hidden": [64, (128, 64)], "weight_decay": [0, 0.01]}
+    options   where the run folder is written; None: nothing is written
     folds     parts of the training rows, each held out once; with classes each has the same share
               of every class. The same rows whatever the seed, so that runs can be compared
     data      (x, y) or (x, y, x_test, y_test) or a Data, as for `fit`; None: the config's data set
@@ -111,21 +120,12 @@ def crossval(
     are standardized are so by the training rows of each fold alone. The test rows are seen once,
     by the network that is returned.
     """
-    return _crossval(config or TrainConfig(), compare or {}, folds, data, progress, None)
-
-
-def crossval_into_folder(config, compare, *, folds: int, progress) -> CrossvalResult:
-    """crossval, with a new numbered folder under runs/ where the config names none."""
-    return _crossval(config, compare, folds, None, progress, Path("runs"))
-
-
-def _crossval(config, compare, folds, data, progress, parent) -> CrossvalResult:
-    config = with_whole_paths(config.check())
-    _check(config, folds)
+    config, compare = (config or TrainConfig()).check().with_absolute_paths(), compare or {}
+    _check(config, options, folds)
     given = _loaded(config, data)
     if data is None:
         config = config.replace(dataset=given.name if config.dataset == "auto" else config.dataset)
-    configs = comparing.candidates(config, compare)
+    configs = candidate_configs(config, compare)
     configs = [resolved(c, given) for c in configs]
     device = pick_device(config)
     splits, notes = splits_of(given, folds)
@@ -134,17 +134,14 @@ def _crossval(config, compare, folds, data, progress, parent) -> CrossvalResult:
             number + 1,
             c,
             {name: getattr(c, name) for name in compare},
-            sum(p.numel() for p in models.build(c, given).parameters()),
+            sum(p.numel() for p in models.build_network(c, given).parameters()),
         )
         for number, c in enumerate(configs)
     ]
-    place = None
-    if config.out is not None or parent is not None:
-        finish.need_packages()
-        place = folder.create(config.out, parent, config.overwrite, finish.config_json(config))
+    place = None if options is None else create_folder(options, config)
+    progress = progress or Quiet()
     try:
-        if progress is not None:
-            progress.start(given, found, folds, device, place, notes)
+        progress.start(given, found, folds, device, place, notes)
         started = time.perf_counter()
         _search(found, given, splits, device, progress)
         best = _best(found)
@@ -154,31 +151,55 @@ def _crossval(config, compare, folds, data, progress, parent) -> CrossvalResult:
         result = CrossvalResult(found, best, model, test, history, folds, given, seconds)
         result.test_r2 = r2
         if place is not None:
-            from . import crossval_report
-
             result.folder = place.path
-            crossval_report.write(result, place, about, (progress or Quiet()).warn)
+            crossval_report.write_report(result, place, about, progress.warn)
             result.paths = place.paths()
     except BaseException:
         if place is not None:
             place.discard()
         raise
     finally:
-        if progress is not None:
-            progress.close()
-    if progress is not None:
-        progress.finish(result)
+        progress.close()
+    progress.finish(result)
     return result
 
 
-def _check(config: TrainConfig, folds: int) -> None:
+def candidate_configs(config: TrainConfig, compare: Mapping[str, Sequence]) -> list[TrainConfig]:
+    """One checked config for each combination, the last setting changing fastest.
+
+    raises  UsageError for a setting that cannot be compared, for none or equal values, and where
+            a combination cannot be
+    """
+    columns = []
+    for name, values in compare.items():
+        if name not in COMPARED:
+            is_setting = name in TrainConfig.__dataclass_fields__
+            what = "is the same for all candidates" if is_setting else "is no setting"
+            raise UsageError(f"crossval: {name} {what}; compared can be {', '.join(COMPARED)}")
+        if isinstance(values, str) or not isinstance(values, Sequence) or len(values) == 0:
+            raise UsageError(f"crossval: {name} must be a list of values to compare, got {values}")
+        if name in SEQUENCES:
+            values = [tuple(v) if isinstance(v, list | tuple) else (v,) for v in values]
+        twice = next((v for i, v in enumerate(values) if v in values[:i]), None)
+        if twice is not None:
+            hint = f"; {flag_name(name)} takes one network's layers between two slashes"
+            raise UsageError(
+                f"crossval: {shown(twice)} is twice in {flag_name(name)}"
+                + (hint if name in SEQUENCES else "")
+            )
+        columns.append([(name, value) for value in values])
+    # The order is the one given: scikit-learn's ParameterGrid would sort settings by name.
+    return [config.replace(**dict(chosen)).check() for chosen in itertools.product(*columns)]
+
+
+def _check(config: TrainConfig, options: RunOptions | None, folds: int) -> None:
     if not isinstance(folds, int) or folds < 2:
         raise UsageError(f"--folds must be at least 2, got {folds}")
     if config.val_split:
         raise UsageError("--val-split belongs to train; a cross-validation holds out each fold")
-    if config.resume is not None:
+    if options is not None and options.check().resume is not None:
         raise UsageError("--resume belongs to train; a cross-validation starts anew")
-    if distributed.started_by_torchrun():
+    if started_by_torchrun():
         raise UsageError("crossval runs in one process; start it without torchrun")
 
 
@@ -186,7 +207,7 @@ def _loaded(config: TrainConfig, data) -> Data:
     """The data before they are scaled, which each fold does for itself."""
     if data is None:
         return datasets.read(config)
-    given = inputs.of(data, config.replace(standardize=False))
+    given = inputs.as_data(data, config.replace(standardize=False))
     if not isinstance(given, Data):
         raise TypeError("crossval: data must be in memory, tensors or a Data, got a loader")
     return given
@@ -225,51 +246,46 @@ def splits_of(data: Data, folds: int) -> tuple[list[tuple[Tensor, Tensor]], list
     return found, notes
 
 
-def _search(found: list[Candidate], data: Data, splits, device, progress) -> None:
-    """Fill in the scores of all candidates in all folds."""
+def _search(found: list[Candidate], data: Data, splits, device, progress: Quiet) -> None:
+    """Append the scores of all candidates in all folds, fold by fold."""
     data = data.to(device)
-    for candidate in found:
-        candidate.train = [None] * len(splits)
-        candidate.val = [None] * len(splits)
     total = sum(c.config.epochs for c in found) * len(splits)
     done = 0
     for group in _groups(found, len(splits)):
         first, fold = group[0]
         seen = prepared(data, first.config.standardize, splits[fold][0])
         members = [
-            Member(models.build(candidate.config, data), candidate.config, splits[number][0])
-            for candidate, number in group
+            Member(models.build_network(c.config, data), c.config, splits[number][0])
+            for c, number in group
         ]
-
-        tell = None
-        if progress is not None:
-            tell = functools.partial(_tell, progress, done, group, total)
-        loss = "cross_entropy" if data.is_classes else "mse"
         histories = fit_many(
-            members, seen.x_train, seen.y_train, loss=loss, scaling=seen.scaling, progress=tell
+            members,
+            seen.x_train,
+            seen.y_train,
+            loss=_loss_name(data),
+            scaling=seen.scaling,
+            progress=functools.partial(_tell, progress, done, group, total),
         )
-        done += sum(candidate.config.epochs for candidate, _ in group)
-        for (candidate, number), history in zip(group, histories, strict=True):
-            if not math.isfinite(history[-1]["train_loss"]):
-                candidate.train[number] = candidate.val[number] = Score(math.nan, math.nan)
-        left = [
-            (candidate, number, member.model)
-            for (candidate, number), member in zip(group, members, strict=True)
-            if candidate.val[number] is None
-        ]
-        scores = _scores(left, splits, seen, device)
-        for (candidate, number, _), pair in zip(left, scores, strict=True):
-            candidate.train[number], candidate.val[number] = pair
+        done += sum(c.config.epochs for c, _ in group)
+        scores = _scores(members, [splits[number] for _, number in group], seen, device)
+        for (c, _), history, (train, val) in zip(group, histories, scores, strict=True):
+            is_finite = math.isfinite(history[-1]["train_loss"])
+            c.train.append(train if is_finite else Score(math.nan, math.nan))
+            c.val.append(val if is_finite else Score(math.nan, math.nan))
 
 
-def _tell(progress, before: int, group, total: int, epoch: int, epochs: int) -> None:
+def _tell(progress: Quiet, before: int, group, total: int, epoch: int, epochs: int) -> None:
     done = sum(min(epoch, candidate.config.epochs) for candidate, _ in group)
     progress.trained(before + done, total)
 
 
+def _loss_name(data: Data) -> str:
+    return "cross_entropy" if data.is_classes else "mse"
+
+
 def _groups(found: list[Candidate], folds: int) -> Iterator[list[tuple[Candidate, int]]]:
-    """(candidate, fold) pairs that may be trained in one call: of one precision, and of one fold
-    where the fold decides how rows are scaled."""
+    """(candidate, fold) pairs that may be trained in one call: they have one precision, and one
+    fold where the rows are scaled by the fold."""
     groups: dict[tuple, list] = {}
     for candidate in found:
         config = candidate.config
@@ -277,33 +293,33 @@ def _groups(found: list[Candidate], folds: int) -> Iterator[list[tuple[Candidate
             key = (config.precision, *((fold,) if config.standardize else ()))
             groups.setdefault(key, []).append((candidate, fold))
     for group in groups.values():
-        for start in range(0, len(group), MOST):
-            yield group[start : start + MOST]
+        for start in range(0, len(group), MAX_TOGETHER):
+            yield group[start : start + MAX_TOGETHER]
 
 
-def _scores(left, splits, data: Data, device) -> Iterator[tuple[Score, Score]]:
-    """(training score, validation score) of each (candidate, fold, model)."""
-    config = left[0][0].config if left else TrainConfig()
+def _scores(
+    members: list[Member], splits: list[tuple[Tensor, Tensor]], data: Data, device
+) -> Iterator[tuple[Score, Score]]:
+    """(training score, validation score) of each member, on the rows of its split."""
+    config = members[0].config
     std = None if data.target_scaling is None else data.target_scaling.std
     sums = None
     # Squares of several targets, each in its own unit, do not follow from their sum.
     if config.engine in ("auto", "native") and (std is None or std.numel() == 1):
-        with borrowed(config, device):
-            sums = native_evaluate.judge(
-                [model for _, _, model in left],
+        with run_settings(config, device):
+            sums = native_evaluate.evaluate(
+                [member.model for member in members],
                 data.x_train,
                 data.y_train,
-                [splits[number] for _, number, _ in left],
-                loss="cross_entropy" if data.is_classes else "mse",
+                splits,
+                loss=_loss_name(data),
                 scaling=data.scaling,
             )
     if sums is None:
-        for candidate, number, model in left:
-            rows = [part.to(device) for part in splits[number]]
-            yield tuple(
-                _score(model, data.x_train[r], data.y_train[r], data, candidate.config, device)
-                for r in rows
-            )
+        for member, split in zip(members, splits, strict=True):
+            rows = [part.to(device) for part in split]
+            pairs = [(data.x_train[r], data.y_train[r]) for r in rows]
+            yield tuple(_score(member.model, *p, data, member.config, device) for p in pairs)
         return
     unit = 1.0 if std is None else float(std.double().square())
     for pair in sums.tolist():
@@ -315,17 +331,16 @@ def _scores(left, splits, data: Data, device) -> Iterator[tuple[Score, Score]]:
 
 def _score(model, x: Tensor, y: Tensor, data: Data, config: TrainConfig, device) -> Score:
     """x, y: rows and targets, scaled as `data` says."""
-    loss = "cross_entropy" if data.is_classes else "mse"
-    with borrowed(config, device):
+    with run_settings(config, device):
         outputs = models.predict(model, x, data.scaling, config.precision)
     y = y if data.is_classes else y.reshape(outputs.shape)
-    loss_sum, right, rows = judge(loss, outputs, y).tolist()
+    loss, right, rows = loss_sums(_loss_name(data), outputs, y).tolist()
     if data.is_classes:
-        return Score(1.0 - right / rows, loss_sum / rows)
+        return Score(1.0 - right / rows, loss / rows)
     difference = outputs.double() - y
     if data.target_scaling is not None:
         difference = difference * data.target_scaling.std.to(device)
-    return Score(float(difference.square().mean()), loss_sum / rows)
+    return Score(float(difference.square().mean()), loss / rows)
 
 
 def _best(found: list[Candidate]) -> Candidate:
@@ -338,16 +353,16 @@ def _best(found: list[Candidate]) -> Candidate:
 def _refit(best: Candidate, data: Data, device: torch.device):
     """(model, history, test score or None, R2 or None, what model.safetensors says of it)."""
     whole = prepared(data, best.config.standardize)
-    model = models.build(best.config, whole)
-    config = best.config.replace(out=None, overwrite=False, standardize=False)
+    model = models.build_network(best.config, whole)
+    config = best.config.replace(standardize=False)
     history = fit(model, replace(whole, x_test=None, y_test=None), config).history
-    about = finish.describe(model, whole)
+    about = describe_run(model, whole)
     if whole.x_test is None:
         return model, history, None, None, about
     seen = whole.to(device)
     score = _score(model, seen.x_test, seen.y_test, seen, best.config, device)
     if seen.is_classes:
         return model, history, score, None, about
-    with borrowed(best.config, device):
+    with run_settings(best.config, device):
         outputs = models.predict(model, seen.x_test, seen.scaling, best.config.precision)
     return model, history, score, models.regression(outputs, seen)["test_r2"], about

@@ -1,8 +1,8 @@
-"""The trainer's kinds of failure. Each carries one message that is meant to be shown as it is."""
+"""The trainer's kinds of failure. Each has one message that is shown to the user unchanged."""
 
 
 class UsageError(ValueError):
-    """A flag or argument that cannot be: the command line ends with exit code 2."""
+    """A wrong flag or argument: the command line ends with exit code 2."""
 
 
 class TrainError(RuntimeError):

@@ -1,5 +1,5 @@
-"""What a finished run can do: be loaded again, be tested, and name what is on new pictures or
-rows. Writes nothing."""
+"""The network of a run folder: loading it, testing it, and predicting new pictures or rows. Nothing
+is written."""
 
 import json
 from dataclasses import dataclass
@@ -10,26 +10,29 @@ from torch import Tensor
 
 from ..nn import FusedMLP
 from . import build as models
-from .checkpoint import check_same_model
 from .config import TrainConfig
 from .data import datasets
 from .data.types import Data, Scaling
 from .errors import TrainError, UsageError
+from .losses import loss_sums
+from .run_folder import check_same_model, load_checkpoint
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A network out of a run folder, on its device, in evaluation mode, and how rows become its
-    inputs."""
+    """A network of a run folder, on its device and in evaluation mode, and how rows become its
+    inputs.
+
+    scaling         of rows as the data file has them
+    target_scaling  of a target as the data file has it; does nothing where it was not scaled
+    """
 
     folder: Path
     model: FusedMLP
     config: TrainConfig
     about: dict
-    scaling: Scaling  # of rows as they are in the file
-    target_scaling: (
-        Scaling  # of a target as it is in the file; does nothing where it was not scaled
-    )
+    scaling: Scaling
+    target_scaling: Scaling
 
     @property
     def classes(self) -> list[str] | None:
@@ -49,7 +52,7 @@ class Trained:
 
 
 def load(folder: Path, device: torch.device | str = "cpu") -> Trained:
-    """The network of a run folder: of model.safetensors, or of the checkpoint where the run is
+    """The network of a run folder: from model.safetensors, or from the checkpoint where the run is
     not finished."""
     folder = Path(folder)
     config = _config(folder)
@@ -58,10 +61,9 @@ def load(folder: Path, device: torch.device | str = "cpu") -> Trained:
     if shape.get("kind") != "FusedMLP" or shape.get("activation") is None or not shape.get("dims"):
         raise TrainError(
             f"{folder} holds a model of kind {shape.get('kind')}, which only its own code can "
-            "make; "
-            f"load {folder / 'model.safetensors'} into it"
+            f"make; load {folder / 'model.safetensors'} into it"
         )
-    network = models.make(shape)
+    network = models.network_of_shape(shape)
     check_same_model(network, weights, str(folder))
     network.load_state_dict(weights)
     network.to(device).eval()
@@ -85,9 +87,7 @@ def _config(folder: Path) -> TrainConfig:
 def _weights(folder: Path) -> tuple[dict[str, Tensor], dict]:
     path = folder / "model.safetensors"
     if not path.is_file():
-        from . import checkpoint
-
-        content = checkpoint.load(folder)
+        content = load_checkpoint(folder)
         return content["model"], content["about"]
     try:
         from safetensors import SafetensorError, safe_open
@@ -109,7 +109,7 @@ def _weights(folder: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def test_data(trained: Trained, data_dir: Path | None = None) -> Data:
-    """The data set that the run was trained on, split as it was then, and not scaled."""
+    """The data set that the run was trained on, with the same split and not scaled."""
     config = trained.config
     if config.dataset == "tensors" or trained.about["data"].get("digest") is None:
         raise TrainError(
@@ -131,7 +131,7 @@ def evaluate(trained: Trained, data: Data) -> dict:
     loss = "cross_entropy" if data.is_classes else "mse"
     outputs = trained.outputs(data.x_test)
     y = data.y_test if data.is_classes else trained.target_scaling(data.y_test)
-    loss_sum, right, rows = models.judge(loss, outputs, y).tolist()
+    loss_sum, right, rows = loss_sums(loss, outputs, y).tolist()
     result = {
         "rows": int(rows),
         "test_loss": loss_sum / rows,
@@ -190,7 +190,7 @@ def read_images(
 
 
 def _flattened(image):
-    """On black where it is see-through: the training images' background."""
+    """The image on black, the training images' background, where it is transparent."""
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         from PIL import Image
 

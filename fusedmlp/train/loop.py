@@ -1,7 +1,8 @@
-"""fit: the one training loop, for the command line and for a user's own model and data.
+"""fit: the one training loop, for a user's own model and data. run: the same for what a config
+names, which the command line calls.
 
-Leaves as it found them: torch's global generators, the number of threads, precision and backend
-settings, signal handlers. Writes only into the run folder, and only on rank 0.
+Torch's global generators, the number of threads, precision and backend settings and signal handlers
+are left as they were. Only rank 0 writes, and only into the run folder.
 """
 
 import math
@@ -11,19 +12,40 @@ from pathlib import Path
 
 from torch import nn
 
-from . import checkpoint, distributed, finish, schedule
-from .build import evaluate, evaluate_batches, optimizer_for
-from .config import TrainConfig
+from . import build, engines
+from .build import evaluate, evaluate_batches
+from .config import RunOptions, TrainConfig
 from .console import Quiet
-from .data import inputs as source
-from .data import loaders
-from .data.types import Data, permutation, resolved
-from .distributed import World
-from .engines import autograd
+from .data import datasets, inputs, loaders
+from .data.types import Data, permutation, prepared, resolved
 from .errors import TrainError, UsageError, WriteError
-from .process import borrowed, pick_device, seed_generators, surroundings
-from .run_folder import create, reopen
-from .state import Run, check_loss, kept, restore, rng_seed, save, set_rng
+from .losses import mean_figures, rounded
+from .process import (
+    World,
+    current_world,
+    join_processes,
+    leave_processes,
+    pick_device,
+    run_settings,
+    seed_epoch,
+    started_by_torchrun,
+    stop_on_signals,
+)
+from .run_folder import create_folder, load_checkpoint, reopen_folder
+from .run_state import (
+    Run,
+    check_loss,
+    check_same_run,
+    describe_run,
+    draw_results,
+    restore,
+    save,
+    set_rng,
+    summary,
+    what_is_kept,
+    write_results,
+)
+from .task import Task
 
 READ_SECONDS = 0.1  # between two reads of the losses; each waits for the device
 SAVE_SECONDS = 1.0  # between two checkpoints at the end of short epochs
@@ -43,7 +65,12 @@ class Result:
 
 
 def fit(
-    model: nn.Module, data, config: TrainConfig | None = None, *, progress: Quiet | None = None
+    model: nn.Module,
+    data,
+    config: TrainConfig | None = None,
+    options: RunOptions | None = None,
+    *,
+    progress: Quiet | None = None,
 ) -> Result:
     """Train a model in place, as PyTorch's own loop of shuffle, forward, loss, backward, update.
 
@@ -53,57 +80,85 @@ def fit(
              gone through once an epoch) or a pair (loader, test_loader)
     config   a TrainConfig. Its dataset, hidden, activation, dropout and init describe what is
              here already and are not read. What it leaves to the data is as for image sets: SGD,
-             no scaling. A run folder is written where `out` or `resume` is set
+             no scaling
+    options  where the run folder is written, or which one is resumed; None: nothing is written
     returns  a Result; Ctrl-C ends the loop after the step under way and returns what there is
     raises   UsageError (a ValueError), TrainError (a RuntimeError), TypeError
 
     uint8 rows are divided by 255. The order of rows, and the masks of a FusedMLP, follow from
     config.seed alone; other models draw from torch's generator, seeded by it each epoch.
     """
-    return _fit(model, data, config or TrainConfig(), progress or Quiet(), None)
-
-
-def fit_into_folder(model: nn.Module, data: Data, config: TrainConfig, progress: Quiet) -> Result:
-    """fit, with a new numbered folder under runs/ where the config names none."""
-    return _fit(model, data, config, progress, Path("runs"))
-
-
-def _fit(
-    model: nn.Module, data, config: TrainConfig, progress: Quiet, parent: Path | None
-) -> Result:
-    config = config.check()
+    config = (config or TrainConfig()).check()
     if not any(p.requires_grad for p in model.parameters()):
         raise UsageError("fit: the model must have parameters that require gradients, got none")
-    saved = checkpoint.load(config.resume) if config.resume is not None else None
-    if saved is not None:
-        config = config.filled_from(checkpoint.config_of(saved))
-    given = source.of(data, config)
-    config = _resolved(config, given, saved)
-    device = pick_device(config)
-    world = distributed.current()
+    saved = None
+    if options is not None and options.check().resume is not None:
+        saved = load_checkpoint(options.resume)
+        config = config.filled_from(TrainConfig.from_dict(saved["config"]))
+    given = inputs.as_data(data, config)
+    if saved is None:
+        config = resolved(config, given)
+    else:
+        _check_continuation(config, Path(options.resume), saved)
+    device, world = pick_device(config), current_world()
     _check_world(config, world, given)
-    with surroundings(config, device) as stop:
+    with run_settings(config, device), stop_on_signals() as stop:
         epoch = 0 if saved is None else saved["position"]["epoch"]
-        run = _prepare(model, given, config, device, world, stop, progress, epoch)
+        task, data = _task(model, given, config, device, world, epoch)
+        seed_epoch(config, world, 0, device)
+        about, engine = describe_run(model, data), engines.choose(config.engine, task)
+        run = Run(config, options, world, task, engine, data, progress or Quiet(), stop, about)
         try:
-            _open(run, saved, parent)
+            _open(run, saved)
             _loop(run, saved)
             return _close(run)
         except BaseException as error:
             if run.folder is not None and world.is_lead:
                 run.folder.discard()
             if isinstance(error, WriteError):
-                raise TrainError(f"{error}; {kept(run)}") from error
+                raise TrainError(f"{error}; {what_is_kept(run)}") from error
             raise
         finally:
             run.progress.close()
 
 
-def _resolved(config: TrainConfig, data, saved: dict | None) -> TrainConfig:
-    if saved is None:
-        return resolved(config, data)
-    was = checkpoint.config_of(saved)
-    checkpoint.check_same_run(config, was)
+def run(
+    config: TrainConfig, options: RunOptions | None = None, *, progress: Quiet | None = None
+) -> Result:
+    """Load the data set of the config, make its network and train it, into a run folder; under
+    torchrun in all processes together. Arguments, result and errors as for `fit`."""
+    config = config.check().with_absolute_paths()
+    options = options or RunOptions()
+    progress = progress or Quiet()
+    world = join_processes(pick_device(config).type)
+    try:
+        loaded = None
+
+        def load_first() -> str:
+            # Rank 0 before the others: the one download, and the choice of a data set, are for all.
+            nonlocal loaded
+            loaded = datasets.read(config)
+            return loaded.name if config.dataset == "auto" else config.dataset
+
+        config = config.replace(dataset=world.run_on_lead(load_first))
+        loaded = loaded or datasets.read(config)
+        config = resolved(config, loaded)
+        loaded = prepared(loaded, config.standardize)
+        if world.is_lead:
+            for note in loaded.notes:
+                progress.note(note)
+        network = build.build_network(config, loaded)
+        progress = progress if world.is_lead else Quiet()
+        return fit(network, loaded, config, options, progress=progress)
+    finally:
+        if started_by_torchrun():
+            leave_processes()
+
+
+def _check_continuation(config: TrainConfig, folder: Path, saved: dict) -> None:
+    """Raise UsageError where the run in this folder cannot go on as the config says."""
+    was = TrainConfig.from_dict(saved["config"])
+    check_same_run(config, was)
     if was.lr_schedule != "constant" and config.epochs != was.epochs:
         raise UsageError(
             f"--resume: --epochs must stay {was.epochs} as in the run, got {config.epochs}: its "
@@ -111,13 +166,12 @@ def _resolved(config: TrainConfig, data, saved: dict | None) -> TrainConfig:
         )
     done = saved["position"]["epoch"]
     # A run that was cut off before its end, or has no picture, gets what is missing now.
-    last_files = [config.resume / name for name in ("summary.json", "curves.png")]
+    last_files = [folder / name for name in ("summary.json", "curves.png")]
     if config.epochs < done or (config.epochs == done and all(f.exists() for f in last_files)):
         way_on = f"--epochs above {done} goes on from there"
         if was.lr_schedule != "constant":
             way_on = f"its --lr-schedule {was.lr_schedule} has ended"
-        raise UsageError(f"--resume: {config.resume} has done its {done} epochs; {way_on}")
-    return config
+        raise UsageError(f"--resume: {folder} has done its {done} epochs; {way_on}")
 
 
 def _check_world(config: TrainConfig, world: World, data) -> None:
@@ -133,67 +187,49 @@ def _check_world(config: TrainConfig, world: World, data) -> None:
 
 
 def explain(model: nn.Module, data, config: TrainConfig | None = None) -> str:
-    """What each engine says to training this, a line each, the one that is taken among them.
+    """For each engine one line: taken, able to run this training, or why not.
 
     Arguments, errors and what happens to the model's device as in `fit`; nothing is trained.
     """
     config = (config or TrainConfig()).check()
-    given = source.of(data, config)
-    config = _resolved(config, given, None)
+    given = inputs.as_data(data, config)
+    config = resolved(config, given)
     device = pick_device(config)
-    with borrowed(config, device):
-        task, _ = _task(model, given, config, device, distributed.current())
-        return "\n".join(autograd.why(config.engine, task))
+    with run_settings(config, device):
+        task, _ = _task(model, given, config, device, current_world())
+        return "\n".join(engines.explain(config.engine, task))
 
 
 def _task(
     model, given, config, device, world, epoch: int = 0
-) -> tuple[autograd.Task, Data | loaders.Loaders]:
-    """The task, and the data on its device. A loader is opened here, with the generators as they
-    are in the epoch that is the first to be run."""
+) -> tuple[Task, Data | loaders.Loaders]:
+    """The task, and the data on its device. A loader is opened here, with the generators seeded as
+    for the first epoch to be run."""
     model.to(device)
-    data = given
     if isinstance(given, Data):
-        data = source.on_device(given, model, device)
-        loss, scaling = "cross_entropy" if data.is_classes else "mse", data.scaling
-    else:
-        seed_generators(rng_seed(config, world, epoch), device)
-        data, scaling, loss = loaders.of_loader(given, model, config, device)
-    task = autograd.Task(model, optimizer_for(model, config, loss), loss, device, scaling=scaling)
-    task.precision, task.seed, task.world = config.precision, config.seed, world
-    task.label_smoothing, task.clip_norm = config.label_smoothing, config.clip_norm
-    if isinstance(given, Data):
+        data = inputs.on_device(given, model, device)
+        loss = "cross_entropy" if data.is_classes else "mse"
+        steps = math.ceil(len(data.x_train) / config.batch_size)
+        task = build.task_for(model, config, loss, device, data.scaling, steps, world)
         task.x, task.y = data.x_train, data.y_train
-        steps = math.ceil(len(task.x) / config.batch_size)
-    else:
-        steps = given.length
-    task.schedule = schedule.of(config, steps)
-    return task, data
+        return task, data
+    seed_epoch(config, world, epoch, device)
+    data, scaling, loss = loaders.checked_loaders(given, model, config, device)
+    return build.task_for(model, config, loss, device, scaling, given.length, world), data
 
 
-def _prepare(model, given, config, device, world, stop, progress, epoch) -> Run:
-    task, data = _task(model, given, config, device, world, epoch)
-    seed_generators(rng_seed(config, world, 0), device)
-    about = finish.describe(model, data)
-    return Run(
-        config, world, task, autograd.choose(config.engine, task), data, progress, stop, about
-    )
-
-
-def _open(run: Run, saved: dict | None, parent: Path | None) -> None:
-    """Make or reopen the run folder; take over what the checkpoint holds."""
-    config, world = run.config, run.world
+def _open(run: Run, saved: dict | None) -> None:
+    """Make or reopen the run folder; restore the checkpoint."""
+    config, options, world = run.config, run.options, run.world
     if saved is not None:
         restore(run, saved)
-        run.folder = world.lead(lambda: reopen(Path(config.resume)))
-    elif config.out is not None or parent is not None:
-        finish.need_packages()
-        text = finish.config_json(config)
-        run.folder = world.lead(lambda: create(config.out, parent, config.overwrite, text))
+        run.folder = world.run_on_lead(lambda: reopen_folder(Path(options.resume)))
+    elif options is not None:
+        run.folder = world.run_on_lead(lambda: create_folder(options, config))
     run.engine.set_step(run.position.global_step)
     run.progress.start(run)
     if config.engine == "auto" and run.task.device.type == "cpu" and run.engine.name == "autograd":
-        reasons = "; ".join(autograd.Native.refuses(run.task))
+        reasons = "; ".join(engines.Native.reasons_against(run.task))
         run.progress.note(f"the faster engine native is passed over: {reasons}")
 
 
@@ -201,7 +237,7 @@ def _loop(run: Run, saved: dict | None) -> None:
     position = run.position
     rng = saved["rng"] if saved is not None and position.step else None
     while position.epoch < run.config.epochs and not run.halted:
-        seed_generators(rng_seed(run.config, run.world, position.epoch), run.task.device)
+        seed_epoch(run.config, run.world, position.epoch, run.task.device)
         run.task.model.train()
         train_epoch = _train_epoch if isinstance(run.data, Data) else _train_loader
         if not train_epoch(run, rng):
@@ -210,7 +246,7 @@ def _loop(run: Run, saved: dict | None) -> None:
         run.history.append(_row(run))
         position.next_epoch()
         run.progress.epoch(run.history[-1])
-        if any(run.world.most(int(time.monotonic() - run.saved_at >= SAVE_SECONDS))):
+        if any(run.world.max(int(time.monotonic() - run.saved_at >= SAVE_SECONDS))):
             save(run)
     if run.saved_step != position.global_step:
         save(run)
@@ -219,7 +255,7 @@ def _loop(run: Run, saved: dict | None) -> None:
 def _train_epoch(run: Run, rng: dict | None) -> bool:
     """Steps to the end of the epoch; False when asked to stop before it.
 
-    rng  states of torch's generators where a resumed epoch goes on
+    rng  states of torch's generators at the step where a resumed epoch continues
     """
     if rng is not None:
         set_rng(run, rng)
@@ -240,7 +276,7 @@ def _train_epoch(run: Run, rng: dict | None) -> bool:
             run.chunk *= 2
         elif seconds > READ_SECONDS:
             run.chunk = max(1, run.chunk // 2)
-        stop, run.chunk = run.world.most(int(run.stop.asked), run.chunk)
+        stop, run.chunk = run.world.max(int(run.stop.asked), run.chunk)
         run.halted = bool(stop)
         if run.halted and position.step < steps:
             return False
@@ -248,19 +284,19 @@ def _train_epoch(run: Run, rng: dict | None) -> bool:
 
 
 def _train_loader(run: Run, rng: dict | None) -> bool:
-    """As _train_epoch, for batches that come from an iterable."""
+    """The same as _train_epoch, for batches of an iterable."""
     position = run.position
     skip, read_at = position.step, time.perf_counter()
     pending = 0
-    for number, (inputs, targets) in enumerate(run.data.train):
+    for number, (x, y) in enumerate(run.data.train):
         if number < skip:
-            continue  # of a resumed epoch: the loader has to run through what was seen
+            continue  # a resumed epoch: the loader has to run through the batches that were seen
         if number == skip and rng is not None:
             set_rng(run, rng)
         try:
-            run.engine.step_on(inputs, targets)
+            run.engine.step_on(x, y)
         except RuntimeError as error:
-            run.data.train.blame(error)
+            run.data.train.raise_if_rows_differ(error)
             raise
         pending += 1
         seconds = time.perf_counter() - read_at
@@ -284,25 +320,17 @@ def _read_checked(run: Run) -> tuple[float, float, int]:
 
 
 def _row(run: Run) -> dict:
-    """Close an epoch: its means, and the held-out rows."""
+    """The row of a finished epoch: its means, and the losses of the held-out rows."""
     position, task = run.position, run.task
     run.engine.sync()
-    is_classes = task.loss == "cross_entropy"
-    row = {
-        "epoch": position.epoch + 1,
-        "train_loss": position.loss / position.rows,
-        "train_accuracy": position.right / position.rows if is_classes else None,
-    }
-    for part in ("val", "test"):
-        row[f"{part}_loss"], row[f"{part}_accuracy"] = _evaluate(run, part)
-    row["seconds"] = position.seconds
-    for name, value in row.items():
-        # 9 digits: the order of summing differs when a run was interrupted, in the 15th.
-        row[name] = float(f"{value:.9g}") if isinstance(value, float) else value
-    for part in ("val", "test"):
-        if row[f"{part}_loss"] is not None:
-            check_loss(run, row[f"{part}_loss"])
-    return row
+    figures = {"train": mean_figures(task.loss, (position.loss, position.right, position.rows))}
+    figures |= {part: _evaluate(run, part) for part in ("val", "test")}
+    row = {"epoch": position.epoch + 1}
+    for part, (loss, accuracy) in figures.items():
+        row |= {f"{part}_loss": rounded(loss), f"{part}_accuracy": rounded(accuracy)}
+        if loss is not None:
+            check_loss(run, loss)
+    return row | {"seconds": rounded(position.seconds)}
 
 
 def _evaluate(run: Run, part: str) -> tuple[float | None, float | None]:
@@ -313,15 +341,14 @@ def _evaluate(run: Run, part: str) -> tuple[float | None, float | None]:
         try:
             return evaluate_batches(task, data.test)
         except RuntimeError as error:
-            data.test.blame(error)
+            data.test.raise_if_rows_differ(error)
             raise
     x, y = getattr(data, f"x_{part}"), getattr(data, f"y_{part}")
     if x is None:
         return None, None
-    sums = run.engine.judge(x, y)
+    sums = run.engine.evaluate(x, y)
     if sums is not None:
-        loss, right, rows = sums.tolist()
-        return loss / rows, right / rows if task.loss == "cross_entropy" else None
+        return mean_figures(task.loss, sums.tolist())
     return evaluate(
         task.model, x, y, task.scaling, task.loss, precision=task.precision, world=task.world
     )
@@ -330,12 +357,12 @@ def _evaluate(run: Run, part: str) -> tuple[float | None, float | None]:
 def _close(run: Run) -> Result:
     interrupted = run.position.epoch < run.config.epochs
     result = Result(run.task.model, run.history, run.config, interrupted)
-    result.summary = finish.summary(run)
+    result.summary = summary(run)
     if run.folder is not None:
         result.folder = run.folder.path
         if not interrupted:
-            run.world.lead(lambda: finish.write(run, result.summary))
-            run.world.lead(lambda: finish.draw(run))
+            run.world.run_on_lead(lambda: write_results(run, result.summary))
+            run.world.run_on_lead(lambda: draw_results(run))
         result.paths = run.folder.paths()
     run.progress.finish(result)
     return result

@@ -1,7 +1,7 @@
 """fit_many: several networks on the same data at once, for sweeps, folds and ensembles.
 
-Every member ends with the bits that training it alone gives. Writes no files, changes no setting of
-the process, and does not test: whoever wants a test after each epoch passes `on_epoch`.
+Every member ends with the bits that training it alone gives. Nothing is written, no setting of the
+process changes, and nothing is tested: `on_epoch` is for a test after each epoch.
 """
 
 from __future__ import annotations
@@ -14,21 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import FusedMLP
-from . import schedule
-from .build import optimizer_for
+from . import engines
+from .build import task_for
 from .config import TrainConfig
 from .data import inputs
-from .data.rows import kinds
+from .data.rows import type_names
 from .data.types import Data, Scaling, permutation, resolved
-from .distributed import ALONE
-from .engines import autograd
 from .engines.native import Native
 from .engines.native_many import NativeMany, Share
 from .errors import UsageError
-from .process import borrowed, pick_device, seed_generators
-from .state import rng_seed
+from .losses import mean_figures, rounded
+from .process import ALONE, pick_device, run_settings, seed_epoch
+from .task import Task
 
-MOST = 64  # networks in one call
+MAX_TOGETHER = 64  # networks in one call
 LOSSES = ("cross_entropy", "mse")
 
 
@@ -47,7 +46,7 @@ class Member:
     rows: Tensor
 
 
-def refuses_many(members: Sequence[Member], x: Tensor, y: Tensor, loss: str) -> list[str]:
+def reasons_against_many(members: Sequence[Member], x: Tensor, y: Tensor, loss: str) -> list[str]:
     """Reasons why these members cannot be trained in one call; empty where they can.
 
     In one call go up to 64 networks on a CPU that the `native` engine takes, each with layers,
@@ -56,8 +55,8 @@ def refuses_many(members: Sequence[Member], x: Tensor, y: Tensor, loss: str) -> 
     """
     scaling = Scaling(255.0) if x.dtype == torch.uint8 else Scaling()
     _check(members, x, y, loss)
-    reasons = _against_devices(members)
-    return reasons or _against(_tasks(members, x, y, loss, scaling))
+    reasons = _reasons_against_devices(members)
+    return reasons or _reasons_against(_tasks(members, x, y, loss, scaling))
 
 
 def fit_many(
@@ -72,7 +71,7 @@ def fit_many(
 ) -> list[list[dict]]:
     """Train each member's model in place for its config.epochs; the same bits as each alone.
 
-    members   of any shapes; where refuses_many has no reasons, all are trained in one call
+    members   of any shapes; where reasons_against_many has no reasons, all are trained in one call
     x         (n, ...) rows as stored, not checked for finite numbers
     y         (n,) int64 classes, or (n,) or (n, k) float targets
     loss      cross_entropy or mse
@@ -90,7 +89,7 @@ def fit_many(
     """
     _check(members, x, y, loss)
     tasks = _tasks(members, x, y, loss, scaling)
-    together = bool(members) and not (_against_devices(members) or _against(tasks))
+    together = bool(members) and not (_reasons_against_devices(members) or _reasons_against(tasks))
     trainings = [
         _Training(config, task, m, together)
         for (config, task), m in zip(tasks, members, strict=True)
@@ -120,13 +119,13 @@ def fit_many(
 
 
 class _Training:
-    """A member that is under way."""
+    """A member in training."""
 
-    def __init__(self, config: TrainConfig, task: autograd.Task, member: Member, is_native: bool):
+    def __init__(self, config: TrainConfig, task: Task, member: Member, is_native: bool):
         self.config, self.device = config, task.device
         self.rows = member.rows.cpu()
-        with borrowed(config, task.device):
-            self.engine = Native(task) if is_native else autograd.choose(config.engine, task)
+        with run_settings(config, task.device):
+            self.engine = Native(task) if is_native else engines.choose(config.engine, task)
         self.engine.set_step(0)
         self.epoch = 0
         self.history: list[dict] = []
@@ -137,7 +136,7 @@ class _Training:
 
     @property
     def steps(self) -> int:
-        """Of one epoch."""
+        """Steps of one epoch."""
         return -(-len(self.rows) // self.config.batch_size)
 
     def order(self, epoch: int) -> Tensor:
@@ -145,27 +144,26 @@ class _Training:
         return self.rows[permutation(self.config.seed, epoch, len(self.rows))]
 
     def train_epoch(self) -> None:
-        with borrowed(self.config, self.device):
-            seed_generators(rng_seed(self.config, ALONE, self.epoch), self.device)
+        with run_settings(self.config, self.device):
+            seed_epoch(self.config, ALONE, self.epoch, self.device)
             self.engine.steps(self.order(self.epoch).to(self.device), self.config.batch_size)
             loss, right, rows = self.engine.read()
             self.engine.sync()
             self.close_epoch(loss, right, rows)
 
     def close_epoch(self, loss: float, right: float, rows: int) -> None:
-        """Note what the epoch came to."""
-        self.epoch += 1
-        is_classes = self.engine.task.loss == "cross_entropy"
-        if math.isfinite(loss):
-            self.history.append(_row(loss / rows, right / rows if is_classes else None))
-            return
-        left = self.config.epochs - self.epoch + 1
-        self.history += [_row(math.nan, math.nan if is_classes else None) for _ in range(left)]
-        self.epoch = self.config.epochs
+        """Append the epoch to the history; a loss that is not finite ends the training."""
+        epochs, kind = 1, self.engine.task.loss
+        if not math.isfinite(loss):
+            epochs, loss, right = self.config.epochs - self.epoch, math.nan, math.nan
+        mean, accuracy = map(rounded, mean_figures(kind, (loss, right, rows)))
+        row = {"train_loss": mean, "train_accuracy": accuracy}
+        self.history += [dict(row) for _ in range(epochs)]
+        self.epoch += epochs
 
 
 def _train_epochs(many: NativeMany, trainings: list[_Training], count: int) -> None:
-    """So many epochs of each, of one that has fewer left as many as those are."""
+    """Train `count` epochs of each, or as many as it has left."""
     orders: dict[tuple, Tensor] = {}
     shares = []
     for t in trainings:
@@ -180,14 +178,8 @@ def _train_epochs(many: NativeMany, trainings: list[_Training], count: int) -> N
             training.close_epoch(*each)
 
 
-def _row(loss: float, accuracy: float | None) -> dict:
-    # 9 digits, as in the history of `fit`: beyond them the grouping of a sum can be seen.
-    rounded = None if accuracy is None else float(f"{accuracy:.9g}")
-    return {"train_loss": float(f"{loss:.9g}"), "train_accuracy": rounded}
-
-
 def _kind(model: nn.Module) -> tuple:
-    """Equal for models of which one stands for all when a row is tried on them."""
+    """Equal for models that all take a row of the data if one of them does."""
     if type(model) is not FusedMLP:
         return (id(model),)
     return (*map(type, model), *((tuple(p.shape), p.dtype) for p in model.parameters()))
@@ -195,13 +187,13 @@ def _kind(model: nn.Module) -> tuple:
 
 def _tasks(
     members: Sequence[Member], x: Tensor, y: Tensor, loss: str, scaling: Scaling
-) -> list[tuple[TrainConfig, autograd.Task]]:
-    """Each member's config, without None, and its task as `fit` would set it up."""
+) -> list[tuple[TrainConfig, Task]]:
+    """Each member's config, with all settings filled in, and its task as in `fit`."""
     classes = None
     if loss == "cross_entropy":
         classes = tuple(str(i) for i in range(int(y.max()) + 1))
     given = Data("tensors", x, y, classes=classes, scaling=scaling)
-    tasks: list[tuple[TrainConfig, autograd.Task]] = []
+    tasks: list[tuple[TrainConfig, Task]] = []
     moved: dict[torch.device, Data] = {}
     fitted: dict[tuple, Data] = {}
     for member in members:
@@ -212,36 +204,32 @@ def _tasks(
             moved[device] = given.to(device)
         key = device, config.backend, _kind(model)
         if key not in fitted:
-            with borrowed(config, device):
+            with run_settings(config, device):
                 fitted[key] = inputs.on_device(moved[device], model, device)
         data = fitted[key]
-        task = autograd.Task(
-            model, optimizer_for(model, config, loss), loss, device, scaling=data.scaling
-        )
+        steps = -(-len(member.rows) // config.batch_size)
+        task = task_for(model, config, loss, device, data.scaling, steps)
         task.x, task.y = data.x_train, data.y_train
-        task.precision, task.seed = config.precision, config.seed
-        task.label_smoothing, task.clip_norm = config.label_smoothing, config.clip_norm
-        task.schedule = schedule.of(config, -(-len(member.rows) // config.batch_size))
         tasks.append((config, task))
     return tasks
 
 
-def _against_devices(members: Sequence[Member]) -> list[str]:
+def _reasons_against_devices(members: Sequence[Member]) -> list[str]:
     if any(pick_device(m.config).type != "cpu" for m in members):
         return ["several networks are trained in one call on a CPU only"]
     return []
 
 
-def _against(tasks: list[tuple[TrainConfig, autograd.Task]]) -> list[str]:
+def _reasons_against(tasks: list[tuple[TrainConfig, Task]]) -> list[str]:
     reasons = []
-    if len(tasks) > MOST:
-        reasons.append(f"at most {MOST} networks are trained in one call, got {len(tasks)}")
+    if len(tasks) > MAX_TOGETHER:
+        reasons.append(f"at most {MAX_TOGETHER} networks are trained in one call, got {len(tasks)}")
     for number, (config, task) in enumerate(tasks):
-        with borrowed(config, task.device):
-            why = Native.refuses(task)
+        with run_settings(config, task.device):
+            found = Native.reasons_against(task)
         if config.engine not in ("auto", Native.name):
-            why = [f"engine {config.engine} was asked for"]
-        reasons += [f"member {number}: {reason}" for reason in why]
+            found = [f"engine {config.engine} was asked for"]
+        reasons += [f"member {number}: {reason}" for reason in found]
     return reasons
 
 
@@ -249,7 +237,7 @@ def _check(members: Sequence[Member], x: Tensor, y: Tensor, loss: str) -> None:
     if loss not in LOSSES:
         raise UsageError(f"fit_many: loss must be one of {', '.join(LOSSES)}, got {loss!r}")
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-        raise TypeError(f"fit_many: x and y must be tensors, got {kinds((x, y))}")
+        raise TypeError(f"fit_many: x and y must be tensors, got {type_names((x, y))}")
     if x.dim() < 1 or y.dim() < 1 or len(x) != len(y) or len(x) == 0:
         raise UsageError(
             f"fit_many: y must have one target a row of x {tuple(x.shape)}, got {tuple(y.shape)}"

@@ -1,5 +1,7 @@
-"""Pictures of a run as PNG bytes: learning curves, predictions, and where they go wrong. Draws
-off screen, writes nothing, and needs matplotlib only when it draws."""
+"""Pictures of a run as PNG bytes: learning curves, predictions and mistakes.
+
+Everything is drawn off screen and nothing is written; matplotlib is imported for the first picture.
+"""
 
 import contextlib
 import io
@@ -10,23 +12,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .data.scaling import Scaling
 from .data.types import Data
 from .errors import TrainError
 
-SHOWN, MISTAKES = (
-    24,
-    16,
-)  # images on the prediction sheet: the first of the test set, then the first mistakes
-COLUMNS = 8
-NAME = 40  # characters of a name
-RIGHT, WRONG = "#1a7f37", "#c0261c"
-PARTS = {"train": "#1f6fb4", "val": "#b8860b", "test": "#c0261c"}
+# Images on the prediction sheet: the first of the test set, then the first mistakes.
+FIRST_IMAGES, MISTAKE_IMAGES = 24, 16
+IMAGES_A_ROW = 8
+NAME_LENGTH = 40  # characters
+RIGHT_COLOUR, WRONG_COLOUR = "#1a7f37", "#c0261c"
+PART_COLOURS = {"train": "#1f6fb4", "val": "#b8860b", "test": "#c0261c"}
 
 
-def all_of(
+def run_pictures(
     history: list[dict], data, outputs: Callable[[], Tensor] | None
 ) -> dict[str, Callable[[], bytes]]:
-    """{file name: what draws it}; outputs gives (n, C) of the test rows on the CPU, and is None
+    """{file name: what draws it}; outputs() returns (n, C) of the test rows on the CPU, and is None
     where there are none."""
     pictures = {"curves.png": lambda: curves(history)}
     if outputs is None:
@@ -56,8 +57,8 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
 
 
 def import_matplotlib():
-    """matplotlib, whatever MPLBACKEND says: where that names a backend which is not here, as in a
-    shell that a notebook started, matplotlib refuses to be imported at all."""
+    """matplotlib, whatever MPLBACKEND says: importing it fails where that names a backend which is
+    not installed, as in a shell that a notebook started."""
     named = None
     if "matplotlib" not in sys.modules:
         named = os.environ.pop("MPLBACKEND", None)
@@ -75,16 +76,16 @@ def import_matplotlib():
 
 
 def readable(name: str) -> str:
-    """A name of the user's as a label: cut short, what the font lacks as an escape, and a dollar
-    sign as such, which to matplotlib begins a formula."""
+    """A user's name as a label: it is cut short, characters that the font lacks become escapes, and
+    a dollar sign, with which matplotlib would begin a formula, is escaped."""
     from matplotlib import font_manager
 
     font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
-    name = name if len(name) <= NAME else name[: NAME - 3] + "..."
-    there = (
+    name = name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 3] + "..."
+    characters = (
         c if font.get_char_index(ord(c)) else c.encode("unicode_escape").decode() for c in name
     )
-    return "".join(there).replace("$", r"\$")
+    return "".join(characters).replace("$", r"\$")
 
 
 def png(figure) -> bytes:
@@ -98,7 +99,7 @@ def curves(history: list[dict]) -> bytes:
     figure, axes = new_figure(10 if has_accuracy else 5.5, 4, 1, 2 if has_accuracy else 1)
     epochs = [row["epoch"] for row in history]
     for axis, what in zip(axes[0], ("loss", "accuracy"), strict=False):
-        for part, colour in PARTS.items():
+        for part, colour in PART_COLOURS.items():
             values = [row[f"{part}_{what}"] for row in history]
             if not any(value is not None for value in values):
                 continue
@@ -124,10 +125,10 @@ def images(data: Data, outputs: Tensor) -> bytes:
     wrong."""
     true, predicted, _ = _classified(data, outputs)
     wrong = torch.nonzero(true != predicted).flatten().tolist()
-    first = list(range(min(SHOWN, len(true))))
-    shown = first + [index for index in wrong if index >= len(first)][:MISTAKES]
-    rows = -(-len(shown) // COLUMNS)
-    figure, axes = new_figure(1.5 * COLUMNS, 1.85 * rows + 0.6, rows, COLUMNS)
+    first = list(range(min(FIRST_IMAGES, len(true))))
+    shown = first + [index for index in wrong if index >= len(first)][:MISTAKE_IMAGES]
+    rows = -(-len(shown) // IMAGES_A_ROW)
+    figure, axes = new_figure(1.5 * IMAGES_A_ROW, 1.85 * rows + 0.6, rows, IMAGES_A_ROW)
     for axis in axes.flat:
         axis.axis("off")
     for axis, index in zip(axes.flat, shown, strict=False):
@@ -139,12 +140,12 @@ def images(data: Data, outputs: Tensor) -> bytes:
         names = readable(data.classes[predicted[index]]), readable(data.classes[true[index]])
         is_right = predicted[index] == true[index]
         title = names[0] if is_right else f"{names[0]}\n(true: {names[1]})"
-        axis.set_title(title, fontsize=9, color=RIGHT if is_right else WRONG)
+        axis.set_title(title, fontsize=9, color=RIGHT_COLOUR if is_right else WRONG_COLOUR)
         if not is_right:
             axis.axis("on")
             axis.set(xticks=[], yticks=[])
             for spine in axis.spines.values():
-                spine.set(color=WRONG, linewidth=2)
+                spine.set(color=WRONG_COLOUR, linewidth=2)
     share = (true == predicted).float().mean().item()
     mistakes = len(shown) - len(first)
     figure.suptitle(
@@ -156,15 +157,17 @@ def images(data: Data, outputs: Tensor) -> bytes:
 
 
 def confidence(data: Data, outputs: Tensor) -> bytes:
-    """For rows that are no images: how sure the network was, of what it got right and of what it
-    got wrong."""
+    """For rows that are no images: how sure the network was of its right and of its wrong
+    predictions."""
     true, predicted, probability = _classified(data, outputs)
     right = true == predicted
     figure, axes = new_figure(6.5, 4)
     axis = axes[0, 0]
     parts = [probability[right].numpy(), probability[~right].numpy()]
     labels = [f"right: {int(right.sum())}", f"wrong: {int((~right).sum())}"]
-    axis.hist(parts, bins=20, range=(0, 1), stacked=True, color=[RIGHT, WRONG], label=labels)
+    axis.hist(
+        parts, bins=20, range=(0, 1), stacked=True, color=[RIGHT_COLOUR, WRONG_COLOUR], label=labels
+    )
     axis.set(
         xlabel="probability of the predicted class",
         ylabel="test rows",
@@ -212,12 +215,10 @@ def confusion(data: Data, outputs: Tensor) -> bytes:
 
 def _in_units(data: Data, outputs: Tensor) -> tuple[Tensor, Tensor]:
     """(true, predicted), each (n, k), in the target's own units."""
-    true = data.y_test.cpu().float().reshape(len(outputs), -1)
-    predicted = outputs.float().reshape(len(outputs), -1)
-    if data.target_scaling is None:
-        return true, predicted
-    mean, std = data.target_scaling.mean, data.target_scaling.std
-    return true * std + mean, predicted * std + mean
+    scaling = data.target_scaling or Scaling()
+    both = (data.y_test.cpu(), outputs)
+    true, predicted = (scaling.undo(t.reshape(len(outputs), -1)) for t in both)
+    return true, predicted
 
 
 def scatter(data: Data, outputs: Tensor) -> bytes:
@@ -245,11 +246,11 @@ def scatter(data: Data, outputs: Tensor) -> bytes:
 
 
 def residuals(data: Data, outputs: Tensor) -> bytes:
-    """Regression: how the errors are spread."""
+    """Regression: a histogram of the errors."""
     true, predicted = _in_units(data, outputs)
     figure, axes = new_figure(5.5, 4)
     axis = axes[0, 0]
-    axis.hist((predicted - true).flatten().numpy(), bins=40, color=PARTS["train"])
+    axis.hist((predicted - true).flatten().numpy(), bins=40, color=PART_COLOURS["train"])
     axis.axvline(0, color="black", linewidth=1)
     axis.set(xlabel="predicted - true", ylabel="test rows", title=f"{readable(data.name)}: errors")
     axis.grid(alpha=0.3)

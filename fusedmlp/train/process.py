@@ -1,22 +1,32 @@
-"""What a run borrows from the process and gives back: device, precision and backend settings,
-generators, signals."""
+"""The process of a run: its device, settings, generators and signals, and the other processes that
+torchrun started with it.
+
+Every setting is put back at the end of a run.
+"""
 
 import contextlib
+import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
+from .. import environment
 from ..backends import registry
 from .config import TrainConfig
+from .data.types import seeded
 from .errors import TrainError, UsageError
 
 
 @dataclass
 class StopRequest:
-    """Set by Ctrl-C or SIGTERM; the loop looks at it between steps."""
+    """Ctrl-C or SIGTERM sets it; the loop looks at it between steps."""
 
     asked: bool = False
     at: float = 0.0
@@ -40,16 +50,9 @@ def pick_device(config: TrainConfig) -> torch.device:
 
 
 @contextlib.contextmanager
-def surroundings(config: TrainConfig, device: torch.device):
-    """Yields the StopRequest; everything is put back at the end."""
-    with borrowed(config, device), _stop_on_signals() as stop:
-        yield stop
-
-
-@contextlib.contextmanager
-def borrowed(config: TrainConfig, device: torch.device):
-    """Backend and precision as the config has them, and generators that may be seeded; all are
-    put back at the end."""
+def run_settings(config: TrainConfig, device: torch.device):
+    """Set the config's backend and precision, and allow seeding torch's generators; all are put
+    back at the end."""
     with contextlib.ExitStack() as stack:
         cuda = [device.index] if device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=cuda))
@@ -61,11 +64,17 @@ def borrowed(config: TrainConfig, device: torch.device):
 
 
 def seed_generators(seed: int, device: torch.device) -> None:
-    """Torch's generators that `borrowed` puts back, and no others: torch.manual_seed also queues
-    calls for every kind of device there could be, which takes longer than a short epoch."""
+    """Seed the generators that `run_settings` puts back, and no others: torch.manual_seed also
+    queues calls for every kind of device there could be, which takes longer than a short epoch."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
+
+
+def seed_epoch(config: TrainConfig, world: "World", epoch: int, device: torch.device) -> None:
+    """Seed the generators for models that draw from them: each epoch and process differently."""
+    number = seeded("model", config.seed, epoch * world.size + world.rank).initial_seed()
+    seed_generators(number, device)
 
 
 @contextlib.contextmanager
@@ -79,16 +88,16 @@ def _fp32_matmul(mode: str):
 
 
 @contextlib.contextmanager
-def _stop_on_signals():
-    """The first Ctrl-C or SIGTERM asks the loop to stop; a second Ctrl-C, a second later,
-    interrupts it at once."""
+def stop_on_signals():
+    """Yields a StopRequest. The first Ctrl-C or SIGTERM sets it; a second Ctrl-C, at least a second
+    later, interrupts the loop at once."""
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may set handlers
         return
 
     def ask(number, frame):
-        # torchrun sends a signal of its own right after the terminal's.
+        # torchrun sends another signal right after the terminal's.
         if stop.asked and number == signal.SIGINT and time.monotonic() - stop.at > 1.0:
             raise KeyboardInterrupt
         if not stop.asked:
@@ -100,3 +109,128 @@ def _stop_on_signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+# The limit of joining and of every later wait; longer than the one download that rank 0 may try.
+WAIT_SECONDS = 180.0
+
+
+class OtherProcessError(TrainError):
+    """Another process failed and reports why; this process says nothing."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that torchrun started, or alone.
+
+    Every process holds the whole data set; a step's batch is split over them by rows. Alone,
+    nothing here touches torch.distributed.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    device: str = "cpu"  # where the tensors of collectives are: the CPU for gloo, a GPU for NCCL
+
+    @property
+    def is_lead(self) -> bool:
+        return self.rank == 0
+
+    def rows(self, batch: int) -> tuple[int, int]:
+        """[first, last) of a batch's rows that this process works on."""
+        return batch * self.rank // self.size, batch * (self.rank + 1) // self.size
+
+    def sum(self, values: Tensor) -> Tensor:
+        if self.size > 1:
+            values = values.to(self.device)
+            dist.all_reduce(values)
+        return values
+
+    def max(self, *values: int) -> list[int]:
+        """The largest of each value over all processes."""
+        if self.size == 1:
+            return list(values)
+        gathered = torch.tensor(values, dtype=torch.int64, device=self.device)
+        dist.all_reduce(gathered, op=dist.ReduceOp.MAX)
+        return gathered.tolist()
+
+    def run_on_lead(self, do: Callable):
+        """Call do() on rank 0 only; all processes return its result, or all fail with its error,
+        which rank 0 reports."""
+        if self.size == 1:
+            return do()
+        box = [None, None]
+        error = None
+        if self.is_lead:
+            try:
+                box = [do(), None]
+            except Exception as raised:
+                error, box = raised, [None, str(raised) or type(raised).__name__]
+        dist.broadcast_object_list(box, src=0, device=torch.device(self.device))
+        if error is not None:
+            raise error
+        if box[1] is not None:
+            raise OtherProcessError(box[1])
+        return box[0]
+
+
+ALONE = World()
+
+
+def started_by_torchrun() -> bool:
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def is_quiet_process() -> bool:
+    """True where another process of the same run writes the output."""
+    return started_by_torchrun() and os.environ["RANK"] != "0"
+
+
+def current_world() -> World:
+    """The World of the process group that exists already; ALONE without one."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return ALONE
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = f"cuda:{local}" if dist.get_backend() == "nccl" else "cpu"
+    return World(dist.get_rank(), dist.get_world_size(), local, device)
+
+
+def join_processes(device: str) -> World:
+    """Join the processes of torchrun, if it started this one.
+
+    device  cpu (gloo) or cuda (NCCL), the same on all
+    """
+    if not started_by_torchrun() or dist.is_initialized():
+        return current_world()
+    missing = [n for n in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
+    if missing:
+        raise UsageError(
+            f"RANK is set but {missing[0]} is not; start several processes with torchrun "
+            "--nproc-per-node N -m fusedmlp train ..., or unset RANK"
+        )
+    rank, size, local = (int(os.environ.get(n, "0")) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise TrainError(
+                f"process {local} of this machine needs a GPU of its own, but there are "
+                f"{torch.cuda.device_count()}; take a smaller --nproc-per-node, or --device cpu"
+            )
+        torch.cuda.set_device(local)
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    seconds = float(environment.read("FUSEDMLP_DDP_SECONDS") or WAIT_SECONDS)
+    try:
+        dist.init_process_group(
+            "nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=seconds)
+        )
+    except (RuntimeError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise TrainError(
+            f"process {rank} could not join the {size} processes at {place} within {seconds:g} "
+            f"s: {first_line}"
+        ) from error
+    return current_world()
+
+
+def leave_processes() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

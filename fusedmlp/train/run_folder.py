@@ -1,48 +1,48 @@
-"""RunFolder: where a run writes. Claimed for one run at a time; an earlier run is never
-overwritten unasked."""
+"""RunFolder: the files of a run. It is claimed for one run at a time, and an earlier run is never
+overwritten unasked.
+
+Every file is written whole or not at all. A checkpoint holds plain values and tensors only, so it
+loads with weights_only=True.
+"""
 
 import csv
+import errno
+import importlib.util
 import io
 import json
 import os
+import shutil
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import checkpoint
-from .errors import TrainError
+import torch
+from torch import nn
 
+from .config import RunOptions, TrainConfig
+from .errors import TrainError, WriteError
+
+CHECKPOINT_FORMAT = 1
+NUMBERED_RUNS = Path("runs")  # holds the folders of runs whose options name none
 METRICS = (
-    "epoch",
-    "train_loss",
-    "train_accuracy",
-    "val_loss",
-    "val_accuracy",
-    "test_loss",
-    "test_accuracy",
-    "seconds",
+    *("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy"),
+    *("test_loss", "test_accuracy", "seconds"),
 )
 # All that a run may write, and all that --overwrite removes.
 FILES = (
-    "config.json",
-    "metrics.csv",
-    "model.safetensors",
-    "checkpoint.pt",
-    "summary.json",
-    "curves.png",
-    "predictions.png",
-    "confusion.png",
-    "residuals.png",
-    "results.csv",
-    "crossval.png",
+    *("config.json", "metrics.csv", "model.safetensors", "checkpoint.pt", "summary.json"),
+    *("curves.png", "predictions.png", "confusion.png", "residuals.png"),
+    *("results.csv", "crossval.png"),
 )
 
 
 @dataclass(frozen=True)
 class RunFolder:
+    """is_new: this run made the folder, and removes it if it fails before its first checkpoint."""
+
     path: Path
-    is_new: (
-        bool  # made by this run: taken away again when the run fails before its first checkpoint
-    )
+    is_new: bool
 
     def file(self, name: str) -> Path:
         return self.path / name
@@ -51,12 +51,14 @@ class RunFolder:
         return {name: self.path / name for name in FILES if (self.path / name).exists()}
 
     def write(self, name: str, content: bytes | str) -> None:
-        checkpoint.write_atomically(
-            self.file(name), content.encode() if isinstance(content, str) else content
-        )
+        write_atomically(self.file(name), content.encode() if isinstance(content, str) else content)
 
     def write_json(self, name: str, content: dict) -> None:
         self.write(name, json.dumps(content, indent=2) + "\n")
+
+    def write_config(self, config: TrainConfig) -> None:
+        """config.json of a run that is complete."""
+        self.write("config.json", config_json(config, RunOptions(out=self.path)))
 
     def write_metrics(self, history: list[dict]) -> None:
         text = io.StringIO()
@@ -65,8 +67,23 @@ class RunFolder:
         writer.writerows(history)  # None becomes an empty cell
         self.write("metrics.csv", text.getvalue())
 
+    def write_pictures(
+        self, pictures: dict[str, Callable[[], bytes]], warn: Callable[[str], None]
+    ) -> None:
+        """Draw and write {file name: what draws it}; warn, in one line a reason, of those that
+        cannot be drawn."""
+        failed: dict[str, list[str]] = {}
+        for name, picture in pictures.items():
+            try:
+                self.write(name, picture())
+            except Exception as error:  # whatever it is, it costs a picture and not the run
+                lines = str(error).strip().splitlines()
+                failed.setdefault(lines[0] if lines else type(error).__name__, []).append(name)
+        for reason, names in failed.items():
+            warn(f"{self.path}: no {', '.join(names)}: {reason}")
+
     def discard(self) -> None:
-        """Take back what a run left that has no checkpoint to go on from."""
+        """Remove what a run left that has no checkpoint to go on from."""
         if self.file("checkpoint.pt").exists():
             return
         _remove_files(self.path)
@@ -77,39 +94,39 @@ class RunFolder:
                 pass
 
 
-def reopen(path: Path) -> RunFolder:
-    """The folder of a run that goes on; what that run was writing when it was killed is removed."""
-    _remove_unfinished(path)
-    return RunFolder(path, is_new=False)
+def config_json(config: TrainConfig, options: RunOptions) -> str:
+    told = config.to_dict() | RunOptions(out=options.out).to_dict()
+    return json.dumps(told, indent=2) + "\n"
 
 
-def _remove_files(path: Path) -> None:
-    for name in FILES:
-        (path / name).unlink(missing_ok=True)
-    _remove_unfinished(path)
+def create_folder(options: RunOptions, config: TrainConfig) -> RunFolder:
+    """A folder with nothing in it but config.json, which claims it: of two runs that start at the
+    same time, one gets it. Without options.out it is the next free number under runs/.
 
-
-def _remove_unfinished(path: Path) -> None:
-    for name in FILES:
-        for file in path.glob(f".{name}-*"):
-            file.unlink(missing_ok=True)
-
-
-def create(out: Path | None, parent: Path | None, overwrite: bool, config_json: str) -> RunFolder:
-    """A folder with nothing in it but config.json, which claims it: of two runs at once one gets
-    it.
-
-    out     None: the next free number under parent
+    raises  TrainError, also where safetensors is missing, which the end of the run needs
     """
+    if importlib.util.find_spec("safetensors") is None:
+        raise TrainError(
+            "a run folder needs safetensors, which is not installed: pip install 'fusedmlp[train]'"
+        )
     try:
-        folder = _numbered(parent) if out is None else _named(Path(out), overwrite)
-        _claim(folder, config_json)
+        if options.out is None:
+            folder = _numbered(NUMBERED_RUNS)
+        else:
+            folder = _named(Path(options.out), options.overwrite)
+        _claim(folder, config_json(config, options))
     except OSError as error:
-        place = error.filename or out or parent
+        place = error.filename or options.out or NUMBERED_RUNS
         raise TrainError(
             f"cannot write to {place}: {error.strerror}; name another folder with --out"
         ) from error
     return folder
+
+
+def reopen_folder(path: Path) -> RunFolder:
+    """The folder of a run that goes on; what that run was writing when it was killed is removed."""
+    _remove_unfinished(path)
+    return RunFolder(path, is_new=False)
 
 
 def _numbered(parent: Path) -> RunFolder:
@@ -136,8 +153,7 @@ def _named(path: Path, overwrite: bool) -> RunFolder:
     if present and not overwrite:
         raise TrainError(
             f"{path} already holds a run ({present[0]}); name another --out, replace it with "
-            "--overwrite, "
-            f"or go on with --resume {path}"
+            f"--overwrite, or go on with --resume {path}"
         )
     if not present and any(path.iterdir()):
         raise TrainError(f"--out must be new, empty or a run folder, but {path} holds other files")
@@ -149,11 +165,11 @@ def _named(path: Path, overwrite: bool) -> RunFolder:
     return RunFolder(path, is_new=False)
 
 
-def _claim(folder: RunFolder, config_json: str) -> None:
+def _claim(folder: RunFolder, text: str) -> None:
     path = folder.file("config.json")
     try:
         with open(path, "x", encoding="utf-8") as file:
-            file.write(config_json)
+            file.write(text)
     except FileExistsError as error:
         raise TrainError(
             f"{folder.path} has just been taken by another run; name another --out"
@@ -161,3 +177,112 @@ def _claim(folder: RunFolder, config_json: str) -> None:
     except OSError:
         folder.discard()
         raise
+
+
+def _remove_files(path: Path) -> None:
+    for name in FILES:
+        (path / name).unlink(missing_ok=True)
+    _remove_unfinished(path)
+
+
+def _remove_unfinished(path: Path) -> None:
+    for name in FILES:
+        for file in path.glob(f".{name}-*"):
+            file.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write all of content, or leave the file as it was before: a temporary file beside it is
+    flushed to disk and then renamed."""
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only the owner can read
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        room = _missing_room(error, path, len(content))
+        raise WriteError(f"cannot write {path}: {error.strerror}{room}") from error
+    finally:
+        if temporary is not None:
+            try:
+                os.unlink(temporary)
+            except OSError:
+                pass
+
+
+def _missing_room(error: OSError, path: Path, size: int) -> str:
+    """The room that the file takes, where the error is a want of room."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ""
+    text = f"; it takes {size:,} bytes"
+    if error.errno == errno.ENOSPC:  # a quota and a largest size are not the disk's
+        text += f", and {shutil.disk_usage(path.parent).free:,} are free there"
+    return text
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    # Through memory: torch's own zip writer, met by a full disk, does not say which file or why.
+    buffer = io.BytesIO()
+    torch.save({"format": CHECKPOINT_FORMAT, **content}, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load_checkpoint(folder: Path) -> dict:
+    """The checkpoint of a run folder, on the CPU."""
+    path = Path(folder) / "checkpoint.pt"
+    if not path.is_file():
+        wanted = "a run folder" if Path(folder).exists() else "an existing run folder"
+        raise TrainError(f"{folder} must be {wanted} with a checkpoint.pt, and there is none")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling a damaged file raises whatever it likes
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TrainError(f"{path} is truncated, corrupted or no checkpoint ({reason})") from error
+    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise TrainError(f"{path} must be a checkpoint of format {CHECKPOINT_FORMAT}, got {found}")
+    return content
+
+
+def check_same_model(model: nn.Module, state: dict, where: str) -> None:
+    """Raise TrainError where the weights belong to another model; names the first that does not
+    fit."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for name in wanted | found:
+        if wanted.get(name) != found.get(name):
+            raise TrainError(
+                f"{where} belongs to another model: {name} must be {wanted.get(name, 'absent')}, "
+                f"got {found.get(name, 'nothing')}"
+            )
+
+
+def model_bytes(model: nn.Module, about: dict) -> bytes:
+    """model.safetensors: the weights under the plain nn.Sequential's names, and what the model and
+    its data are (`about`) as metadata. The same bytes for the same weights."""
+    from safetensors.torch import save
+
+    weights, seen = {}, {}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() in seen and tensor.numel():
+            tensor = tensor.clone()  # shared weights: the format wants each name to own its bytes
+        seen[tensor.data_ptr()] = name
+        weights[name] = tensor.detach().cpu().contiguous()
+    content = save(weights, metadata={"format": "pt", "fusedmlp": json.dumps(about)})
+    # The library leaves the order of the metadata to chance, so the header is sorted here: JSON
+    # after its length in 8 bytes, padded with spaces to a multiple of 8.
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[end:]

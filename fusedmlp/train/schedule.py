@@ -1,13 +1,13 @@
 """Learning-rate schedules as factors of the rate: a pure function of the number of the step, so a
-run that goes on in the middle of one needs nothing but that number.
+resumed run needs nothing but that number.
 
 With W warm-up steps of S in all, step s (from 0 on) has the factor
     s < W       (s + 1) / (W + 1)    LinearLR(start_factor=1 / (W + 1), total_iters=W)
     constant    1
     cosine      (1 + cos(pi t / T)) / 2    CosineAnnealingLR(T_max=T), eta_min 0
     linear      1 - t / T            LinearLR(start_factor=1, end_factor=0, total_iters=T)
-where t = s - W and T = S - W. On the right: the class of torch.optim.lr_scheduler whose closed form
-it is, advanced once a step; the two parts are joined as by SequentialLR(milestones=[W]).
+where t = s - W and T = S - W. The right column names the class of torch.optim.lr_scheduler with the
+same closed form, advanced once a step; SequentialLR(milestones=[W]) joins the two parts.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Schedule:
         return self.kind == "constant" and self.warmup == 0
 
     def factor(self, step: int) -> float:
-        """Of the learning rate in this step, counted from 0 over the whole run."""
+        """The factor of the learning rate in this step, counted from 0 over the whole run."""
         if step < self.warmup:
             return (step + 1) / (self.warmup + 1)
         if self.kind == "constant":
@@ -46,14 +46,15 @@ class Schedule:
         return (1 + math.cos(math.pi * done)) / 2 if self.kind == "cosine" else 1 - done
 
     def factors(self, first: int, count: int) -> Tensor:
-        """(count,) fp64 on the CPU: of the steps from `first` on."""
+        """(count,) fp64 on the CPU: the factors of the steps from `first` on."""
         return torch.tensor(
             [self.factor(step) for step in range(first, first + count)], dtype=torch.float64
         )
 
 
-def of(config, steps_per_epoch: int | None) -> Schedule:
-    """The schedule of a config whose epochs are known. steps_per_epoch: None where nobody knows."""
+def schedule_of(config, steps_per_epoch: int | None) -> Schedule:
+    """The schedule of a config whose epochs are known; steps_per_epoch is None for a loader without
+    a length."""
     if config.lr_schedule == "constant" and config.warmup_epochs == 0:
         return Schedule()
     if config.warmup_epochs > config.epochs:

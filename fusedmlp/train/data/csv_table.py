@@ -1,7 +1,7 @@
-"""csv files: a header line, then a row a line. Separators and encoding are read off the file, the
-type of the target is judged by all of its rows.
+"""csv files: a header line, then a row a line. The separator and the encoding are found in the
+file, and the type of the target follows from all of its rows.
 
-Reads and checks with pandas; nothing is executed.
+pandas reads the rows; nothing is executed.
 """
 
 import codecs
@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from ..errors import TrainError, UsageError
-from .tables import MOST_CLASSES, Targets
+from .tables import MAX_CLASSES, Targets
 from .types import Data
 
 SEPARATORS = ",;\t"
-_LOOKED_AT = 20  # rows by which the separator is judged
+_SAMPLE_ROWS = 20  # rows from which the separator is found
 _INTEGER = re.compile(r"[+-]?\d+")
 _WAY_OUT = "; make numbers of its cells, or leave the column out"
 
@@ -60,7 +60,7 @@ def read_csv(file: str, target: str | None, loss: str = "auto") -> Data:
 
 
 class _Table:
-    """A file of which the header is read: how it is written, and its columns when asked for."""
+    """A file whose header has been read: its encoding and separator, and its columns on request."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -89,7 +89,7 @@ class _Table:
         """How well it separates: the share of the first rows that are as long as the header, then
         the length; commas where none does."""
         try:
-            rows = [r for _, r in islice(self._records(separator), _LOOKED_AT) if r]
+            rows = [r for _, r in islice(self._records(separator), _SAMPLE_ROWS) if r]
         except csv.Error:
             return 0.0, 0
         width = len(rows[0]) if rows else 0
@@ -104,7 +104,8 @@ class _Table:
                 f"reading {self.path} needs pandas ({error}): pip install 'fusedmlp[train]'"
             ) from error
         with _file_errors(self.path), warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # of rows that are too long
+            # pandas warns of rows that are too long.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
             try:
                 found = pd.read_csv(
                     self.path,
@@ -115,7 +116,7 @@ class _Table:
                     skiprows=self.skipped,
                     keep_default_na=False,
                     skipinitialspace=True,
-                    low_memory=False,  # else the type of a column is judged piece by piece
+                    low_memory=False,  # else a column gets a type for each piece of the file
                     encoding=self.encoding,
                     **settings,
                 )
@@ -138,15 +139,15 @@ class _Table:
                     f"header, got {len(row)}"
                 )
 
-    def refuse(self, message: str):
-        """Raise the error of a cell, or that of the row it is in."""
+    def fail(self, message: str):
+        """Raise the error of a cell, or that of its row where that has a wrong length."""
         self.check_lengths()
         raise TrainError(f"{self.path}: {message}")
 
 
 @contextmanager
 def _file_errors(path: Path):
-    """What opening, decoding and splitting a file raise, as TrainError."""
+    """Raise errors of opening, decoding and splitting a file as TrainError."""
     try:
         yield
     except FileNotFoundError as error:
@@ -212,13 +213,13 @@ def _numbers(table: _Table, column, name: str, way_out: str = ""):
         return values
     text = str(column.iloc[bad[0]]).strip()
     if _is_number(text):
-        table.refuse(
+        table.fail(
             f"column {name!r} must hold finite fp32 numbers, got {_shown(text)} in row "
             f"{bad[0] + 1} ({len(bad)} in all); fill or drop such rows"
         )
     if re.fullmatch(r"[+-]?\d+,\d+", text):
         way_out = "; write numbers with a decimal point"
-    table.refuse(
+    table.fail(
         f"column {name!r} must hold numbers, got {_shown(text)} in row {bad[0] + 1}{way_out}"
     )
 
@@ -237,12 +238,12 @@ def _target(table: _Table, column, name: str, loss: str):
     where = f"{table.path}: column {name!r}"
     if loss == "mse" or column.dtype.kind == "f":
         return Targets(None).encode(_numbers(table, column, name), where), None, ()
-    # As it is written: 007 and 7 may be two names.
+    # The text of the file: 007 and 7 may be two names.
     number = column.name
     text = table.columns(usecols=[number], dtype=str)[number].str.strip()
     empty = np.flatnonzero(text == "")
     if len(empty):
-        table.refuse(
+        table.fail(
             f"column {name!r} must have a value in every row, got an empty cell in row "
             f"{empty[0] + 1}"
         )
@@ -256,10 +257,10 @@ def _target(table: _Table, column, name: str, loss: str):
     if len(words) == 0 and not is_whole:
         targets = Targets(None)
     elif is_spelled:
-        targets = Targets.of_integers(sorted(map(int, distinct)), where, loss)
+        targets = Targets.from_integers(sorted(map(int, distinct)), where, loss)
         notes = targets.about_integers(len(distinct), len(text), name)
     else:
-        targets = Targets.named(sorted(distinct), len(distinct), where)
+        targets = Targets.from_names(sorted(distinct), len(distinct), where)
     if targets.classes is None:
         return targets.encode(_numbers(table, text, name), where), None, notes
     if is_whole and not is_spelled:
@@ -278,8 +279,8 @@ def _target(table: _Table, column, name: str, loss: str):
 def _check_mixed(table: _Table, name: str, what: str, numbers: list[str], rows: int) -> None:
     """Raise where a column of measured numbers would become a class for each number."""
     is_measured = any(not _INTEGER.fullmatch(t) for t in numbers) and 2 * len(numbers) > rows
-    if is_measured or len(numbers) > MOST_CLASSES:
-        table.refuse(
+    if is_measured or len(numbers) > MAX_CLASSES:
+        table.fail(
             f"column {name!r} has {what}; to predict a number fill or drop such rows, for classes "
             f"have fewer than {len(numbers)} different values"
         )

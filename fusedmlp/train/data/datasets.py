@@ -1,12 +1,12 @@
 """The data sets that `--dataset` may name: files, image sets, and two that need no file.
 
-Images are read in data/idx.py, npz files in tables.py, csv files in csv_table.py.
+Images are read in data/images.py, npz files in tables.py, csv files in csv_table.py.
 """
 
 import torch
 
 from ..errors import TrainError, UsageError
-from . import csv_table, idx, tables
+from . import csv_table, images, tables
 from .scaling import Scaling
 from .types import (
     TEST_SHARE,
@@ -35,15 +35,15 @@ def read(config) -> Data:
         data = csv_table.read_csv(name, config.target, config.loss)
     elif name in SETS:
         data = SETS[name](config)
-    elif name in ("auto", *idx.IMAGE_SETS):
+    elif name in ("auto", *images.IMAGE_SETS):
         try:
-            data = idx.load("fashion_mnist" if name == "auto" else name, config.data_dir)
-        except idx.NotFound as absent:
+            data = images.load_images("fashion_mnist" if name == "auto" else name, config.data_dir)
+        except images.NotFound as absent:
             if name != "auto":
                 raise
             data = digits(config, notes=(f"training on scikit-learn's digits instead: {absent}",))
     else:
-        known = ", ".join(("auto", *idx.IMAGE_SETS, *SETS))
+        known = ", ".join(("auto", *images.IMAGE_SETS, *SETS))
         raise UsageError(
             f"unknown dataset {name!r}; known: {known}, or a file ending in .npz or .csv"
         )
@@ -69,8 +69,8 @@ def digits(config, notes: tuple[str, ...] = ()) -> Data:
             f"the digits need scikit-learn ({error}): pip install 'fusedmlp[train]'"
             + "".join(f"\n{n}" for n in notes)
         ) from error
-    images, labels = load_digits(return_X_y=True)
-    x, y = torch.from_numpy(images).to(torch.uint8), torch.from_numpy(labels).long()
+    pixels, labels = load_digits(return_X_y=True)
+    x, y = torch.from_numpy(pixels).to(torch.uint8), torch.from_numpy(labels).long()
     kept, held = hold_out(len(x), TEST_SHARE, y)
     return Data(
         "digits",

@@ -1,5 +1,5 @@
-"""What `fit` may be given as data: a Data, tensors, or loaders; checked against the model before
-the first step."""
+"""The data that `fit` may be given: a Data, tensors, or loaders. They are checked against the model
+before the first step."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,21 +11,21 @@ from ..config import TrainConfig
 from ..errors import TrainError, UsageError
 from .loaders import Loaders
 from .rows import (
-    array,
+    as_tensor,
     check_classes,
     check_pair,
     dtype_of,
-    fitted,
-    kinds,
     loss_for,
+    reshaped_targets,
     row_shape,
     shape,
+    type_names,
 )
 from .types import Data, Scaling, in_fp32, standardized, with_validation
 
 
-def of(data, config: TrainConfig) -> Data | Loaders:
-    """A Data or Loaders from whatever `fit` was given."""
+def as_data(data, config: TrainConfig) -> Data | Loaders:
+    """The data that `fit` was given, as a Data or Loaders."""
     if isinstance(data, Loaders):
         return data
     if isinstance(data, Data):
@@ -34,14 +34,14 @@ def of(data, config: TrainConfig) -> Data | Loaders:
         _check_parts([part for part in parts if part[0] is not None], data.is_classes)
         return data
     parts = data if isinstance(data, tuple | list) else ()
-    arrays = [array(part) for part in parts]
+    arrays = [as_tensor(part) for part in parts]
     if len(parts) in (2, 4) and all(a is not None for a in arrays):
         return _tensors(arrays, config)
     given = _loaders(data)
     if given is None:
         raise TypeError(
             "fit: data must be (x, y), (x, y, x_test, y_test), a Data, a loader of (x, y) batches "
-            f"(a Dataset needs a DataLoader) or (loader, test_loader), got {kinds(data)}"
+            f"(a Dataset needs a DataLoader) or (loader, test_loader), got {type_names(data)}"
         )
     if config.val_split or config.standardize:
         flag = "val_split" if config.val_split else "standardize"
@@ -67,15 +67,19 @@ def _loaders(data) -> Loaders | None:
 
 
 def _is_loader(part) -> bool:
-    return hasattr(part, "__iter__") and array(part) is None and not isinstance(part, str | Mapping)
+    return (
+        hasattr(part, "__iter__")
+        and as_tensor(part) is None
+        and not isinstance(part, str | Mapping)
+    )
 
 
 def _are_arrays(parts) -> bool:
-    return all(array(part) is not None for part in parts)
+    return all(as_tensor(part) is not None for part in parts)
 
 
 def _check_parts(parts: list[tuple[Tensor, Tensor, str]], is_classes: bool) -> None:
-    """Rows and targets of each part (x, y, what follows their names), and that parts agree."""
+    """Check each part (x, y, suffix of their names), and that all parts agree."""
     x, y, _ = parts[0]
     for rows, targets, where in parts:
         check_pair(rows, targets, f"x{where}", f"y{where}")
@@ -116,7 +120,7 @@ def _tensors(arrays: list[Tensor], config: TrainConfig) -> Data:
 
 
 def _floats(targets: Tensor) -> Tensor:
-    """In fp64 what is not in fp32: the digits are needed until the targets are scaled."""
+    """fp32 targets unchanged, others in fp64: their digits are needed until they are scaled."""
     return targets if targets.dtype == torch.float32 else targets.double()
 
 
@@ -136,12 +140,7 @@ def on_device(data: Data, model: nn.Module, device: torch.device) -> Data:
     if dtype != torch.float64:
         data = in_fp32(data)
     if not data.is_classes:
-        casted = {
-            n: t.to(dtype)
-            for n in ("y_train", "y_test", "y_val")
-            if (t := getattr(data, n)) is not None
-        }
-        data = replace(data, **casted)
+        data = data.map(lambda targets: targets.to(dtype), "y")
     return _fitted_to(model, data)
 
 
@@ -159,9 +158,4 @@ def _fitted_to(model: nn.Module, data: Data) -> Data:
                 check_classes(targets, name, wanted[0])
         extra = tuple(str(i) for i in range(len(data.classes), wanted[0]))
         return replace(data, classes=data.classes + extra)
-    matched = {
-        name: fitted(targets, wanted)
-        for name in ("y_train", "y_test", "y_val")
-        if (targets := getattr(data, name)) is not None
-    }
-    return replace(data, **matched)
+    return data.map(lambda targets: reshaped_targets(targets, wanted), "y")

@@ -1,4 +1,4 @@
-"""What is asked of rows, targets and models, wherever the rows come from."""
+"""Checks of rows, targets and models, for tensors and for batches of a loader."""
 
 import torch
 from torch import Tensor, nn
@@ -7,8 +7,8 @@ from ..config import TrainConfig
 from ..errors import TrainError, UsageError
 
 
-def array(part) -> Tensor | None:
-    """Tensors of array-likes (NumPy); None for everything else."""
+def as_tensor(part) -> Tensor | None:
+    """A tensor of an array-like (NumPy); None for everything else."""
     if isinstance(part, Tensor):
         return part.detach()
     if not hasattr(part, "__array__"):
@@ -24,16 +24,16 @@ def array(part) -> Tensor | None:
         raise TypeError(f"data must be arrays of numbers: {error}") from error
 
 
-def kinds(data) -> str:
+def type_names(data) -> str:
     if isinstance(data, tuple | list):
         return "(" + ", ".join(type(part).__name__ for part in data) + ")"
     return type(data).__name__
 
 
-def check_pair(x: Tensor, y: Tensor, x_name: str, y_name: str, looks: bool = True) -> None:
+def check_pair(x: Tensor, y: Tensor, x_name: str, y_name: str, with_values: bool = True) -> None:
     """Raise TrainError unless x has at least one row, y one target a row, and all is finite.
 
-    looks  at the values, which waits for a GPU that holds them
+    with_values  whether values are checked, which waits for a GPU that holds them
     """
     if x.dim() < 1 or y.dim() < 1 or len(x) != len(y):
         raise TrainError(
@@ -42,7 +42,7 @@ def check_pair(x: Tensor, y: Tensor, x_name: str, y_name: str, looks: bool = Tru
     if len(x) == 0:
         raise TrainError(f"{x_name} must have at least one row, got {shape(x)}")
     for values, name in ((x, x_name), (y, y_name)):
-        if looks and values.is_floating_point() and not _is_finite(values):
+        if with_values and values.is_floating_point() and not _is_finite(values):
             raise TrainError(f"{name} must hold finite numbers, got NaN or infinity")
 
 
@@ -51,16 +51,18 @@ def _is_finite(values: Tensor) -> bool:
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
-def check_classes(y: Tensor, name: str, outputs: int | None = None, looks: bool = True) -> None:
+def check_classes(
+    y: Tensor, name: str, outputs: int | None = None, with_values: bool = True
+) -> None:
     """Raise TrainError unless y is (n,) classes from 0 on, below `outputs` where that is known.
 
-    looks  at the values, which waits for a GPU that holds them
+    with_values  whether values are checked, which waits for a GPU that holds them
     """
     if y.dim() != 1:
         raise TrainError(f"{name} must be (n,) integer classes, got {shape(y)}")
     if y.is_floating_point() or y.is_complex():
         raise TrainError(f"{name} must hold integer classes, got {y.dtype}")
-    if not looks:
+    if not with_values:
         return
     low, high = (int(bound) for bound in y.aminmax())
     if outputs is None and low < 0:
@@ -89,7 +91,7 @@ def shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
 
-def fitted(targets: Tensor, wanted: torch.Size, name: str = "the targets") -> Tensor:
+def reshaped_targets(targets: Tensor, wanted: torch.Size, name: str = "the targets") -> Tensor:
     """Float targets (n, ...) in the shape of the model's outputs, (n, *wanted)."""
     if targets[0].numel() != wanted.numel():
         raise TrainError(

@@ -17,8 +17,8 @@ class Scaling:
     dtype: torch.dtype = torch.float32
 
     @classmethod
-    def of(cls, rows: Tensor, divisor: float = 1.0, *, each: bool = True) -> "Scaling":
-        """To mean 0 and deviation 1 over rows (n, ...), in fp64 as StandardScaler has it.
+    def from_rows(cls, rows: Tensor, divisor: float = 1.0, *, each: bool = True) -> "Scaling":
+        """The scaling to mean 0 and deviation 1 over rows (n, ...), in fp64 as StandardScaler.
 
         each  every feature by itself; else all of them have one pair of numbers
         """
@@ -31,7 +31,7 @@ class Scaling:
         mean = rows.mean(0)
         mean = mean + (rows - mean).mean(0)
         variance = (rows - mean).square().mean(0)
-        # What rounding leaves of a constant is no deviation to divide by.
+        # The deviation that rounding gives a constant must not be divided by.
         rounding = len(rows) * torch.finfo(torch.float64).eps
         is_constant = variance <= rounding * variance + (rounding * mean) ** 2
         return cls(divisor, mean, torch.where(is_constant, 1.0, variance.sqrt()))
@@ -54,7 +54,7 @@ class Scaling:
         return values if self.mean is None else values * self.std.to(values) + self.mean.to(values)
 
     def to(self, device=None, dtype=None) -> "Scaling":
-        """Where mean and deviation lie, and of what type they are."""
+        """Mean and deviation on this device and of this type."""
         if self.mean is None:
             return self
         return replace(self, mean=self.mean.to(device, dtype), std=self.std.to(device, dtype))

@@ -1,5 +1,5 @@
-"""Data sets in npz files, and how the values of a target become class numbers or floats. Reads and
-checks; nothing is executed."""
+"""Data sets in npz files, and how the values of a target become class numbers or floats. Nothing of
+a file is executed."""
 
 import zipfile
 import zlib
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import TrainError
 from .types import Data, Scaling
 
-MOST_CLASSES = 1000  # more distinct integers than this are taken for a number, not a class
+MAX_CLASSES = 1000  # a target of more different integers is a number, not a class
 
 
 def read_npz(file: str, loss: str = "auto") -> Data:
@@ -71,7 +71,7 @@ def read_npz(file: str, loss: str = "auto") -> Data:
             f"{tuple(x['test'].shape[1:])}"
         )
     shape = tuple(x["train"].shape[1:])
-    targets = Targets.of(arrays["y_train"], f"{path}: y_train", loss)
+    targets = Targets.from_array(arrays["y_train"], f"{path}: y_train", loss)
     is_bytes = x["train"].dtype == torch.uint8
     notes = ()
     if arrays["y_train"].dtype.kind in "iu" and loss == "auto":
@@ -127,7 +127,7 @@ class Targets:
     classes: tuple[str, ...] | None  # None: regression
 
     @classmethod
-    def of(cls, array, name: str, loss: str) -> "Targets":
+    def from_array(cls, array, name: str, loss: str) -> "Targets":
         import numpy as np
 
         if array.dtype.kind == "f" or loss == "mse":
@@ -140,33 +140,35 @@ class Targets:
             raise TrainError(f"{name} must have one class a row, got shape {array.shape}")
         values = np.unique(array)
         if array.dtype.kind in "iu":
-            return cls.of_integers(values.tolist(), name, loss)
-        return cls.named(_names(values), len(values), name)
+            return cls.from_integers(values.tolist(), name, loss)
+        return cls.from_names(_names(values), len(values), name)
 
     @classmethod
-    def of_integers(cls, values: list[int], name: str, loss: str) -> "Targets":
-        """values: all that there are, rising. Classes numbered from 0 keep their numbers, gaps
-        too."""
-        if len(values) > MOST_CLASSES and loss == "auto":
+    def from_integers(cls, values: list[int], name: str, loss: str) -> "Targets":
+        """values: the different ones, rising. Classes numbered from 0 keep their numbers, also with
+        gaps."""
+        if len(values) > MAX_CLASSES and loss == "auto":
             return cls(None)
-        if len(values) > MOST_CLASSES:
+        if len(values) > MAX_CLASSES:
             raise TrainError(
-                f"{name} holds {len(values)} different integers, more than {MOST_CLASSES} "
+                f"{name} holds {len(values)} different integers, more than {MAX_CLASSES} "
                 "classes; for a number to predict take --loss mse"
             )
-        if 0 <= values[0] and values[-1] < min(MOST_CLASSES, 2 * len(values) + 10):
-            return cls.named([str(value) for value in range(values[-1] + 1)], len(values), name)
-        return cls.named([str(value) for value in values], len(values), name)
+        if 0 <= values[0] and values[-1] < min(MAX_CLASSES, 2 * len(values) + 10):
+            return cls.from_names(
+                [str(value) for value in range(values[-1] + 1)], len(values), name
+            )
+        return cls.from_names([str(value) for value in values], len(values), name)
 
     @classmethod
-    def named(cls, names: list[str], held: int, name: str) -> "Targets":
-        """held: how many of these classes the training rows have."""
-        if held < 2:
+    def from_names(cls, names: list[str], count: int, name: str) -> "Targets":
+        """count: how many of these classes the training rows have."""
+        if count < 2:
             raise TrainError(f"{name} must hold at least two classes, got only {names[-1]}")
         return cls(tuple(names))
 
     def about_integers(self, count: int, rows: int, name: str) -> tuple[str, ...]:
-        """A note where it is not plain what `count` different integers in so many rows mean."""
+        """A note where `count` different integers in so many rows may be meant in two ways."""
         if self.classes is None:
             return (f"{name} has {count} different integers and is predicted as a number",)
         if rows < 20 * count:

@@ -2,10 +2,11 @@
 
 uint8 rows stay uint8, and `Scaling` makes float inputs of a gathered batch. Other rows are scaled
 once, in fp64, before they are cut to fp32: a column may have an offset that fp32 has no digits for.
-What a config names as its data set is read in datasets.py.
+The data set that a config names is read in datasets.py.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor
 from ..errors import TrainError, UsageError
 from .scaling import Scaling
 
-SPLIT_SEED = 20  # of held-out rows: the same for every run seed, so that runs can be compared
-TEST_SHARE = 0.2  # of a file that brings no test rows
+SPLIT_SEED = 20  # picks held-out rows: the same for every run seed, so that runs can be compared
+TEST_SHARE = 0.2  # of the rows of a file without test rows
 COURSE_HIDDEN = (256, 256)  # the one network of several hidden layers with the course's weights
 
 
@@ -32,14 +33,14 @@ class Data:
     y_val: Tensor | None = None
     classes: tuple[str, ...] | None = None  # None: regression
     image_shape: tuple[int, int] | None = None
-    scaling: Scaling = field(default_factory=Scaling)  # of the rows as they are here
-    row_scaling: Scaling | None = None  # that the rows have gone through already
-    target_scaling: Scaling | None = None  # that a float target has gone through
+    scaling: Scaling = field(default_factory=Scaling)  # from these rows to inputs
+    row_scaling: Scaling | None = None  # that made these rows
+    target_scaling: Scaling | None = None  # that made a float target
     features: tuple[str, ...] | None = None  # column names of a csv
     target: str | None = None
-    notes: tuple[str, ...] = ()  # one line each, for whoever started the run
-    is_table: bool = False  # of a file with a number in each column: decides about defaults
-    fingerprint: str | None = None  # of the rows before they were scaled
+    notes: tuple[str, ...] = ()  # one line each, for the user
+    is_table: bool = False  # columns of numbers, for which some defaults differ
+    fingerprint: str | None = None  # digest of the rows before they were scaled
 
     @property
     def in_features(self) -> int:
@@ -53,16 +54,22 @@ class Data:
     def is_classes(self) -> bool:
         return self.classes is not None
 
-    def to(self, device) -> "Data":
-        moved = {
-            name: tensor.to(device)
-            for name in ("x_train", "y_train", "x_test", "y_test", "x_val", "y_val")
+    def map(self, change: Callable[[Tensor], Tensor], kinds: str = "xy") -> "Data":
+        """The data with rows ("x"), targets ("y") or both changed, in every part that is there."""
+        changed = {
+            name: change(tensor)
+            for kind in kinds
+            for name in (f"{kind}_train", f"{kind}_test", f"{kind}_val")
             if (tensor := getattr(self, name)) is not None
         }
-        return replace(self, scaling=self.scaling.to(device), **moved)
+        return replace(self, **changed)
+
+    def to(self, device) -> "Data":
+        data = self.map(lambda tensor: tensor.to(device))
+        return replace(data, scaling=self.scaling.to(device))
 
     def describe(self) -> dict:
-        """What evaluate and predict need of it later, in plain values."""
+        """The plain values that evaluate and predict need later."""
         return {
             "name": self.name,
             "classes": list(self.classes) if self.classes is not None else None,
@@ -95,7 +102,7 @@ class Data:
 
 
 def seeded(purpose: str, seed: int, index: int = 0) -> torch.Generator:
-    """A CPU generator for one purpose of one run; the global one has no part in it."""
+    """A CPU generator for one purpose of one run, independent of the global one."""
     text = f"{purpose}:{seed}:{index}".encode()
     number = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
     return torch.Generator().manual_seed(number >> 1)
@@ -146,7 +153,7 @@ def with_validation(data: Data, share: float) -> Data:
 
 
 def with_test(data: Data) -> Data:
-    """Hold out a fifth of the rows as a test set where the file brings none, and say so."""
+    """Hold out a fifth of the rows as a test set, with a note, where the file has none."""
     if data.x_test is not None:
         return data
     kept, held = hold_out(len(data.x_train), TEST_SHARE, data.y_train if data.is_classes else None)
@@ -172,52 +179,47 @@ def standardized(data: Data, rows: Tensor | None = None) -> Data:
     x, y = data.x_train, data.y_train
     if rows is not None:
         x, y = x[rows], y[rows]
-    scaling = Scaling.of(x, data.scaling.divisor, each=data.image_shape is None)
-    return scaled(data, scaling, None if data.is_classes else Scaling.of(y))
+    scaling = Scaling.from_rows(x, data.scaling.divisor, each=data.image_shape is None)
+    return scaled(data, scaling, None if data.is_classes else Scaling.from_rows(y))
 
 
 def scaled(data: Data, scaling: Scaling, target_scaling: Scaling | None) -> Data:
     """The data with bytes to be scaled as they are gathered, other rows and targets scaled."""
 
-    def through(scaling: Scaling, rows: Tensor | None) -> Tensor | None:
-        if rows is None:
-            return None
-        # A model in fp64 gets what there is.
-        wide = rows.dtype in (torch.float64, torch.int64)
-        return replace(scaling, dtype=torch.float64 if wide else torch.float32)(rows)
+    def scale(scaling: Scaling, values: Tensor) -> Tensor:
+        # fp64 stays, for a model in fp64.
+        wide = values.dtype in (torch.float64, torch.int64)
+        return replace(scaling, dtype=torch.float64 if wide else torch.float32)(values)
 
-    parts = ("train", "test", "val")
     data = replace(data, fingerprint=data.digest())
     if data.x_train.dtype == torch.uint8:
         data = replace(data, scaling=scaling.to(dtype=torch.float32))
     else:
-        inputs = {f"x_{part}": through(scaling, getattr(data, f"x_{part}")) for part in parts}
-        data = replace(data, scaling=Scaling(), row_scaling=scaling, **inputs)
+        data = data.map(lambda rows: scale(scaling, rows), "x")
+        data = replace(data, scaling=Scaling(), row_scaling=scaling)
     if target_scaling is None:
         return data
-    targets = {f"y_{part}": through(target_scaling, getattr(data, f"y_{part}")) for part in parts}
+    data = data.map(lambda targets: scale(target_scaling, targets), "y")
     note = f"losses are in units of the variance of {data.target or 'the target'}"
-    return replace(data, target_scaling=target_scaling, notes=(*data.notes, note), **targets)
+    return replace(data, target_scaling=target_scaling, notes=(*data.notes, note))
 
 
 def in_fp32(data: Data) -> Data:
     """The data with fp64 rows and targets cut to fp32, which the engines read."""
-    narrow = {
-        name: tensor.float()
-        for part in ("train", "test", "val")
-        for name in (f"x_{part}", f"y_{part}")
-        if (tensor := getattr(data, name)) is not None and tensor.dtype == torch.float64
-    }
-    return replace(data, fingerprint=data.digest(), **narrow) if narrow else data
+    tensors = (data.x_train, data.y_train, data.x_test, data.y_test, data.x_val, data.y_val)
+    if not any(t is not None and t.dtype == torch.float64 for t in tensors):
+        return data
+    narrow = data.map(lambda t: t.float() if t.dtype == torch.float64 else t)
+    return replace(narrow, fingerprint=data.digest())
 
 
 def prepared(data: Data, standardize: bool, rows: Tensor | None = None) -> Data:
-    """What `read` gives, as networks are trained on it."""
+    """A data set of `datasets.read` as networks are trained on it."""
     return in_fp32(standardized(data, rows) if standardize else data)
 
 
 def resolved(config, data):
-    """The config with all that was left to the data filled in.
+    """The config with every setting filled in that it left to the data.
 
     data  a Data, or Loaders, which are taken as images are
     """

@@ -1,1 +1,61 @@
-"""What runs the training steps: PyTorch's autograd, the native extension, a CUDA graph."""
+"""Engines: how a training step is run. One interface; `choose` picks, `explain` says why.
+
+An engine is made from a Task and has
+    name                 as in --engine
+    automatic            whether `auto` may take it
+    reasons_against(task)  why it cannot run this task, empty where it can (static)
+    step(indices)        one step on these rows of the task's data; waits for nothing
+    steps(order, batch)  one step for each slice of `batch` rows of order; an engine that runs many
+                         steps in one call does it here
+    step_on(x, y)        one step on inputs and targets from elsewhere (a loader)
+    set_step(number)     the global step that comes next: it decides masks and learning rates
+    read()               (sum of losses, number right, rows) since the last read; waits for them
+    evaluate(x, y)       (sum of losses, number right, rows) over rows that are not trained on, in
+                         evaluation mode; None where the model itself has to be run
+    sync()               parameters and optimizer state, written back into the task's objects
+    scaler_state(), load_scaler_state(state)   of fp16's loss scale, None without one
+Every engine gives the trajectory of plain PyTorch with the same masks.
+"""
+
+from collections.abc import Iterable
+
+from ..errors import TrainError
+from ..task import Task
+from .autograd import Autograd
+from .graph import Graph
+from .native import Native
+
+ENGINES = (Native, Graph, Autograd)  # fastest first
+
+
+def choose(name: str, task: Task):
+    """The engine of this name, or for auto the first that can run the task.
+
+    raises  TrainError with the reasons where there is none
+    """
+    reasons = {engine.name: engine.reasons_against(task) for engine in ENGINES}
+    for engine in ENGINES:
+        is_candidate = engine.automatic if name == "auto" else engine.name == name
+        if is_candidate and not reasons[engine.name]:
+            return engine(task)
+    asked = [r for n, found in reasons.items() if name in ("auto", n) for r in found]
+    if not asked:
+        raise TrainError(f"unknown engine {name!r}; known: auto, {', '.join(reasons)}")
+    raise TrainError(f"engine {name!r} was asked for but cannot be used: {'; '.join(asked)}")
+
+
+def explain(name: str, task: Task) -> Iterable[str]:
+    """One line an engine, in the order of choice: taken, or why not."""
+    is_taken = False
+    for engine in ENGINES:
+        reasons = engine.reasons_against(task)
+        is_candidate = engine.automatic if name == "auto" else engine.name == name
+        if reasons:
+            yield f"{engine.name}: {'; '.join(reasons)}"
+        elif is_candidate and not is_taken:
+            is_taken = True
+            yield f"{engine.name}: taken" + ("" if name == "auto" else ", asked for by name")
+        elif name == "auto" and not engine.automatic:
+            yield f"{engine.name}: only when asked for by name; nobody has measured it yet"
+        else:
+            yield f"{engine.name}: can run it"

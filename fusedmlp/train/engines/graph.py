@@ -1,8 +1,8 @@
 """The `graph` engine: several training steps in one CUDA graph of fused kernels.
 
-Parameters are updated where they lie and the optimiser's state lies in the torch.optim object, so
+Parameters are updated in place and the optimizer's state is in the torch.optim object, so its
 checkpoints are those of the `autograd` engine. It has never run on a GPU: `auto` does not take it.
-On other devices the same calls are made one by one, which is how they are tested.
+On other devices the same calls run one by one, which is how they are tested.
 """
 
 from __future__ import annotations
@@ -10,30 +10,27 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..optim import EpsilonHatAdam
+from ..task import Task
 from . import graph_calls
 from .graph_calls import Calls
 from .plain_layers import (
-    against_data,
-    against_optimizer,
-    against_parameters,
-    against_rows,
     layers_of,
+    reasons_against_data,
+    reasons_against_optimizer,
+    reasons_against_parameters,
+    reasons_against_rows,
 )
-
-if TYPE_CHECKING:
-    from .autograd import Task
 
 log = logging.getLogger("fusedmlp")
 
-STEPS = 16  # of one graph, where as many of the same size follow each other
-SIZES = (STEPS, 4, 1)  # of the graphs that the steps of a call are made up of
-JUDGED = 4  # graphs of evaluations that are held, each of data of its own
+STEPS = 16  # steps of one graph, where as many of the same size follow each other
+SIZES = (STEPS, 4, 1)  # steps of the graphs that make up a call
+EVALUATIONS = 4  # graphs of evaluations that are kept, each for one set of rows
 
 
 class Graph:
@@ -43,26 +40,26 @@ class Graph:
     automatic = False  # until a results file of a GPU says that it is right and fast
 
     @staticmethod
-    def refuses(task: Task) -> list[str]:
+    def reasons_against(task: Task) -> list[str]:
         if task.device.type != "cuda":
             return [f"it runs on a CUDA GPU, the device is {task.device.type}"]
-        return Graph.objections(task)
+        return Graph.reasons_on_any_device(task)
 
     @staticmethod
-    def objections(task: Task) -> list[str]:
+    def reasons_on_any_device(task: Task) -> list[str]:
         """The reasons that do not depend on the device."""
         reasons = []
         if task.precision == "fp16":
             reasons.append("fp16 waits for the host, which decides on the scale of the loss")
         if task.world.size > 1:
             reasons.append("it runs in one process")
-        reasons += against_optimizer(task.optimizer)
+        reasons += reasons_against_optimizer(task.optimizer)
         if type(task.optimizer) is EpsilonHatAdam:
             reasons.append("torch's fused Adam has another place for epsilon")
         layers, against = layers_of(task.model)
         reasons += against
-        reasons += against_parameters(task.model, task.optimizer, task.device.type)
-        return reasons + (against_data(task, layers) if layers and not against else [])
+        reasons += reasons_against_parameters(task.model, task.optimizer, task.device.type)
+        return reasons + (reasons_against_data(task, layers) if layers and not against else [])
 
     def __init__(self, task: Task):
         self.task = task
@@ -71,8 +68,8 @@ class Graph:
         self.rows = 0  # since the last read
         self.held: list[Tensor] = []
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
-        self.tried: set[tuple] = set()  # what has run outside of a graph
-        self.judged: dict[tuple, tuple[Tensor, Tensor]] = {}  # the data that graphs read
+        self.tried: set[tuple] = set()  # keys that have run outside of a graph
+        self.evaluated: dict[tuple, tuple[Tensor, Tensor]] = {}  # the data that graphs read
         self.captures = task.device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if self.captures else None
 
@@ -91,7 +88,7 @@ class Graph:
             self._part(part, batch)
 
     def _grow(self, capacity: int) -> None:
-        """For steps on more rows than there are data, some of them more than once."""
+        """Make room for steps of more rows than the data have, some of them more than once."""
         totals = self.calls.totals
         self.calls = Calls(self.task, capacity)
         self.calls.totals.copy_(totals)
@@ -125,7 +122,7 @@ class Graph:
         """The next `count` steps, of `rows` rows each."""
         if not count:
             return
-        most = graph_calls.VALUES // (rows * self.calls.layers[0].linear.in_features)
+        most = graph_calls.MAX_VALUES // (rows * self.calls.layers[0].linear.in_features)
         while count:
             several = next(n for n in SIZES if n <= max(1, min(count, most)))
             self._go((rows, several), functools.partial(self.calls.run, rows, several))
@@ -133,7 +130,7 @@ class Graph:
         torch.autograd.graph.increment_version(self.calls.parameters)
 
     def _go(self, key: tuple, calls: Callable[[], None]) -> None:
-        """Calls that are the same for each key: the first time as they are, then as a graph."""
+        """Run calls that are the same for each key: the first time directly, later as a graph."""
         if self.captures and key not in self.tried:
             self._outside(calls)
             self.tried.add(key)
@@ -149,11 +146,11 @@ class Graph:
             calls()
 
     def _capture_no_more(self, error: BaseException) -> None:
-        """Goes on call by call, which gives the same steps. An error of the calls comes again."""
+        """Continue call by call, with the same results. An error of the calls themselves is raised
+        again by them."""
         while error.__context__ is not None:
-            error = (
-                error.__context__
-            )  # what ended the capture, before the end of the capture failed
+            # The error that ended the capture, before the end of the capture failed.
+            error = error.__context__
         log.warning(
             "engine graph: a CUDA graph could not be captured, so the steps of this run go on call "
             "by call, which gives the same results but takes longer: %s: %s",
@@ -164,8 +161,8 @@ class Graph:
         self.graphs.clear()
 
     def _outside(self, calls: Callable[[], None]) -> None:
-        """Part of the run, on a stream of its own: libraries and kernels load themselves, are
-        compiled for these alignments and choose their tiles, which a capture does not allow."""
+        """Run the calls on a side stream, as part of the training: libraries and kernels are loaded
+        and compiled for these alignments and choose tiles, which a capture does not allow."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -173,8 +170,8 @@ class Graph:
         torch.cuda.current_stream().wait_stream(side)
 
     def _captured(self, calls: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """As torch.cuda.graph does it, which also waits for the device and gives its cached memory
-        back: the next allocations would then wait as well."""
+        """Capture as torch.cuda.graph does, which also waits for the device and frees its cached
+        memory: the next allocations would then wait as well."""
         graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -192,27 +189,27 @@ class Graph:
         rows, self.rows = self.rows, 0
         return loss, right, rows
 
-    def judge(self, x: Tensor, y: Tensor) -> Tensor | None:
+    def evaluate(self, x: Tensor, y: Tensor) -> Tensor | None:
         """(sum of losses, number right, rows) in fp64, on the device, over rows x (n, ...) as
         stored and their targets, in evaluation mode and without label smoothing; None where it
-        cannot take them. Does not wait. The data of the last few calls are kept alive."""
+        cannot take them. Does not wait. The data of the last few calls stay alive."""
         task, device = self.task, self.task.x.device
         if x.device != device or y.device != device:
             return None
-        if against_rows(task, x, y, self.calls.layers):
+        if reasons_against_rows(task, x, y, self.calls.layers):
             return None
-        key = "judge", x.data_ptr(), y.data_ptr(), len(x)
-        if key not in self.judged and len(self.judged) == JUDGED:
-            for old in self.judged:
+        key = "evaluate", x.data_ptr(), y.data_ptr(), len(x)
+        if key not in self.evaluated and len(self.evaluated) == EVALUATIONS:
+            for old in self.evaluated:
                 self.graphs.pop(old, None)
                 self.tried.discard(old)
-            self.judged.clear()
-        self.judged[key] = x, y
-        self._go(key, functools.partial(self.calls.judge, x, y))
-        return self.calls.judged.clone()
+            self.evaluated.clear()
+        self.evaluated[key] = x, y
+        self._go(key, functools.partial(self.calls.evaluate, x, y))
+        return self.calls.evaluated.clone()
 
     def sync(self) -> None:
-        """Nothing is held back: parameters and state are the task's own tensors."""
+        """Nothing to do: parameters and state are the task's own tensors."""
 
     def scaler_state(self) -> dict | None:
         return None

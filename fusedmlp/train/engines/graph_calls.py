@@ -1,5 +1,5 @@
-"""Some training steps as a fixed sequence of calls on tensors that stay where they are: what the
-`graph` engine captures. Nothing here reads a value back, so on a GPU nothing waits for it.
+"""Training steps as a fixed sequence of calls on tensors that keep their addresses, which the
+`graph` engine captures. Nothing here reads a value back, so nothing waits for the GPU.
 
 once for all steps of a call:
     gather     rows of the data by `order`, from `offset` on; scaled as the data's scaling says
@@ -9,7 +9,7 @@ once for all steps of a call:
 for each step:
     cast       the weights, where products are not in fp32: one call for all
     forward    the op mlp_fwd, masks from (seed, stream) in `state`
-    loss       the op cross_entropy, or another of step.loss_of and its gradient
+    loss       the op cross_entropy, or another loss and its gradient
     backward   the op mlp_bwd
     update     clip_grad_norm_, then torch's fused SGD, Adam or AdamW with the rate in a tensor
 
@@ -18,8 +18,6 @@ The ops are those of any backend, on any device: run one by one they are the sam
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,14 +25,13 @@ from torch import Tensor
 from ...backends import choice, registry
 from ...ops import BY_BACKEND
 from ...spec import activations, layers
+from ..task import Task
 from .plain_layers import layers_of
 
-if TYPE_CHECKING:
-    from .autograd import Task
-
-VALUES = 1 << 24  # of inputs that are gathered, or of one layer of an evaluation: 64 MiB in fp32
+# Inputs gathered for one call, or outputs of one layer in an evaluation: 64 MiB in fp32.
+MAX_VALUES = 1 << 24
 _DTYPES = {"bf16": torch.bfloat16}
-# Of cross_entropy: no row of a data set is to be left out.
+# cross_entropy leaves out rows of this label: none of a data set has it.
 _IGNORED = -(1 << 63)
 # Updates of the optimisers with two moments and a count.
 _ADAMS = {torch.optim.Adam: torch._fused_adam_, torch.optim.AdamW: torch._fused_adamw_}
@@ -52,15 +49,15 @@ class Calls:
         self.place = torch.tensor([task.seed, 0, 0, 0], dtype=torch.int64, device=device)
         self.state, self.stream = self.place[:2], self.place[1:2]
         self.offset, self.index = self.place[2:3], self.place[3:]
-        self.moves: dict[tuple[int, int], Tensor] = {}  # of place
+        self.moves: dict[tuple[int, int], Tensor] = {}  # additions to place
         self.order = torch.zeros(capacity, dtype=torch.int64, device=device)
         self.places = torch.arange(capacity, device=device)
         groups = task.optimizer.param_groups
         self.rates = torch.zeros((len(groups), capacity), device=device)
         self.given_rates: list[float] = []
-        self.step_rates: list[Tensor] = []  # of the step under way, one for each group
+        self.step_rates: list[Tensor] = []  # learning rates of the present step, one a group
         self.totals = torch.zeros(2, dtype=torch.float64, device=device)
-        self.judged = torch.zeros(3, dtype=torch.float64, device=device)
+        self.evaluated = torch.zeros(3, dtype=torch.float64, device=device)
         self.parameters = [t for layer in self.layers for t in layer.tensors() if t is not None]
         self.is_cast = self.dtype != torch.float32
         with torch.no_grad():
@@ -70,8 +67,8 @@ class Calls:
         self.counts: dict[int, Tensor] = {}  # Adam's updates of each parameter, on the device
 
     def load(self, order: Tensor, factors: Tensor | None) -> None:
-        """The rows that the next steps take, (n,) with n <= capacity, and the factors of their
-        learning rates; None where all are 1 and always were."""
+        """Set the rows of the next steps, (n,) with n <= capacity, and the factors of their
+        learning rates; None where all factors of the run are 1."""
         self.order[: len(order)].copy_(order)
         self.place[2:].zero_()
         rates = [float(group["lr"]) for group in self.task.optimizer.param_groups]
@@ -83,7 +80,7 @@ class Calls:
         self.given_rates = rates
 
     def run(self, rows: int, count: int) -> None:
-        """The next `count` steps, on that many rows each."""
+        """Run the next `count` steps, on `rows` rows each."""
         task = self.task
         with torch.no_grad():
             at = self.order.index_select(0, self.offset + self.places[: rows * count])
@@ -104,7 +101,8 @@ class Calls:
             self.place.add_(self._move(rows, count))
 
     def _move(self, rows: int, count: int) -> Tensor:
-        """Made by the first call of a kind: a capture could not copy it from the host."""
+        """The addition to `place` after `count` steps. The first call makes it: a capture could not
+        copy it from the host."""
         key = rows, count
         if key not in self.moves:
             by = [0, count * self.task.mask_layers, count * rows, count]
@@ -148,14 +146,14 @@ class Calls:
         numbers: list[float] = []
         for layer in self.layers:
             threshold, scale = layer.dropping() if is_training else (0, 1.0)
-            there = zip(layers.BITS, layer.tensors(), strict=True)
-            bits = sum(bit for bit, t in there if t is not None)
+            pairs = zip(layers.BITS, layer.tensors(), strict=True)
+            bits = sum(bit for bit, t in pairs if t is not None)
             ints += [layer.act, threshold, layer.number + streams, bits]
             numbers += [layer.alpha, scale]
         return ints, numbers
 
     def backend(self, rows: int) -> str:
-        """Of the whole network: that which its first layer is best on."""
+        """The backend of the whole network, by its first layer."""
         layer, kind = self.layers[0], self.task.device.type
         n, k = layer.linear.weight.shape
         drops = any(one.dropping()[0] for one in self.layers)
@@ -177,7 +175,7 @@ class Calls:
         return "reference" if route == registry.EAGER else route
 
     def loss(self, outputs: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-        """What the loss is added up from, and the gradient (B, C) of the mean over the rows.
+        """The values that the loss sums, and the gradient (B, C) of its mean over the rows.
 
         outputs (B, C), targets (B,) int64 or (B, C) fp32; the first result is the losses (B,) of
         cross_entropy, or the differences (B, C) of mse
@@ -194,7 +192,7 @@ class Calls:
         return ops.cross_entropy(outputs, targets, smoothing, _IGNORED, 1 / rows)
 
     def _add_up(self, totals: Tensor, outputs: Tensor, losses: Tensor, targets: Tensor) -> None:
-        """Sum of losses and number right, onto the first two of totals."""
+        """Add the sum of losses and the number right to the first two of totals."""
         if self.task.loss == "mse":
             totals[0].add_(losses.square().mean(1).sum(dtype=torch.float64))
         else:
@@ -202,31 +200,31 @@ class Calls:
         if self.task.loss == "cross_entropy":
             totals[1].add_((outputs.argmax(1) == targets).sum())
 
-    def judge(self, x: Tensor, y: Tensor) -> None:
-        """Writes (sum of losses, number right, rows) to `judged`, in evaluation mode and without
+    def evaluate(self, x: Tensor, y: Tensor) -> None:
+        """Write (sum of losses, number right, rows) to `evaluated`: in evaluation mode and without
         label smoothing, over rows x (n, ...) as stored and their targets."""
         widest = max(max(layer.linear.weight.shape) for layer in self.layers)
-        part = max(1, VALUES // widest)
+        part = max(1, MAX_VALUES // widest)
         with torch.no_grad():
-            self.judged.zero_()
+            self.evaluated.zero_()
             params, (ints, numbers) = self._params(), self.network(0, is_training=False)
             for rows, targets in zip(x.split(part), y.split(part), strict=True):
                 ops = BY_BACKEND[self.backend(len(rows))]
                 inputs = self.inputs(rows)
                 (outputs,) = ops.mlp_fwd(inputs, params, None, ints, numbers, 0, False)
                 losses, _ = self.loss(outputs, targets, 0.0)
-                self._add_up(self.judged, outputs, losses, targets)
-            self.judged[2].fill_(len(x))
+                self._add_up(self.evaluated, outputs, losses, targets)
+            self.evaluated[2].fill_(len(x))
 
     def clip(self, grads: list[Tensor]) -> None:
-        """torch.nn.utils.clip_grad_norm_."""
+        """The same as torch.nn.utils.clip_grad_norm_, without a wait."""
         if self.task.clip_norm:
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
             factor = torch.clamp(self.task.clip_norm / (norm + 1e-6), max=1.0)
             torch._foreach_mul_(grads, factor)
 
     def update(self, grads: dict[int, Tensor]) -> None:
-        """torch.optim's own kernels, with the learning rate of the step in a tensor."""
+        """One update by torch.optim's fused kernels, with the step's learning rate in a tensor."""
         for group, lr in zip(self.task.optimizer.param_groups, self.step_rates, strict=True):
             parameters = group["params"]
             mine = [grads[id(p)] for p in parameters]
@@ -267,8 +265,8 @@ class Calls:
         return [self.task.optimizer.state[p][name] for p in parameters]
 
     def prepare(self) -> list[Tensor]:
-        """Makes what is not there yet of the optimiser's state; returns the tensors that steps
-        read and write beside those of this object. A graph lives as long as they do."""
+        """Make the missing entries of the optimizer's state; return the tensors that steps read and
+        write beside those of this object. A graph is valid as long as they exist."""
         task, held = self.task, []
         for group in task.optimizer.param_groups:
             names = ("exp_avg", "exp_avg_sq")
@@ -289,7 +287,7 @@ class Calls:
         return held
 
     def count_updates(self) -> None:
-        """The device's counts of Adam are set to those of the optimiser's state."""
+        """Set the device's counts of Adam's updates to those of the optimizer's state."""
         for p in (p for group in self.task.optimizer.param_groups for p in group["params"]):
             if id(p) in self.counts:
                 self.counts[id(p)].copy_(self.task.optimizer.state[p]["step"])

@@ -1,31 +1,28 @@
 """The `native` engine: many steps in one call of C++, for networks of plain layers on a CPU.
 
-Parameters are updated where they lie and the optimiser's state lies in the torch.optim object, so
-checkpoints are those of the `autograd` engine and either goes on from the other's. Update formulas
-and their order of operations are those of torch.optim.SGD, Adam and AdamW.
+Parameters are updated in place and the optimizer's state is in the torch.optim object, so its
+checkpoints are those of the `autograd` engine and either continues from the other's. The updates
+have the formulas and the order of operations of torch.optim.SGD, Adam and AdamW.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..data.types import Scaling
 from ..optim import EpsilonHatAdam
+from ..task import Task
 from . import native_op
 from .plain_layers import (
-    against_data,
-    against_optimizer,
-    against_parameters,
-    against_rows,
     layers_of,
+    reasons_against_data,
+    reasons_against_optimizer,
+    reasons_against_parameters,
+    reasons_against_rows,
 )
-
-if TYPE_CHECKING:
-    from .autograd import Task
 
 LOSSES = {
     "cross_entropy": native_op.CROSS_ENTROPY,
@@ -39,12 +36,12 @@ _ADAMS = {
     EpsilonHatAdam: native_op.ADAM_EPSILON_HAT,
 }
 _EMPTY = torch.empty(0)
-JUDGED_ROWS = 256  # in one forward pass: its activations stay in the L2 cache
+EVAL_ROWS = 256  # rows of one forward pass: its activations stay in the L2 cache
 
 
 @dataclass
 class Call:
-    """Of one network for one call of native_op: its docstring says what each is."""
+    """The arguments of one network in a call of native_op, whose docstring describes them."""
 
     lr_scale: Tensor | None
     first: list[Tensor]
@@ -62,7 +59,7 @@ class Native:
     automatic = True
 
     @staticmethod
-    def refuses(task: Task) -> list[str]:
+    def reasons_against(task: Task) -> list[str]:
         if task.device.type != "cpu":
             return [f"it runs on a CPU, the device is {task.device.type}"]
         reason = native_op.unavailable()
@@ -71,11 +68,11 @@ class Native:
             reasons.append(f"it computes in fp32, --precision is {task.precision}")
         if task.world.size > 1:
             reasons.append("it runs in one process")
-        reasons += against_optimizer(task.optimizer)
+        reasons += reasons_against_optimizer(task.optimizer)
         layers, against = layers_of(task.model)
         reasons += against
-        reasons += against_parameters(task.model, task.optimizer)
-        return reasons + (against_data(task, layers) if layers and not against else [])
+        reasons += reasons_against_parameters(task.model, task.optimizer)
+        return reasons + (reasons_against_data(task, layers) if layers and not against else [])
 
     def __init__(self, task: Task):
         self.task = task
@@ -148,7 +145,7 @@ class Native:
             self.advance(steps)
 
     def call(self, steps: int) -> Call:
-        """What the ops are told of this network for its next steps."""
+        """The arguments of this network for its next steps."""
         task = self.task
         group = task.optimizer.param_groups[0]
         momentum = float(group.get("momentum", 0.0))
@@ -175,17 +172,17 @@ class Native:
         return Call(lr_scale, first, second, *self._numbers(), ints, floats)
 
     def advance(self, steps: int) -> None:
-        """These steps are done."""
+        """Count steps that are done."""
         if self.adam is not None:
             torch._foreach_add_([self.task.optimizer.state[p]["step"] for p in self.present], steps)
         torch.autograd.graph.increment_version(self.present)
         self.number += steps
 
-    def judge(self, x: Tensor, y: Tensor) -> Tensor | None:
+    def evaluate(self, x: Tensor, y: Tensor) -> Tensor | None:
         """(sum of losses, number right, rows) in fp64 over rows x (n, ...) as stored and their
         targets, in evaluation mode and without label smoothing; None where it cannot take them."""
         task = self.task
-        if x.device.type != "cpu" or against_rows(task, x, y, self.layers):
+        if x.device.type != "cpu" or reasons_against_rows(task, x, y, self.layers):
             return None
         if len(self.every) != len(x):
             self.every = torch.arange(len(x))
@@ -206,7 +203,7 @@ class Native:
                     ints,
                     floats,
                     float(scaling.divisor),
-                    JUDGED_ROWS,
+                    EVAL_ROWS,
                     LOSSES[task.loss],
                 )
                 if needed <= self.work.numel():
@@ -231,7 +228,7 @@ class Native:
         return ints, numbers
 
     def _state(self, name: str) -> list[Tensor]:
-        """One entry of the optimiser's state for each parameter, made as torch.optim would."""
+        """One entry of the optimizer's state for each parameter, made as torch.optim would."""
         state, found = self.task.optimizer.state, []
         for p in self.parameters:
             if p is _EMPTY:
@@ -252,7 +249,7 @@ class Native:
         return loss, right, int(rows)
 
     def sync(self) -> None:
-        """Nothing is held back: parameters and state are the task's own tensors."""
+        """Nothing to do: parameters and state are the task's own tensors."""
 
     def scaler_state(self) -> dict | None:
         return None

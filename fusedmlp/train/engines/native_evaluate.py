@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ..data.types import Scaling
+from ..task import Task
 from . import native_op
-from .autograd import Task
-from .native import JUDGED_ROWS, LOSSES
+from .native import EVAL_ROWS, LOSSES
 from .native_many import slots
-from .plain_layers import Layer, against_rows, layers_of
+from .plain_layers import Layer, layers_of, reasons_against_rows
 
-_RATES = (0.0,) * 6  # of learning and decay, which judging does not read
+_RATES = (0.0,) * 6  # of learning and decay, which evaluation does not read
 
 
-def judge(
+def evaluate(
     models: Sequence[nn.Module],
     x: Tensor,
     y: Tensor,
@@ -60,7 +60,7 @@ def judge(
                 [n for layers in each for layer in layers for n in (layer.alpha, 1.0, *_RATES)],
                 [len(layers) for layers in each],
                 float(scaling.divisor),
-                JUDGED_ROWS,
+                EVAL_ROWS,
                 LOSSES[loss],
             )
             if needed <= work.shape[1]:
@@ -78,7 +78,7 @@ def _layers(model, x: Tensor, y: Tensor, loss: str, scaling: Scaling) -> list[La
     if reasons or not plain or x.device != cpu or y.device != cpu:
         return None
     task = Task(model, None, loss, cpu, scaling=scaling)
-    return None if against_rows(task, x, y, layers) else layers
+    return None if reasons_against_rows(task, x, y, layers) else layers
 
 
 def _ints(layer: Layer) -> tuple[int, int, int, int]:

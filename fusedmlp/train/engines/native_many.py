@@ -1,7 +1,6 @@
 """Several networks in one call of C++, each on a thread of its own.
 
-Each is a `native` engine; only the calls are joined, so what one of them is left with, optimiser
-state and position among it, is what it would have come to alone.
+Results, including optimizer state and position, are bitwise those of training each network alone.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ from torch import Tensor
 from . import native_op
 from .native import LOSSES, Native
 
-CALL_SECONDS = 0.5  # about, of one call: Ctrl-C is seen between two
-FIRST = 1.0  # steps of the first call
-GROWTH = 16  # of a call over the one before: the first ones are too short to be timed well
+CALL_SECONDS = 0.5  # aimed at for one call: Ctrl-C is seen between two calls
+FIRST_CALL_STEPS = 1.0  # steps of the first call
+MAX_GROWTH = 16  # steps of a call over those of the last: the first are too short to be timed well
 
-Sums = tuple[float, float, int]  # of losses, of hits, rows
+Sums = tuple[float, float, int]  # sum of losses, number right, rows
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one network is to do: epochs of its own data order and batch size."""
+    """The work of one network in a call: epochs of its own data order and batch size."""
 
     engine: Native
     order: Tensor  # (epochs * rows,) int64 rows of the data
@@ -38,7 +37,7 @@ class Share:
 
     @property
     def steps(self) -> int:
-        """Of one epoch."""
+        """Steps of one epoch."""
         return -(-self.rows // self.batch)
 
 
@@ -47,7 +46,7 @@ class NativeMany:
 
     def __init__(self):
         self.work = torch.empty(1, 0)
-        self.chunk = FIRST  # steps of each network in the next call
+        self.chunk = FIRST_CALL_STEPS  # steps of each network in the next call
 
     def epochs_ahead(self, steps: int) -> int:
         """Epochs of so many steps that the next call has time for; at least 1."""
@@ -74,7 +73,7 @@ class NativeMany:
         sums = self._call(shares)
         seconds = time.perf_counter() - started
         steps = max(share.steps * share.epochs for share in shares)
-        self.chunk = max(1.0, steps * min(GROWTH, CALL_SECONDS / max(seconds, 1e-9)))
+        self.chunk = max(1.0, steps * min(MAX_GROWTH, CALL_SECONDS / max(seconds, 1e-9)))
         return sums
 
     @torch.no_grad()

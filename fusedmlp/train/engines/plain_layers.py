@@ -1,13 +1,13 @@
-"""What the step engines that do not run modules know of a network: its layers, or why they do not.
+"""The layers of a network, for the engines that do not run its modules, and the reasons why an
+engine cannot train it.
 
-Does not run anything and does not change a module.
+Nothing is run and no module is changed.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,32 +17,24 @@ from ...nn import FusedSequential
 from ...nn.groups import LayerGroup, find_groups, is_tampered, reasons_against
 from ...spec import activations, philox
 from ..optim import EpsilonHatAdam
-
-if TYPE_CHECKING:
-    from .autograd import Task
+from ..task import Task
 
 _LOSSES = ("cross_entropy", "mse", "logistic")
-_ONE_OF = ", ".join(_LOSSES)
 # Settings of torch.optim that have another formula, and what they must be.
-_PLAIN_ADAM = {
-    "amsgrad": False,
-    "maximize": False,
-    "differentiable": False,
-    "capturable": False,
-}
+_PLAIN_ADAM = {"amsgrad": False, "maximize": False, "differentiable": False, "capturable": False}
 _PLAIN_SETTINGS = {
     torch.optim.SGD: {"dampening": 0, "maximize": False, "differentiable": False},
     torch.optim.AdamW: _PLAIN_ADAM,
     torch.optim.Adam: _PLAIN_ADAM | {"decoupled_weight_decay": False},
     EpsilonHatAdam: _PLAIN_ADAM | {"decoupled_weight_decay": False},
 }
-_COMMON = ("momentum", "nesterov", "betas", "eps")  # the same for all groups
-_ALONE = "only an activation or Dropout that follows a Linear can be part of its layer"
+_SHARED_SETTINGS = ("momentum", "nesterov", "betas", "eps")  # the same for all groups
+_LAYER_RULE = "only an activation or Dropout that follows a Linear can be part of its layer"
 
 
 @dataclass
 class Layer:
-    """y = drop(act(x w^T + b)); `number` is added to the stream of the step."""
+    """y = drop(act(x w^T + b)); its masks have the stream of the step plus `number`."""
 
     linear: nn.Linear
     act: int
@@ -56,7 +48,7 @@ class Layer:
         return self.linear.weight, self.linear.bias, self.slope
 
     def dropping(self) -> tuple[int, float]:
-        """(threshold, scale), as the Dropout is set now."""
+        """(threshold, scale) of the Dropout as it is set now."""
         dropout = self.dropout
         if dropout is None or not dropout.training:
             return 0, 1.0
@@ -67,7 +59,7 @@ class Layer:
 
 
 def layers_of(model: nn.Module) -> tuple[list[Layer], list[str]]:
-    """The layers of a chain of Linear, activation, Dropout, and what stands against it."""
+    """(layers of a chain of Linear, activation, Dropout; reasons why the model is not one)."""
     kind = type(model)
     if kind.forward not in (nn.Sequential.forward, FusedSequential.forward):
         return [], [f"the model must be a Sequential or a FusedMLP, got {kind.__name__}"]
@@ -85,11 +77,11 @@ def layers_of(model: nn.Module) -> tuple[list[Layer], list[str]]:
     for item in find_groups(children):
         if type(item) is not LayerGroup:
             name = type(item.module).__name__
-            why = "; ".join(reasons_against(item.module)) or _ALONE
+            why = "; ".join(reasons_against(item.module)) or _LAYER_RULE
             reasons.append(f"{name} ({item.index}) is no part of a layer: {why}")
         elif item.linear is None:
             names = ", ".join(type(m).__name__ for m in item.modules)
-            reasons.append(f"{names} ({item.index}) does not follow a Linear; {_ALONE}")
+            reasons.append(f"{names} ({item.index}) does not follow a Linear; {_LAYER_RULE}")
         else:
             slope = item.activation.weight if item.act == activations.PRELU else None
             layer = Layer(item.linear, item.act, item.alpha, slope, item.dropout, number)
@@ -107,10 +99,10 @@ def layers_of(model: nn.Module) -> tuple[list[Layer], list[str]]:
             "an nn.Sequential draws its dropout masks from torch's generator; make it a "
             "FusedSequential with fusedmlp.fuse"
         )
-    return layers, reasons + [r for layer in layers for r in _against(layer)]
+    return layers, reasons + [r for layer in layers for r in _reasons_against_layer(layer)]
 
 
-def _against(layer: Layer) -> list[str]:
+def _reasons_against_layer(layer: Layer) -> list[str]:
     linear, slope = layer.linear, layer.slope
     if linear.in_features == 0 or linear.out_features == 0:
         return ["a Linear without inputs or outputs"]
@@ -121,11 +113,10 @@ def _against(layer: Layer) -> list[str]:
     return [] if math.isfinite(layer.alpha) else ["a slope is not finite"]
 
 
-def against_parameters(
+def reasons_against_parameters(
     model: nn.Module, optimizer: torch.optim.Optimizer, device: str = "cpu"
 ) -> list[str]:
-    """Reasons why parameters cannot be updated where they lie, all of them, in fp32 on devices of
-    this type."""
+    """Reasons why the parameters, in fp32 on devices of this type, cannot be updated in place."""
     named = list(model.named_parameters(remove_duplicate=False))
     reasons = []
     if len({id(p) for _, p in named}) != len(named) or len(
@@ -141,13 +132,13 @@ def against_parameters(
             reasons.append(f"{name} must be a contiguous plain parameter")
         elif p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
             reasons.append(f"{name} has hooks")
-    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    if sorted(held) != sorted({id(p) for _, p in named}):
+    optimized = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    if sorted(optimized) != sorted({id(p) for _, p in named}):
         reasons.append("the optimiser must hold the parameters of the model, all and no others")
     return reasons
 
 
-def against_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:
+def reasons_against_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:
     plain = _PLAIN_SETTINGS.get(type(optimizer))
     if plain is None:
         return [f"the optimiser must be SGD, Adam or AdamW, got {type(optimizer).__name__}"]
@@ -163,7 +154,7 @@ def against_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:
         for name in ("lr", "betas", "weight_decay")
         if any(_has_tensor(group.get(name)) for group in groups)
     ]
-    if any(group.get(name) != groups[0].get(name) for group in groups for name in _COMMON):
+    if any(group.get(name) != groups[0].get(name) for group in groups for name in _SHARED_SETTINGS):
         reasons.append("parameter groups may differ in lr and weight_decay only")
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         reasons.append("the optimiser has hooks")
@@ -175,16 +166,16 @@ def _has_tensor(setting) -> bool:
     return any(isinstance(s, Tensor) for s in settings)
 
 
-def against_data(task: Task, layers: list[Layer]) -> list[str]:
+def reasons_against_data(task: Task, layers: list[Layer]) -> list[str]:
     if task.x is None:
         return ["its data must be tensors, these come from a loader"]
-    reasons = (
-        [] if task.loss in _LOSSES else [f"the loss must be one of {_ONE_OF}, got {task.loss}"]
-    )
-    return reasons + against_rows(task, task.x, task.y, layers)
+    reasons = ["rows have weights"] if task.row_weights is not None else []
+    if task.loss not in _LOSSES:
+        reasons.append(f"the loss must be one of {', '.join(_LOSSES)}, got {task.loss}")
+    return reasons + reasons_against_rows(task, task.x, task.y, layers)
 
 
-def against_rows(task: Task, x: Tensor, y: Tensor, layers: list[Layer]) -> list[str]:
+def reasons_against_rows(task: Task, x: Tensor, y: Tensor, layers: list[Layer]) -> list[str]:
     first, last = layers[0].linear, layers[-1].linear
     reasons = []
     plain = task.scaling.divisor == 1.0 and task.scaling.mean is None

@@ -1,0 +1,277 @@
+"""Run: what the training loop works on, how it continues from a checkpoint, and the results that it
+writes at its end."""
+
+import functools
+import math
+import platform
+import time
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import choice
+from ..nn import FusedMLP
+from ..spec import activations
+from . import plots
+from .build import dims_of, predict, regression, shape_of
+from .config import RunOptions, TrainConfig, flag_name
+from .console import Quiet
+from .data.loaders import Loaders
+from .data.types import Data
+from .errors import TrainError, UsageError
+from .process import StopRequest, World
+from .run_folder import RunFolder, check_same_model, load_checkpoint, model_bytes, save_checkpoint
+from .task import Task
+
+# Settings that may differ between a run and its continuation; others would make it another run.
+MAY_CHANGE = ("epochs", "data_dir", "device", "backend", "engine")
+
+
+@dataclass
+class Position:
+    """How far a run is; loss, right, rows and seconds are sums over the present epoch."""
+
+    epoch: int = 0  # epochs that are done
+    step: int = 0  # steps of this epoch that are done
+    global_step: int = 0
+    loss: float = 0.0
+    right: float = 0.0
+    rows: int = 0
+    seconds: float = 0.0
+    total_seconds: float = 0.0
+    total_rows: int = 0
+
+    def advance(self, steps: int, loss: float, right: float, rows: int, seconds: float) -> None:
+        self.step += steps
+        self.global_step += steps
+        self.loss += loss
+        self.right += right
+        self.rows += rows
+        self.total_rows += rows
+        self.seconds += seconds
+        self.total_seconds += seconds
+
+    def next_epoch(self) -> None:
+        self.epoch += 1
+        self.step, self.loss, self.right, self.rows, self.seconds = 0, 0.0, 0.0, 0, 0.0
+
+
+@dataclass
+class Run:
+    """What the loop works on."""
+
+    config: TrainConfig
+    options: RunOptions | None  # None: nothing is written
+    world: World
+    task: Task
+    engine: object
+    data: Data | Loaders
+    progress: Quiet
+    stop: StopRequest
+    about: dict  # what evaluate and predict need later
+    folder: RunFolder | None = None
+    history: list[dict] = field(default_factory=list)
+    position: Position = field(default_factory=Position)
+    saved_at: float = -math.inf
+    saved_step: int = -1
+    chunk: int = 1  # steps between two reads of the losses
+    halted: bool = False  # all processes have agreed to stop
+
+
+def check_same_run(config: TrainConfig, saved: TrainConfig) -> None:
+    """Raise UsageError where the continuation asks for something that only a new run can have."""
+    asked, was = config.to_dict(), saved.to_dict()
+    for name, value in asked.items():
+        if name not in MAY_CHANGE and value != was[name]:
+            raise UsageError(
+                f"--resume: {flag_name(name)} must stay {was[name]} as in the run, got "
+                f"{value}; leave it out, or start a new run"
+            )
+
+
+def restore(run: Run, saved: dict) -> None:
+    where = f"{run.options.resume}/checkpoint.pt"
+    check_same_model(run.task.model, saved["model"], where)
+    was, now = saved["about"]["data"].get("digest"), run.about["data"].get("digest")
+    if was != now:
+        raise TrainError(
+            f"--resume: the data must be those of the run in {run.options.resume}, got other "
+            "training rows"
+        )
+    run.task.model.load_state_dict(saved["model"])
+    run.task.optimizer.load_state_dict(saved["optimizer"])
+    run.engine.load_scaler_state(saved["scaler"])
+    run.history[:] = saved["history"]
+    run.position = Position(**saved["position"])
+
+
+def set_rng(run: Run, rng: dict[str, Tensor]) -> None:
+    torch.set_rng_state(rng["cpu"])
+    if run.task.device.type == "cuda" and "cuda" in rng:
+        torch.cuda.set_rng_state(rng["cuda"], run.task.device)
+
+
+def save(run: Run) -> None:
+    """Write the checkpoint, then the metrics (resuming writes those again); rank 0 does it."""
+    if run.folder is None:
+        return
+    run.engine.sync()
+    if not all(bool(torch.isfinite(p).all()) for p in run.task.model.parameters()):
+        check_loss(run, math.nan)
+    rng = {"cpu": torch.get_rng_state()}
+    if run.task.device.type == "cuda":
+        rng["cuda"] = torch.cuda.get_rng_state(run.task.device)
+    content = {
+        "config": run.config.to_dict(),
+        "about": run.about,
+        "model": run.task.model.state_dict(),
+        "optimizer": run.task.optimizer.state_dict(),
+        "scaler": run.engine.scaler_state(),
+        "position": asdict(run.position),
+        "history": run.history,
+        "rng": rng,
+        "torch": str(torch.__version__),
+    }
+
+    def write():
+        save_checkpoint(run.folder.file("checkpoint.pt"), content)
+        run.folder.write_metrics(run.history)
+
+    run.world.run_on_lead(write)
+    run.saved_at, run.saved_step = time.monotonic(), run.position.global_step
+
+
+def what_is_kept(run: Run) -> str:
+    """The end of a message: which checkpoint is on the disk to continue from."""
+    folder = run.folder.path
+    try:
+        position = Position(**load_checkpoint(folder)["position"])
+    except TrainError:
+        return "there is no checkpoint yet, so the run has to be started anew"
+    place = f"epoch {position.epoch}" + (f", step {position.step}" if position.step else "")
+    return f"its checkpoint of {place} is kept: go on with --resume {folder}"
+
+
+def check_loss(run: Run, loss: float) -> None:
+    if math.isfinite(loss):
+        return
+    kept = ""
+    if run.folder is not None and run.saved_step >= 0:
+        kept = f"; the last good checkpoint, of step {run.saved_step}, is in {run.folder.path}"
+    rate = run.config.learning_rate(run.task.loss)
+    other = "" if run.config.standardize else ", or --standardize"
+    raise TrainError(
+        f"the loss is no longer finite in epoch {run.position.epoch + 1}, by step "
+        f"{run.position.global_step}; take a smaller --lr than {rate:g}{other}{kept}"
+    )
+
+
+def describe_run(model: nn.Module, data) -> dict:
+    """{"model": ..., "data": ...} in plain values, which checkpoint.pt and model.safetensors
+    hold."""
+    about = {"kind": type(model).__name__, "dims": dims_of(model)}
+    # The layers are asked, not the config: fit may have been given any network.
+    about |= (shape_of(model) if type(model) is FusedMLP else None) or {}
+    return {
+        "model": about,
+        "data": data.describe() if isinstance(data, Data) else {"name": data.name},
+    }
+
+
+def summary(run: Run) -> dict:
+    config, history, position = run.config, run.history, run.position
+    last = history[-1] if history else {}
+    about = run.about["model"]
+    content = {
+        "dataset": run.data.name,
+        "dims": about["dims"],
+        "activation": about.get("activation"),
+        "dropout": about.get("dropout"),
+        "epochs": position.epoch,
+        "seed": config.seed,
+        "test_accuracy": last.get("test_accuracy"),
+        "test_loss": last.get("test_loss"),
+        "train_loss": last.get("train_loss"),
+        "train_accuracy": last.get("train_accuracy"),
+        "val_accuracy": last.get("val_accuracy"),
+        "val_loss": last.get("val_loss"),
+        "train_seconds": round(position.total_seconds, 4),
+        "samples_per_second": round(position.total_rows / position.total_seconds, 1)
+        if position.total_seconds
+        else None,
+        "batch_size": config.batch_size if run.task.x is not None else None,  # a loader decides
+        "optimizer": config.optimizer,
+        "lr": config.lr,
+        "standardize": config.standardize,
+        "precision": config.precision,
+        "backend": _backend(run),
+        "engine": run.engine.name,
+        "device": _device_name(run.task.device),
+        "threads": torch.get_num_threads(),
+        "processes": run.world.size,
+        "torch": str(torch.__version__),
+    }
+    return content | _regression(run)
+
+
+def _regression(run: Run) -> dict:
+    """{"test_rmse", "test_r2"}; empty for classes, for a loader and without test rows."""
+    if not isinstance(run.data, Data) or run.data.is_classes or run.data.x_test is None:
+        return {}
+    outputs = predict(run.task.model, run.data.x_test, run.task.scaling, run.task.precision)
+    return regression(outputs, run.data)
+
+
+def _backend(run: Run) -> str:
+    """The backend of the first hidden layer; `eager` where PyTorch's own kernels are the fastest
+    known."""
+    dims = run.about["model"]["dims"]
+    name = run.about["model"].get("activation")
+    if len(dims) < 2 or name is None:
+        return "eager"
+    if run.config.backend != "auto":
+        return run.config.backend
+    if run.engine.name == "graph":
+        return run.engine.calls.backend(run.config.batch_size)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
+        run.config.precision, run.task.scaling.dtype
+    )
+    dropout = any(run.about["model"]["dropout"])
+    act = activations.IDS[name]
+    return choice.select(
+        "linear_act",
+        run.task.device.type,
+        dtype,
+        act,
+        dropout,
+        run.config.batch_size,
+        dims[0],
+        dims[1],
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({platform.machine()})"
+
+
+def write_results(run: Run, content: dict) -> None:
+    """Write the results, the summary last: a folder that has one is complete."""
+    folder = run.folder
+    folder.write_config(run.config)
+    folder.write_metrics(run.history)
+    folder.write("model.safetensors", model_bytes(run.task.model, run.about))
+    folder.write_json("summary.json", content)
+
+
+def draw_results(run: Run) -> None:
+    """Write the pictures of a run whose results are written."""
+    task, data = run.task, run.data
+    outputs = None
+    if isinstance(data, Data) and data.x_test is not None:
+        outputs = functools.cache(
+            lambda: predict(task.model, data.x_test, task.scaling, task.precision).cpu()
+        )
+    run.folder.write_pictures(plots.run_pictures(run.history, data, outputs), run.progress.warn)
