@@ -1,8 +1,13 @@
-"""What the documentation states is what the code does."""
+"""What the documentation states is what the code does.
 
+`python -m tests.test_docs` writes the parts of the pages that are made from the code.
+"""
+
+import ast
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 from fusedmlp import environment
@@ -47,13 +52,98 @@ def _mask() -> str:
     return "\n".join(["```", *rows, "```"])
 
 
+def _first_sentence(path: Path) -> str:
+    """What a file says of itself, up to the first full stop or line without text."""
+    text = path.read_text()
+    if path.suffix == ".py":
+        said = ast.get_docstring(ast.parse(text)) or ""
+    else:
+        comment = re.match(r"(?:// ?.*\n)*", text).group()
+        said = re.sub(r"^// ?", "", comment, flags=re.M)
+    said = " ".join(said.split("\n\n")[0].split())
+    return re.split(r"(?<=[\w)`])[.:;] (?=[A-Z`a-z])", said)[0].rstrip(".").replace("|", "\\|")
+
+
+def _house(folder: str, ends: tuple[str, ...], left_out: tuple[str, ...] = ()) -> str:
+    """Every file of a folder and what it says of itself, by subfolder."""
+    lines, root = [], ROOT / folder
+    for place in [root, *sorted(p for p in root.rglob("*") if p.is_dir())]:
+        files = [p for p in sorted(place.iterdir()) if p.suffix in ends and p.name not in left_out]
+        if not files:
+            continue
+        name = place.relative_to(ROOT).as_posix()
+        lines += ["", f"| `{name}/` | |", "|---|---|"]
+        for path in files:
+            said = _first_sentence(path)
+            assert said, f"{path.relative_to(ROOT)} must say what it is in its first lines"
+            shown = "" if path.name == "__init__.py" else f"`{path.name}`"
+            lines.append(f"| {shown} | {said} |")
+    return "\n".join(lines).strip()
+
+
+def _parts() -> dict[str, dict[str, str]]:
+    """page -> name of a part -> its text, made from the code."""
+    csrc = (".cpp", ".h", ".cu", ".cuh", ".inl")
+    return {
+        "dropout.md": {"known-answers": _table(), "known-mask": _mask()},
+        "house.md": {
+            "house": _house("fusedmlp", (".py",), ("_version.py",)),
+            "csrc": _house("csrc", csrc),
+        },
+    }
+
+
 def _between(text: str, name: str) -> str:
     return re.search(f"<!-- {name} -->\n(.*?)<!-- /{name} -->", text, re.S).group(1).strip()
 
 
-def test_the_known_answers_are_those_of_the_code():
-    assert _between(DROPOUT, "known-answers") == _table()
-    assert _between(DROPOUT, "known-mask") == _mask()
+def test_parts_made_from_the_code_are_those_of_the_code():
+    for page, parts in _parts().items():
+        text = (ROOT / "docs" / page).read_text()
+        for name, made in parts.items():
+            assert _between(text, name) == made, f"{page}: run python -m tests.test_docs"
+
+
+PAGES = ("README.md", "docs/guide.md")
+
+
+def _blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.S | re.M)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("page", PAGES)
+def test_code_blocks_of_the_pages_run(page, tmp_path, monkeypatch, capsys):
+    """From top to bottom, in one namespace; packages of the extra `integrations` may be missing."""
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    namespace, missing = {"__name__": "page"}, set()
+    for block in _blocks(page, "python"):
+        try:
+            exec(compile(block, page, "exec"), namespace)
+        except ModuleNotFoundError as error:
+            missing.add(error.name.split(".")[0])
+    assert missing <= {"lightning", "skorch", "onnxruntime", "onnxscript", "dask", "distributed"}
+
+
+def test_every_page_is_reached_from_the_readme_and_every_link_leads_somewhere():
+    pages = {ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")}
+    reached, to_see = set(), [ROOT / "README.md"]
+    while to_see:
+        page = to_see.pop()
+        reached.add(page)
+        for target in re.findall(r"\]\((?!http)([^)\s]+)\)", page.read_text()):
+            name, _, anchor = target.partition("#")
+            path = (page.parent / name).resolve() if name else page
+            assert path.exists(), f"{page.name}: {target}"
+            if anchor:
+                heads = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+                anchors = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in heads}
+                assert anchor in anchors, f"{page.name}: {target}"
+            if path in pages and path not in reached:
+                to_see.append(path)
+    assert reached >= pages
 
 
 def test_windows_of_a_whole_row_are_the_known_answers():
@@ -99,3 +189,22 @@ def test_the_readme_lists_every_environment_variable():
     assert read == set(environment.VARIABLES)
     missing = [v for v in environment.VARIABLES if v not in readme]
     assert not missing
+
+
+def _write() -> None:
+    for page, parts in _parts().items():
+        path = ROOT / "docs" / page
+        text = path.read_text()
+        for name, made in parts.items():
+            marked = f"<!-- {name} -->\n(.*?)<!-- /{name} -->"
+            text = re.sub(
+                marked,
+                lambda m, n=name, made=made: f"<!-- {n} -->\n{made}\n<!-- /{n} -->",
+                text,
+                flags=re.S,
+            )
+        path.write_text(text)
+
+
+if __name__ == "__main__":
+    _write()

@@ -1,5 +1,5 @@
 """Fused models inside what people already use, each against the real package (extra
-`integrations`). The lines that each test rests on are those of docs/integrations.md."""
+`integrations`). The lines that each test rests on are those of docs/guide.md."""
 
 from __future__ import annotations
 

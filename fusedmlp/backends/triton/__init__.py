@@ -2,7 +2,7 @@
 
 The same functions with the same names as every backend. Importing this imports Triton and compiles
 nothing: Triton compiles a kernel inside the first call of each kind, which then takes up to
-seconds (docs/triton.md says what a kind is).
+seconds (docs/kernels.md says what a kind is).
 """
 
 from .bias_act_dropout import bias_act_dropout_bwd, bias_act_dropout_fwd

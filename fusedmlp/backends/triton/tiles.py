@@ -220,7 +220,7 @@ def cycles(tile: Tile, kind: str, m: int, n: int, k: int, itemsize: int, target:
 
 
 # Elements of a thread, of both operands and the sums, up to which a kernel that reads its operands
-# element by element keeps them in registers: found by compiling (docs/triton.md).
+# element by element keeps them in registers: found by compiling (docs/kernels.md).
 _MOST_ELEMENTS = {"half": 95, "tf32": 96, "ieee": 40}
 
 
