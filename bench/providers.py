@@ -22,17 +22,13 @@ import fusedmlp
 from fusedmlp import context, ops
 from fusedmlp import functional as FF
 from fusedmlp.backends import choice, registry
+from fusedmlp.nn.sequential import activation_module
 from fusedmlp.spec import activations, philox
 
 from .cases import Case
 from .saved_bytes import saved_bytes
 
 _EPS_TF32 = 2.0**-10
-_MODULES = {
-    "none": nn.Identity, "relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "elu": nn.ELU,
-    "sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "softplus": nn.Softplus, "gelu": nn.GELU,
-    "gelu_tanh": lambda: nn.GELU(approximate="tanh"), "silu": nn.SiLU,
-}  # fmt: skip
 
 
 class Unavailable(RuntimeError):
@@ -219,7 +215,11 @@ class Problem:
             linear = nn.Linear(k, n, device=self.case.device, dtype=self.case.torch_dtype)
             linear.weight = nn.Parameter(self.leaves[f"w{i}"].detach().clone())
             linear.bias = nn.Parameter(self.leaves[f"b{i}"].detach().clone())
-            modules += [linear] + [_MODULES[act]()] * (act != "none") + [nn.Dropout(p)] * (p > 0)
+            modules += (
+                [linear]
+                + [activation_module(activations.IDS[act], None, None)] * (act != "none")
+                + [nn.Dropout(p)] * (p > 0)
+            )
         net: nn.Module = nn.Sequential(*modules)
         if ours:
             if not hasattr(fusedmlp, "fuse"):

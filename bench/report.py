@@ -3,10 +3,10 @@
     python -m bench.report              # write; --check: only tell whether they are up to date
     python -m bench.report --plots docs/plots
 
-A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`. NAME is `grid`, `grid-all`,
-a group of bench/cases.py (these with `gpu-` before them for a GPU's figures), `gpu-steps` or
-`gpu-epochs` of gpu_step.py, `engine-` and a group of engine_step.py, or the name of another results
-file, such as `train` or `saved-bytes`. Losing shapes stay in. Measures nothing.
+A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`. NAME is `grid`, a group of
+bench/cases.py (these with `gpu-` before them for a GPU's figures), `gpu-steps` or `gpu-epochs` of
+gpu_step.py, `engine-` and a group of engine_step.py, or the name of another results file, such as
+`train` or `saved-bytes`. Losing shapes stay in. Measures nothing.
 """
 
 from __future__ import annotations
@@ -138,15 +138,15 @@ def _differs(case: dict[str, dict], name: str) -> bool:
     return "ms" in case.get(name, {}) and case.get("auto", {}).get("route") != name
 
 
-def grid_table(found: dict, lowest: int | None) -> str:
-    """The never-slower grid: one line on all of it, and its cells from the lowest up."""
+_LOWEST = 10  # cells of the grid that are shown
+
+
+def grid_table(found: dict) -> str:
+    """The never-slower grid: one line on all of it, and its lowest cells."""
     rows = [row for row in found["rows"] if row["group"] == "grid" and row["provider"] == "auto"]
     timed = sorted((r for r in rows if "ms" in r), key=lambda r: r["eager_over_this"][0])
-    text = grid_summary(rows)[0]
-    shown = timed[:lowest]
-    text += f" (bound: {NEVER_BELOW}). " + (
-        f"The {len(shown)} lowest:\n\n" if lowest else "All of them:\n\n"
-    )
+    shown = timed[:_LOWEST]
+    text = f"{grid_summary(rows)[0]} (bound: {NEVER_BELOW}). The {len(shown)} lowest:\n\n"
     lines = [_call(r) + [r.get("route", ""), _three_decimals(r)] for r in shown]
     lines += [_call(r) + ["", "wrong"] for r in rows if "error" in r]
     head = [*_CALL_HEAD, "runs on", "eager / fused"]
@@ -158,15 +158,17 @@ def _three_decimals(row: dict) -> str:
 
 
 def saved_bytes_table(found: dict) -> str:
-    """Bytes per element of a layer's output."""
-    head = ["activation", "p", "dtype", "eager, CPU", "eager, GPU", "fused", "eager / fused, CPU"]
+    """Bytes per element of a layer's output, in fp32 with dropout."""
+    head = ["activation", "eager, CPU", "eager, GPU", "fused", "eager / fused, CPU"]
     lines = []
     for row in found["rows"]:
+        if row["dtype"] != "fp32" or not row["p"]:
+            continue
         per = {k: v / row["elements"] for k, v in row.items() if k.startswith(("eager_", "fused_"))}
-        cells = [row["act"].replace("_", "\\_"), f"{row['p']:g}", row["dtype"]]
+        cells = [row["act"].replace("_", "\\_")]
         cells += [f"{per[k]:.2f}" for k in ("eager_cpu", "eager_cuda", "fused_cpu")]
         lines.append([*cells, f"{per['eager_cpu'] / per['fused_cpu']:.2f}"])
-    return markdown(head, lines, 3)
+    return markdown(head, lines, 1)
 
 
 def crossval_table(found: dict) -> str:
@@ -264,10 +266,9 @@ def table(name: str, results: dict[Path, dict]) -> str:
         make = _whole_file_table(name)
     else:
         device, group = ("cuda", name[4:]) if name.startswith("gpu-") else ("cpu", name)
-        if group in ("grid", "grid-all"):
-            lowest = None if group == "grid-all" else 10
+        if group == "grid":
             pick = lambda path, found: _is_ops(found, device, "grid")  # noqa: E731
-            make = lambda found: grid_table(found, lowest)  # noqa: E731
+            make = grid_table
         else:
             pick = lambda path, found: _is_ops(found, device, group)  # noqa: E731
             make = lambda found: group_table(found, group)  # noqa: E731

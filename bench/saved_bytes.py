@@ -4,7 +4,7 @@
 
 Counted with torch's saved-tensor hooks, each storage once, in fake tensors: no memory is used, and
 the CUDA column needs no GPU (there PyTorch's dropout keeps one byte an element, on a CPU a whole
-noise tensor). docs/saved-bytes.md gets its table from the JSON through bench.report.
+noise tensor). docs/kernels.md gets its table from the JSON through bench.report.
 """
 
 from __future__ import annotations

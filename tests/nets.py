@@ -13,7 +13,7 @@ SEED, STREAM = 7, 40
 
 
 def mlp(p=0.5, act=nn.ReLU):
-    """Flat net of three stretches; layer 0 and 1 drop."""
+    """Flat net of three layers; layer 0 and 1 drop."""
     return nn.Sequential(
         nn.Linear(6, 16),
         act(),

@@ -54,7 +54,7 @@ def test_the_compile_backend_gives_what_fuse_gives(then, backend, device, monkey
     net.eval(), fused.eval()
     ran.clear()
     torch.testing.assert_close(compiled(x), fused(x))
-    assert set(ran) == {activations.RELU}  # one call for each stretch, more where it is traced
+    assert set(ran) == {activations.RELU}  # one call for each group, more where it is traced
 
 
 def test_the_compile_backend_fuses_prelu_and_dropout_by_itself():
@@ -68,7 +68,7 @@ def test_the_compile_backend_fuses_prelu_and_dropout_by_itself():
     torch.testing.assert_close(got, want)
 
 
-def test_the_compile_backend_leaves_a_graph_without_stretches_to_the_other():
+def test_the_compile_backend_leaves_a_graph_without_groups_to_the_other():
     torch._dynamo.reset()
     f = torch.compile(
         lambda x: x.sin() + 1, backend=fusedmlp.compile_backend, options={"then": "aot_eager"}

@@ -57,7 +57,7 @@ def test_every_activation_is_fused_and_equal(act, bias, backend):
     ],
     ids=lambda v: "-".join(type(m).__name__ for m in v) if isinstance(v, list) else "",
 )
-def test_any_part_of_a_stretch_may_be_missing(modules, ops, backend):
+def test_any_part_of_a_group_may_be_missing(modules, ops, backend):
     net = nn.Sequential(*modules)
     fused = fuse(net)
     assert len(fusedmlp.report(fused).fused) == ops

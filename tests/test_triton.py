@@ -302,7 +302,7 @@ def test_cross_entropy_of_infinite_logits_and_of_a_target_that_does_not_exist(ke
     torch.testing.assert_close(losses[::2], expected)
     torch.testing.assert_close(dlogits[::2], gradient)
     assert losses[1].isnan() and dlogits[1].isnan().all()
-    # A first stretch of columns that holds nothing but -inf.
+    # A first tile of columns that holds nothing but -inf.
     wide = torch.full((1, 5000), -inf, device=device)
     wide[0, 4999] = 1.0
     losses, _ = kernels.cross_entropy(wide, torch.tensor([4999], device=device))

@@ -1,3 +1,4 @@
+// The elementwise kernels, backward, for AVX-512: bwd_impl.h with the vectors of vec_avx512.h.
 #include "cpu/tile.h"
 #include "cpu/vec_avx512.h"
 

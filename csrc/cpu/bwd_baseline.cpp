@@ -1,3 +1,5 @@
+// The elementwise kernels, backward, for any processor: bwd_impl.h with the vectors of
+// vec_baseline.h.
 #include "cpu/tile.h"
 #include "cpu/vec_baseline.h"
 

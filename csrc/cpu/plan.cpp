@@ -1,3 +1,4 @@
+// How an elementwise call is cut into tiles and rows of scratch memory, and its dtype conversions.
 #include "cpu/plan.h"
 
 #include <algorithm>

@@ -1,3 +1,5 @@
+// The products and the kernels of a training step, for AVX2: step_impl.h, gemm_impl.h with the
+// vectors of vec_avx2.h.
 #include "cpu/step_kernels.h"
 #include "cpu/vec_avx2.h"
 

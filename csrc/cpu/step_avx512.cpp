@@ -1,3 +1,5 @@
+// The products and the kernels of a training step, for AVX-512: step_impl.h, gemm_impl.h with the
+// vectors of vec_avx512.h.
 #include "cpu/step_kernels.h"
 #include "cpu/vec_avx512.h"
 

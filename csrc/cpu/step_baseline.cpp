@@ -1,3 +1,5 @@
+// The products and the kernels of a training step, for any processor: step_impl.h, gemm_impl.h with
+// the vectors of vec_baseline.h.
 #include "cpu/step_kernels.h"
 #include "cpu/vec_baseline.h"
 

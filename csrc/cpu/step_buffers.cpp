@@ -1,3 +1,4 @@
+// Allocates the memory that a training step works in, once for a call.
 #include "cpu/step_buffers.h"
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+// The numbers of an update that depend on the step: learning rate and bias corrections.
 #include <cmath>
 
 #include "cpu/step.h"

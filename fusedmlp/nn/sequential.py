@@ -15,9 +15,9 @@ from torch.nn.modules import module as torch_module
 
 from .. import context
 from ..spec import activations, checks
-from .groups import find_groups
+from .groups import ACTIVATIONS, find_groups
 from .mask_state import MaskState
-from .modules import ReLUSquared, refuse_torchscript
+from .modules import refuse_torchscript
 from .program import Plan, run_groups
 
 
@@ -86,20 +86,6 @@ class FusedSequential(nn.Sequential):
         return state
 
 
-_MODULES = {
-    activations.RELU: nn.ReLU,
-    activations.LEAKY_RELU: nn.LeakyReLU,
-    activations.PRELU: nn.PReLU,
-    activations.ELU: nn.ELU,
-    activations.SIGMOID: nn.Sigmoid,
-    activations.TANH: nn.Tanh,
-    activations.SOFTPLUS: nn.Softplus,
-    activations.GELU: nn.GELU,
-    activations.SILU: nn.SiLU,
-    activations.RELU_SQUARED: ReLUSquared,
-}
-
-
 def activation_module(act: int, device, dtype) -> nn.Module | None:
     """A new module of an activation, None for 'none'."""
     if act == activations.NONE:
@@ -108,7 +94,7 @@ def activation_module(act: int, device, dtype) -> nn.Module | None:
         return nn.GELU(approximate="tanh")
     if act == activations.PRELU:
         return nn.PReLU(device=device, dtype=dtype)
-    return _MODULES[act]()
+    return next(cls for cls, (number, _) in ACTIVATIONS.items() if number == act)()
 
 
 class FusedMLP(FusedSequential):
