@@ -13,6 +13,8 @@ from contextvars import ContextVar
 
 import torch
 
+from . import compat
+
 _VAR: ContextVar[Settings] = ContextVar("fusedmlp")
 _KEY = "fusedmlp"  # among the thread-local objects that autograd hands to its own threads
 
@@ -54,17 +56,14 @@ def now() -> Settings:
 
 def _of_autograd() -> Settings:
     """In a thread of autograd what the thread has that called backward."""
-    c = torch._C
     _traced.stack = ()  # Looking for what is not there takes 3 us.
-    if c._current_graph_task_id() != -1 and c._is_key_in_tls(_KEY):
-        return c._get_obj_in_tls(_KEY)
-    return _NONE
+    return compat.stashed_by_backward(_KEY) or _NONE
 
 
 def put(settings: Settings) -> None:
     """Makes them the settings of the present context."""
     _VAR.set(settings)
-    torch._C._stash_obj_in_tls(_KEY, settings)
+    compat.stash(_KEY, settings)
 
 
 def enter(settings: Settings) -> None:

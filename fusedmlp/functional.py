@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import context, ops
+from . import compat, context, ops
 from .autograd.cross_entropy import cross_entropy  # noqa: F401
 from .autograd.linear_act import BiasActDropout, LinearAct
 from .backends import choice, composite, registry
@@ -83,7 +80,7 @@ def fresh_state(like: Tensor, traced: bool = True) -> Tensor:
 
     traced  False where the caller knows that nothing traces or transforms the call
     """
-    if traced and _in_functorch():
+    if traced and compat.in_functorch():
         # vmap has a rule for randint and obeys its `randomness` argument there.
         high = torch.iinfo(torch.int64).max
         return torch.randint(high, (2,), dtype=torch.int64, device=like.device)
@@ -91,15 +88,6 @@ def fresh_state(like: Tensor, traced: bool = True) -> Tensor:
         return ops.draw_seed(like)
     # Outside of a graph the registered op would only add its dispatch, 6 us.
     return ops.draw_seed_eager(like)
-
-
-def _in_functorch() -> bool:
-    return torch._C._functorch.maybe_current_level() is not None
-
-
-def _transformed() -> bool:
-    """True where autograd.Function will not do: torch.func, and forward mode without it."""
-    return _in_functorch() or forward_ad._current_level >= 0
 
 
 def _call_state(op: str, like: Tensor, seed, stream, row_offset) -> tuple[Tensor, int, int]:
@@ -114,7 +102,7 @@ def _call_state(op: str, like: Tensor, seed, stream, row_offset) -> tuple[Tensor
 
 # Other subclasses of Tensor (DTensor, ExpandedWeight, quantised weights) bring functions of their
 # own, which know PyTorch's operators and not ours.
-TENSORS = frozenset({Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor})
+TENSORS = frozenset({Tensor, torch.nn.Parameter, compat.FakeTensor, compat.FunctionalTensor})
 
 
 def is_foreign(*tensors: Tensor | None) -> bool:
@@ -159,7 +147,7 @@ def run_linear_act(x: Tensor, w: Tensor, e: Epilogue, backend: str | None) -> Te
     if drops:
         checks.row_range(op, rows, n, e.row_offset)
     chosen = choice.select(op, device_type, x.dtype, e.act, drops, rows, k, n, backend)
-    if _transformed():
+    if compat.is_transformed():
         chosen = _functorch_backend(op, backend)
     if cast is not None:
         with torch.autocast(device_type, enabled=False):
@@ -186,7 +174,7 @@ def run_bias_act_dropout(x: Tensor, e: Epilogue, backend: str | None) -> Tensor:
     if drops:
         checks.row_range(op, rows, columns, e.row_offset)
     chosen = choice.select(op, x.device.type, x.dtype, e.act, drops, rows, 0, columns, backend)
-    if _transformed():
+    if compat.is_transformed():
         chosen = _functorch_backend(op, backend)
     return bias_act_dropout_on(chosen, x, e)
 

@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "fusedmlp"
 
 # Each layer may import those above it in this list, wherever the import stands.
 LAYERS = (
-    ("_version", "context", "environment"),
+    ("_version", "compat"),
+    ("context", "environment"),
     ("spec",),
     ("backends", "flops"),
     ("ops",),

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from .. import compat
 from ..backends import choice, registry
 from ..ops import BY_BACKEND
 from ..spec import activations, checks, dtypes
@@ -136,9 +136,7 @@ def cross_entropy(
         )
     x, flat = _rows_of(input, target)
     checks.class_targets(_OP, x, flat)
-    transformed = (
-        torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
-    )
+    transformed = compat.is_transformed()
     if not transformed and not torch.compiler.is_compiling():
         _check_range(flat, x.shape[1], ignore_index)
     route = _route(x, backend, transformed)

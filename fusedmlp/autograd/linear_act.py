@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import compat
 from ..backends import composite
 from ..ops import BY_BACKEND
 from ..spec import checks
@@ -19,19 +20,12 @@ from ..spec.layers import Epilogue
 _NO_MORE = (None,) * 8  # the backend's name, the state and the numbers have no gradients
 
 
-def is_batched(dy: Tensor) -> bool:
-    """True inside a backward that is mapped over many gradients: by torch.func.vmap, or by the
-    older machinery of is_grads_batched and jacobian(vectorize=True)."""
-    functorch = torch._C._functorch
-    return functorch.maybe_current_level() is not None or functorch.is_legacy_batchedtensor(dy)
-
-
 def is_watched(dy: Tensor) -> bool:
     """True inside a backward whose own steps PyTorch has to see: backward(create_graph=True), and
     one that is batched. A compiled backward is neither."""
     if torch.compiler.is_compiling():
         return False
-    return torch.is_grad_enabled() or is_batched(dy)
+    return torch.is_grad_enabled() or compat.is_batched(dy)
 
 
 def _matmul_grads(dz: Tensor, x: Tensor | None, w: Tensor | None):

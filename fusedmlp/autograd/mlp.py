@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import compat
 from ..backends import composite
 from ..ops import BY_BACKEND
 from ..spec import layers
 from ..spec.activations import SAVE_PREACT, SAVE_Y, saves
-from .linear_act import is_batched, is_watched
+from .linear_act import is_watched
 
 _NO_GRADIENTS = (None, None, None)  # of state, row_offset and net
 
@@ -104,8 +105,8 @@ class Mlp(torch.autograd.Function):
         if (
             needs[4:] != net.trainable
             or torch.is_grad_enabled()
-            or torch._C._is_any_autocast_enabled()
-            or is_batched(dy)
+            or compat.is_any_autocast_enabled()
+            or compat.is_batched(dy)
         ):
             return _backward(ctx, dy)
         # The usual case, without the host cost of the general one.

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .. import compat
 from ..spec import activations, checks, dtypes
 from . import registry
 from .registry import EAGER
@@ -165,9 +166,8 @@ def _resolve(
     return "reference" if dropout else EAGER
 
 
-# What `torch.compiler.assume_constant_result` sets, without its import of the whole compiler: the
-# answer is the same for all calls that Dynamo would reuse the graph for.
-_resolve._dynamo_marked_constant = True
+# The answer is the same for all calls that Dynamo would reuse the graph for.
+compat.mark_constant(_resolve)
 
 
 def select(
@@ -253,7 +253,7 @@ def has_mlp(name: str, device_type: str, dtype: torch.dtype) -> bool:
         return device_type != "cpu"
     key = "CPU" if device_type == "cpu" else "CUDA"
     return (dtype == torch.float32 or key == "CUDA") and (
-        torch._C._dispatch_has_kernel_for_dispatch_key("fusedmlp::mlp_fwd.native", key)
+        compat.has_kernel("fusedmlp::mlp_fwd.native", key)
     )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from .. import environment
+from .. import compat, environment
 from ..spec import activations
 
 log = logging.getLogger("fusedmlp")
@@ -81,8 +81,8 @@ def _ends_early(path: Path) -> bool:
 
 def _lacks(device_type: str) -> list[str]:
     """The ops that this version has for the device and the opened library does not."""
-    has, key = torch._C._dispatch_has_kernel_for_dispatch_key, device_type.upper()
-    names = torch._C._dispatch_get_all_op_names()
+    has, key = compat.has_kernel, device_type.upper()
+    names = compat.all_op_names()
     ours = (n for n in names if n.startswith("fusedmlp::") and n.endswith(".native"))
     short = {n.removeprefix("fusedmlp::").removesuffix(".native"): n for n in ours}
     return sorted(

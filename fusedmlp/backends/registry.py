@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import context, environment
+from .. import compat, context, environment
 from ..spec import dtypes
 
 log = logging.getLogger("fusedmlp")
@@ -66,8 +66,9 @@ def _native_unavailable(device_type: str) -> str | None:
 
 
 def _native_missing(device_type: str, dtype: torch.dtype, op: str | None) -> str | None:
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    if op == "cross_entropy" and not has(f"fusedmlp::{op}.native", device_type.upper()):
+    if op == "cross_entropy" and not compat.has_kernel(
+        f"fusedmlp::{op}.native", device_type.upper()
+    ):
         return f"the extension has no {op} for {device_type} tensors"
     if device_type == "cuda" and dtype == torch.bfloat16:
         major, minor = torch.cuda.get_device_capability()

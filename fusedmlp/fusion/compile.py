@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .. import functional
+from .. import compat, functional
 from ..nn.groups import LayerGroup, find_groups
 from ..nn.steps import fits
 from ..spec import activations
@@ -55,7 +55,7 @@ def compile_backend(
     if index is None:
         raise ValueError(f"compile_backend: the graph must have an input on {source}, got none")
     graph = copy.deepcopy(gm.graph)
-    fakes = torch._guards.detect_fake_mode(example_inputs)
+    fakes = compat.detect_fake_mode(example_inputs)
     if fakes is None:
         state = torch.zeros(2, dtype=torch.int64, device=source)
     else:
@@ -76,11 +76,7 @@ def compile_backend(
 def _backend(mode: str | None, options: dict) -> Callable:
     name = options.pop("then", "inductor")
     if name == "inductor":
-        from torch._inductor import list_mode_options
-        from torch._inductor.compile_fx import compile_fx
-
-        settings = (list_mode_options(mode) if mode else {}) | options
-        return lambda gm, inputs: compile_fx(gm, inputs, config_patches=settings or None)
+        return compat.inductor(mode, options)
     if mode or options:
         raise ValueError(
             f"compile_backend: mode and options must be left out with {name!r} after it, "
@@ -88,9 +84,7 @@ def _backend(mode: str | None, options: dict) -> Callable:
         )
     if name == "eager":
         return lambda gm, inputs: gm.forward
-    from torch._dynamo import lookup_backend
-
-    return lookup_backend(name)
+    return compat.compiler_backend(name)
 
 
 def _fuse(gm: fx.GraphModule) -> torch.device | None:

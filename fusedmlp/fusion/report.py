@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
 
+from .. import compat
 from ..backends import choice
 from ..nn.groups import (
     LayerGroup,
@@ -99,7 +99,7 @@ def report(module: nn.Module, input=None) -> Report:
     """
     checks.module("report", module)
     containers, notes, covered = {}, [], set()
-    if torch_module._has_any_global_hook():
+    if compat.has_any_global_hook():
         notes.append("a global module hook is registered: everything runs unfused")
     for name, m in module.named_modules():
         if isinstance(m, nn.Sequential):

@@ -13,6 +13,7 @@ import types
 import torch
 from torch import nn
 
+from .. import compat
 from ..nn import FusedDropout, FusedLinear, FusedSequential
 from ..nn.groups import LayerGroup, find_groups, is_fused_module, reasons_against_container
 from ..nn.modules import ColumnPReLU
@@ -260,7 +261,7 @@ class _Copier:
 
     def _refuse_bound(self, m: nn.Module) -> None:
         name = next((c.__name__ for c in type(m).__mro__ if c.__name__ in _WRAPPERS), None)
-        if name is None and m._compiled_call_impl is not None:
+        if name is None and compat.is_compiled(m):
             name = f"compiled {type(m).__name__}"
         if name is not None:
             raise ValueError(

@@ -12,6 +12,7 @@ import math
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .. import compat
 from ..spec import activations, philox
 from .modules import ReLUSquared
 
@@ -67,7 +68,7 @@ def is_tampered(m: nn.Module) -> bool:
         or m._forward_pre_hooks
         or m._backward_hooks
         or m._backward_pre_hooks
-        or m._compiled_call_impl is not None
+        or compat.is_compiled(m)
         or "forward" in m.__dict__
     )
 
@@ -231,7 +232,7 @@ def reasons_against(m: nn.Module | None) -> list[str]:
     if is_candidate(m):
         if "forward" in m.__dict__:
             return ["its forward was replaced"]
-        if m._compiled_call_impl is not None:
+        if compat.is_compiled(m):
             return ["it was compiled by itself"]
         if is_tampered(m):
             return ["it has hooks"]

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .. import context, functional
+from .. import compat, context, functional
 from ..backends import registry
 
 
 def must_trace() -> bool:
     """True where PyTorch watches or transforms the call: functional.py has to look at all of it."""
     return (
-        torch.compiler.is_compiling()
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._functorch.maybe_current_level() is not None
-        or forward_ad._current_level >= 0
+        torch.compiler.is_compiling() or compat.is_any_autocast_enabled() or compat.is_transformed()
     )
 
 

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
 
-from .. import context
+from .. import compat, context
 from ..spec import activations, checks
 from .groups import ACTIVATIONS, find_groups
 from .mask_state import MaskState
@@ -42,7 +41,7 @@ class FusedSequential(nn.Sequential):
         """settings: for this call in the place of those of the context (`use_backend`, ...)."""
         if torch.compiler.is_compiling():
             return self._run_fused(input, MaskState(self.stream_offset, True, settings))
-        if torch_module._has_any_global_hook():
+        if compat.has_any_global_hook():
             return super().forward(input)
         return self._present_plan().run(input, self.stream_offset, settings)
 
@@ -51,7 +50,7 @@ class FusedSequential(nn.Sequential):
 
     def _run_fused(self, x, masks: MaskState):
         """forward, with the masks of the container that this one is in."""
-        if torch_module._has_any_global_hook():
+        if compat.has_any_global_hook():
             return super().forward(x)
         if torch.compiler.is_compiling():
             return run_groups(find_groups(list(self._modules.values())), x, masks)

@@ -17,6 +17,8 @@ import weakref
 import torch
 from torch import Tensor, fx, nn
 
+from ... import compat
+
 _MISSING = object()
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -131,7 +133,7 @@ def _modes() -> tuple:
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
-        torch._C._is_any_autocast_enabled(),
+        compat.is_any_autocast_enabled(),
     )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ... import compat
 from ..optim import EpsilonHatAdam
 from ..task import Task
 from . import graph_calls
@@ -116,7 +117,7 @@ class Graph:
         self.rows += len(order)
         if self.calls.adam is not None:
             state = self.task.optimizer.state
-            torch._foreach_add_([state[p]["step"] for p in self.task.model.parameters()], steps)
+            compat.foreach_add_([state[p]["step"] for p in self.task.model.parameters()], steps)
 
     def _run(self, rows: int, count: int) -> None:
         """The next `count` steps, of `rows` rows each."""

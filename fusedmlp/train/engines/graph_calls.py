@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ... import compat
 from ...backends import choice, registry
 from ...ops import BY_BACKEND
 from ...spec import activations, layers
@@ -34,7 +35,7 @@ _DTYPES = {"bf16": torch.bfloat16}
 # cross_entropy leaves out rows of this label: none of a data set has it.
 _IGNORED = -(1 << 63)
 # Updates of the optimisers with two moments and a count.
-_ADAMS = {torch.optim.Adam: torch._fused_adam_, torch.optim.AdamW: torch._fused_adamw_}
+_ADAMS = {torch.optim.Adam: compat.fused_adam_, torch.optim.AdamW: compat.fused_adamw_}
 
 
 class Calls:
@@ -128,7 +129,7 @@ class Calls:
             dy, x, params, state, kept[:count], kept[count:], ints, numbers, 0, needs, False
         )
         if self.is_cast:
-            torch._foreach_copy_(self.grads, grads)
+            compat.foreach_copy_(self.grads, grads)
             grads = self.grads
         self.clip(grads)
         self.update(dict(zip(map(id, self.parameters), grads, strict=True)))
@@ -137,7 +138,7 @@ class Calls:
     def _params(self) -> list[Tensor]:
         if not self.is_cast:
             return self.parameters
-        torch._foreach_copy_(self.cast, self.parameters)
+        compat.foreach_copy_(self.cast, self.parameters)
         return self.cast
 
     def network(self, streams: int, is_training: bool = True) -> tuple[list[int], list[float]]:
@@ -219,9 +220,9 @@ class Calls:
     def clip(self, grads: list[Tensor]) -> None:
         """The same as torch.nn.utils.clip_grad_norm_, without a wait."""
         if self.task.clip_norm:
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+            norm = torch.linalg.vector_norm(torch.stack(compat.foreach_norm(grads)))
             factor = torch.clamp(self.task.clip_norm / (norm + 1e-6), max=1.0)
-            torch._foreach_mul_(grads, factor)
+            compat.foreach_mul_(grads, factor)
 
     def update(self, grads: dict[int, Tensor]) -> None:
         """One update by torch.optim's fused kernels, with the step's learning rate in a tensor."""
@@ -231,7 +232,7 @@ class Calls:
             decay = float(group["weight_decay"])
             common = dict(weight_decay=decay, maximize=False, grad_scale=None, found_inf=None)
             if self.adam is None:
-                torch._fused_sgd_(
+                compat.fused_sgd_(
                     parameters,
                     mine,
                     self.moments(parameters, "momentum_buffer") if group["momentum"] else [],
@@ -244,7 +245,7 @@ class Calls:
                 )
                 continue
             counts = [self.counts[id(p)] for p in parameters]
-            torch._foreach_add_(counts, 1)
+            compat.foreach_add_(counts, 1)
             beta1, beta2 = group["betas"]
             self.adam(
                 parameters,

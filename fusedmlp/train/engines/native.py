@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ... import compat
 from ..data.types import Scaling
 from ..optim import EpsilonHatAdam
 from ..task import Task
@@ -174,7 +175,7 @@ class Native:
     def advance(self, steps: int) -> None:
         """Count steps that are done."""
         if self.adam is not None:
-            torch._foreach_add_([self.task.optimizer.state[p]["step"] for p in self.present], steps)
+            compat.foreach_add_([self.task.optimizer.state[p]["step"] for p in self.present], steps)
         torch.autograd.graph.increment_version(self.present)
         self.number += steps
 

@@ -44,6 +44,7 @@ judge_many: the same for M networks, each on rows of its own
 
 import torch
 
+from ... import compat
 from ...backends import native, registry
 
 _DATA = "Tensor x, Tensor y, {order}, Tensor? mean, Tensor? std, "
@@ -82,8 +83,7 @@ def unavailable() -> str | None:
     reason = native.unavailable("cpu")
     if reason is not None:
         return reason
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    if not all(has_kernel(f"fusedmlp::{name}.native", "CPU") for name in _SCHEMAS):
+    if not all(compat.has_kernel(f"fusedmlp::{name}.native", "CPU") for name in _SCHEMAS):
         return "the extension was built from a version without it; build it again"
     if registry.explicit(None) not in (None, "native"):
         return f"backend {registry.explicit(None)!r} was asked for"

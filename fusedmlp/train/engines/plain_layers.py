@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
+from ... import compat
 from ...nn import FusedSequential
 from ...nn.groups import LayerGroup, find_groups, is_tampered, reasons_against
 from ...spec import activations, philox
@@ -63,7 +63,7 @@ def layers_of(model: nn.Module) -> tuple[list[Layer], list[str]]:
     kind = type(model)
     if kind.forward not in (nn.Sequential.forward, FusedSequential.forward):
         return [], [f"the model must be a Sequential or a FusedMLP, got {kind.__name__}"]
-    if is_tampered(model) or torch_module._has_any_global_hook():
+    if is_tampered(model) or compat.has_any_global_hook():
         return [], ["the model has hooks"]
     children = list(model.children())
     while children and type(children[0]) in (nn.Flatten, nn.Identity):
