@@ -12,7 +12,7 @@ from fusedmlp import compat
 
 PACKAGE = Path(__file__).parent.parent / "fusedmlp"
 PRIVATE = re.compile(
-    r"torch\._|_C\._|forward_ad\._|\._functorch\b|_inductor|import.*_dynamo|_guards\.|_subclasses"
+    r"torch\._(?!_)|_C\._|forward_ad\._|\._functorch\b|_inductor|import.*_dynamo|_guards\.|_subclasses"
     r"|_has_any_global_hook|(?<!\")_compiled_call_impl"
 )
 
