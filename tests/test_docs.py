@@ -61,7 +61,12 @@ def _first_sentence(path: Path) -> str:
         comment = re.match(r"(?:// ?.*\n)*", text).group()
         said = re.sub(r"^// ?", "", comment, flags=re.M)
     said = " ".join(said.split("\n\n")[0].split())
-    return re.split(r"(?<=[\w)`\"])\. (?=[A-Z`])", said)[0].rstrip(".").replace("|", "\\|")
+    return (
+        re.split(r"(?<=[\w)`\"])\. (?=[A-Z`])", said)[0]
+        .rstrip(".")
+        .replace("|", "\\|")
+        .replace("<", "&lt;")
+    )
 
 
 def _house(folder: str, ends: tuple[str, ...], left_out: tuple[str, ...] = ()) -> str:
