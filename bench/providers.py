@@ -143,7 +143,7 @@ class Problem:
         backend, ours = None, name not in ("eager", "compile", "max-autotune", "addmm")
         if ours and name not in ("auto", "op"):
             backend = name
-            reasons = registry._BY_NAME[name].refuses(case.device, case.torch_dtype)
+            reasons = registry._BY_NAME[name].reasons_against(case.device, case.torch_dtype)
             if reasons:
                 raise Unavailable("; ".join(reasons))
         if case.op in ("layer", "net"):

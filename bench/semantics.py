@@ -67,7 +67,7 @@ class Piece:
 _LOSS, _SPLIT = "its_gradient and 67-10-fp32-0.0", "every_kind_of_tile and 16x16x16-split-fp32"
 _UNMASKED = "cross_entropy.py", "row, loss, mask=inside_m", "row, loss", "past the end"
 _RAGGED = "gemm.py", "inner < end_k - k", "inner < BLOCK_K", "past the end"
-_TWICE = "linear_act.py", "(split.to(tl.int64) * M + row)", "row", "program instances"
+_TWICE = "linear_act.py", "(split.to(tl.int64) * M + rows)", "rows", "program instances"
 _SINGLE = "(bias_act_dropout or dropout- or dropout_alone)"
 PIECES = (
     Piece("linear_act", "linear_act and not dgrad"),

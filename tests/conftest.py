@@ -13,7 +13,7 @@ from fusedmlp.backends import registry
 
 
 def _skip_unless_usable(name: str, device_type: str) -> None:
-    reasons = registry._BY_NAME[name].refuses(device_type, torch.float32)
+    reasons = registry._BY_NAME[name].reasons_against(device_type, torch.float32)
     if reasons:
         pytest.skip(f"{name} on {device_type}: {'; '.join(reasons)}")
 

@@ -41,7 +41,7 @@ KINDS = st.sampled_from(["contiguous", "transposed", "sliced", "offset"])
     st.sampled_from(["reference", "native"]),
 )
 def test_any_shape_and_stride(leading, k, n, kx, kw, kdy, act, p, name):
-    if registry._BY_NAME[name].refuses("cpu", torch.float32):
+    if registry._BY_NAME[name].reasons_against("cpu", torch.float32):
         name = "reference"
     g = torch.Generator().manual_seed(3)
     x = torch.randn(*leading, k, generator=g)
@@ -75,7 +75,7 @@ def test_any_shape_and_stride(leading, k, n, kx, kw, kdy, act, p, name):
     st.integers(1, 3),
 )
 def test_native_masks_are_those_of_the_specification(seed, stream, m, n, p, row_offset, threads):
-    if reasons := registry._BY_NAME["native"].refuses("cpu", torch.float32):
+    if reasons := registry._BY_NAME["native"].reasons_against("cpu", torch.float32):
         pytest.skip("; ".join(reasons))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

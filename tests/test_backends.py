@@ -133,12 +133,12 @@ def test_bf16_on_an_old_gpu_is_refused_before_the_kernel_is(monkeypatch):
     named = registry._BY_NAME["native"]
     native = registry.Backend("native", lambda d: None, named.dtypes, named.missing)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    (reason,) = native.refuses("cuda", torch.bfloat16)
+    (reason,) = native.reasons_against("cuda", torch.bfloat16)
     assert "compute capability 8.0 or newer, this one has 7.5; use fp16" in reason
-    assert native.refuses("cuda", torch.float16) == []
-    assert native.refuses("cpu", torch.bfloat16) == []
+    assert native.reasons_against("cuda", torch.float16) == []
+    assert native.reasons_against("cpu", torch.bfloat16) == []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    assert native.refuses("cuda", torch.bfloat16) == []
+    assert native.reasons_against("cuda", torch.bfloat16) == []
 
 
 @pytest.fixture

@@ -256,7 +256,7 @@ def test_ops_called_directly_refuse_with_the_same_words(wrong, backend, device):
 
 def test_fp64_is_refused_by_a_kernel_backend_by_name_and_runs_otherwise():
     x = X.double()
-    if not registry._BY_NAME["native"].refuses("cpu", torch.float32):
+    if not registry._BY_NAME["native"].reasons_against("cpu", torch.float32):
         with pytest.raises(BackendError, match="(?s)cannot be used:.*fp64 is not one of its dtype"):
             FF.dropout(x, backend="native")
     assert FF.dropout(x).dtype == torch.float64

@@ -73,7 +73,7 @@ def test_two_threads_inside_blocks_at_once_see_their_own():
     for thread in threads:
         thread.join()
     assert found[1] == ("reference", True)
-    if registry._BY_NAME["native"].refuses("cpu", torch.float32):
+    if registry._BY_NAME["native"].reasons_against("cpu", torch.float32):
         pytest.skip("native cannot run here")
     assert found[2] == ("native", True)
 

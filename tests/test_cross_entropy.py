@@ -27,7 +27,7 @@ def loss_backend(request, device, monkeypatch) -> str | None:
     name = request.param
     if name is not None:
         _skip_unless_usable(name, device)
-        reasons = registry._BY_NAME[name].refuses(device, torch.float32, "cross_entropy")
+        reasons = registry._BY_NAME[name].reasons_against(device, torch.float32, "cross_entropy")
         if reasons:
             pytest.skip(f"{name} on {device}: {'; '.join(reasons)}")
     if name == "triton" and device == "cpu":
@@ -234,7 +234,7 @@ def test_wrong_arguments_are_named():
 
 def test_a_backend_without_it_is_refused_with_the_reason(device):
     _skip_unless_usable("native", device)
-    if not registry._BY_NAME["native"].refuses(device, torch.float32, "cross_entropy"):
+    if not registry._BY_NAME["native"].reasons_against(device, torch.float32, "cross_entropy"):
         pytest.skip(f"native has it for {device} tensors")
     with pytest.raises(fusedmlp.BackendError, match="has no cross_entropy for cpu tensors"):
         FF.cross_entropy(torch.randn(3, 4), torch.tensor([0, 1, 2]), backend="native")

@@ -13,7 +13,6 @@ from fusedmlp import cli
 from fusedmlp.train import TrainConfig, UsageError, crossval, fit
 from fusedmlp.train import build as models
 from fusedmlp.train import crossvalidation as cv
-from fusedmlp.train.commands import split_compared
 from fusedmlp.train.console import Quiet
 from fusedmlp.train.data import datasets
 from fusedmlp.train.data.types import Data, Scaling
@@ -24,6 +23,8 @@ from . import made_data
 
 made_data.need(*made_data.TRAIN_EXTRA, "sklearn")
 from sklearn.preprocessing import StandardScaler  # noqa: E402
+
+from fusedmlp.train.commands import split_compared  # noqa: E402
 
 QUICK = TrainConfig(dataset="digits", device="cpu", epochs=3, batch_size=64, hidden=(16,), lr=0.5)
 

@@ -18,7 +18,7 @@ from fusedmlp.backends import registry
 from .nets import on_backend, ops_called  # noqa: F401
 
 ROUTES = ["eager", "reference", "native"]
-_HAS_NATIVE = not registry._BY_NAME["native"].refuses("cpu", torch.float32)
+_HAS_NATIVE = not registry._BY_NAME["native"].reasons_against("cpu", torch.float32)
 
 
 def count(f) -> int:

@@ -141,7 +141,7 @@ def test_a_subclass_of_tensor_stays_one_and_runs_its_own_functions(p):
 
 
 def test_a_named_kernel_backend_refuses_a_subclass():
-    if fusedmlp.backends.registry._BY_NAME["native"].refuses("cpu", torch.float32):
+    if fusedmlp.backends.registry._BY_NAME["native"].reasons_against("cpu", torch.float32):
         pytest.skip("native cannot run here")
     x = torch.randn(4, 8).as_subclass(Mine)
     for f in (FusedLinear(8, 3), lambda x: FF.dropout(x), fuse(NETS["layer"]())):

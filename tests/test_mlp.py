@@ -213,7 +213,7 @@ def dropout_net(act=nn.ReLU):
 
 def on_mlp(net):
     """The net fused, and proof that its forward is one op."""
-    if registry.BACKENDS[0].refuses("cpu", torch.float32):
+    if registry.BACKENDS[0].reasons_against("cpu", torch.float32):
         pytest.skip("the extension is not built")
     fused = fusedmlp.fuse(net)
     assert "Mlp" in type(fused(torch.randn(4, 6)).grad_fn).__name__

@@ -313,7 +313,7 @@ def test_wrong_arguments_are_refused(mlp_backend, device):
 
 def test_an_extension_without_the_op_says_so(device, monkeypatch):
     """An older build: the reason, not a crash."""
-    if registry._BY_NAME["native"].refuses(device, torch.float32):
+    if registry._BY_NAME["native"].reasons_against(device, torch.float32):
         pytest.skip("native cannot run here")
     net = Net((6, 4), ("relu",), 0.0, torch.float32, device)
     key = {"cpu": "CPU", "cuda": "CUDA"}[device]

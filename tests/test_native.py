@@ -242,7 +242,7 @@ def test_the_environment_limits_the_instruction_set(name, isa):
     if name != isa:
         pytest.skip("one process for each name is enough")
     code = (
-        "from fusedmlp.backends.native import extension as e; import ctypes\n"
+        "from fusedmlp.backends import native as e; import ctypes\n"
         "assert e.unavailable('cpu') is None\n"
         "f = ctypes.CDLL(str(e.library('cpu'))).fusedmlp_cpu_isa\n"
         "f.restype = ctypes.c_char_p; print(f().decode())"

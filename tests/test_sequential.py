@@ -192,7 +192,7 @@ def test_automatic_choice_does_what_plain_pytorch_can(dtype, device):
 
 
 def test_a_named_backend_refuses_what_it_cannot_do(device):
-    if registry._BY_NAME["native"].refuses(device, torch.float32):
+    if registry._BY_NAME["native"].reasons_against(device, torch.float32):
         pytest.skip("native cannot run here")
     net = fuse(mlp()).double()
     with fusedmlp.use_backend("native"), pytest.raises(fusedmlp.BackendError, match="fp64"):

@@ -131,7 +131,7 @@ def test_torch_func_obeys_randomness():
 
 def test_a_named_kernel_backend_refuses_torch_func():
     net = fuse(mlp())
-    if registry._BY_NAME["native"].refuses("cpu", torch.float32):
+    if registry._BY_NAME["native"].reasons_against("cpu", torch.float32):
         pytest.skip("native cannot run here")
     with fusedmlp.use_backend("native"), pytest.raises(fusedmlp.BackendError, match="torch.func"):
         vmap(net.eval())(torch.randn(4, 1, 6))

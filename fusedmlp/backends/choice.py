@@ -310,7 +310,7 @@ def explain(
         raise TypeError(f"explain: dtype must be fp32, fp16, bf16 or fp64, got {dtype}")
     device_type = torch.device(device).type
     named = registry.explicit(backend)
-    refusals = {b.name: b.refuses(device_type, dtype) for b in registry.BACKENDS}
+    refusals = {b.name: b.reasons_against(device_type, dtype) for b in registry.BACKENDS}
     refusals = {name: reasons for name, reasons in refusals.items() if reasons}
     size = (
         f"{rows} x {in_features} x {out_features}"

@@ -115,11 +115,11 @@ def mlp_bwd(
     net = list(layers.unpack(params, ints, numbers, state, row_offset))
     needs = [need & bits for need, bits in zip(needs, layers.bits_of(ints), strict=True)]
     first = 0 if need_dx else next((i for i, need in enumerate(needs) if need), len(net))
-    preacts, nothing = list(preacts), dy.new_empty(0)
+    preacts = list(preacts)
     grads = []  # of the params, from the last
     for i in reversed(range(len(net))):
         (w, e), need = net[i], needs[i]
-        dw = db = dslope = nothing
+        dw = db = dslope = None
         kind = e.saves(dy.dtype)
         saved = ys[i] if kind == SAVE_Y else preacts.pop() if kind == SAVE_PREACT else None
         if i >= first:
@@ -131,8 +131,10 @@ def mlp_bwd(
             if i > first or need_dx:
                 dy = torch.matmul(dz, w)
         present = zip((dw, db, dslope), (w, e.bias, e.slope), strict=True)
-        grads += reversed([grad for grad, t in present if t is not None])
-    return [dy if need_dx else nothing, *reversed(grads)]
+        # A tensor of its own for each: outputs of an op may not share memory.
+        found = [grad for grad, t in present if t is not None]
+        grads += [dy.new_empty(0) if grad is None else grad for grad in reversed(found)]
+    return [dy if need_dx else dy.new_empty(0), *reversed(grads)]
 
 
 def cross_entropy(logits, target, label_smoothing, ignore_index, grad_scale):

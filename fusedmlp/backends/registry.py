@@ -44,7 +44,9 @@ class Backend:
     dtypes: tuple[torch.dtype, ...]
     missing: Callable[[str, torch.dtype, str | None], str | None] = lambda *call: None
 
-    def refuses(self, device_type: str, dtype: torch.dtype, op: str | None = None) -> list[str]:
+    def reasons_against(
+        self, device_type: str, dtype: torch.dtype, op: str | None = None
+    ) -> list[str]:
         """Every reason why this backend cannot run a call; empty when it can."""
         reasons = []
         reason = self.unavailable(device_type)
@@ -165,7 +167,7 @@ def is_usable(name: str, device_type: str, dtype: torch.dtype, op: str) -> bool:
     key = (name, device_type, dtype, op)
     found = _usable.get(key)
     if found is None:
-        reasons = _BY_NAME[name].refuses(device_type, dtype, op)
+        reasons = _BY_NAME[name].reasons_against(device_type, dtype, op)
         for reason in reasons:
             log_once(f"{op}: backend {name!r} was passed over: {reason}")
         found = _usable[key] = not reasons
@@ -175,7 +177,7 @@ def is_usable(name: str, device_type: str, dtype: torch.dtype, op: str) -> bool:
 def require(name: str, device_type: str, dtype: torch.dtype, op: str) -> str:
     """`name`, or BackendError with every reason why it cannot run `op` there."""
     if not _usable.get((name, device_type, dtype, op)):
-        reasons = _BY_NAME[_known(name, op)].refuses(device_type, dtype, op)
+        reasons = _BY_NAME[_known(name, op)].reasons_against(device_type, dtype, op)
         if reasons:
             lines = "\n    ".join(reasons)
             raise BackendError(

@@ -171,7 +171,7 @@ def epilogue(like, cols, rows, b, slope, state, act, alpha, threshold, scale, la
     )
 
 
-# The functions of a backend (see fusedmlp/kernels/), for contiguous 2-D tensors.
+# The functions of a backend (see fusedmlp/backends/), for contiguous 2-D tensors.
 
 
 def bias_act_dropout_fwd(x, b, slope, state, *numbers, y=None):

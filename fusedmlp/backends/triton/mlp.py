@@ -39,12 +39,12 @@ def mlp_bwd(dy, x, params, state, ys, preacts, ints, numbers, row_offset, needs,
         y if kind == SAVE_Y else next(rest) if kind == SAVE_PREACT else None
         for kind, y in zip(kinds, ys, strict=True)
     ]
-    last, nothing = len(net) - 1, dy.new_empty(0)
+    last = len(net) - 1
     first = 0 if need_dx else next((i for i, need in enumerate(needs) if need), len(net))
     grads, dz = [], dy  # of the params, from the last
     for i in reversed(range(len(net))):
         (w, e), need = net[i], needs[i]
-        dw = db = dslope = nothing
+        dw = db = dslope = None
         if i >= first:
             asked = saved[i], e, kinds[i], bool(need & layers.B), bool(need & layers.SLOPE)
             bare = e.act == NONE and e.threshold == 0 and not need & layers.B
@@ -55,6 +55,8 @@ def mlp_bwd(dy, x, params, state, ys, preacts, ints, numbers, row_offset, needs,
             if need & layers.W:
                 dw = torch.mm(rows_view(dz).t(), rows_view(ys[i - 1] if i else x))
         present = zip((dw, db, dslope), (w, e.bias, e.slope), strict=True)
-        grads += reversed([grad for grad, t in present if t is not None])
-    dx = torch.matmul(dz, net[0].weight) if need_dx else nothing
+        # A tensor of its own for each: outputs of an op may not share memory.
+        found = [grad for grad, t in present if t is not None]
+        grads += [dy.new_empty(0) if grad is None else grad for grad in reversed(found)]
+    dx = torch.matmul(dz, net[0].weight) if need_dx else dy.new_empty(0)
     return [dx, *reversed(grads)]
