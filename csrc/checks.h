@@ -1,5 +1,6 @@
 // Argument checks of the ops, for calls that go to them directly: the wording of
-// fusedmlp/spec/checks.py. A RuntimeError in Python, as is all that an op throws. For the binding files.
+// fusedmlp/spec/checks.py. A RuntimeError in Python, as is all that an op throws. For the binding
+// files.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

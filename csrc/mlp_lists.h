@@ -1,5 +1,5 @@
-// The flat lists in which mlp_fwd and mlp_bwd take a whole network, fusedmlp/spec/layers.py: of the CPU's
-// ops and of CUDA's.
+// The flat lists in which mlp_fwd and mlp_bwd take a whole network, fusedmlp/spec/layers.py: of the
+// CPU's ops and of CUDA's.
 #pragma once
 
 #include <algorithm>

@@ -11,7 +11,8 @@ namespace fusedmlp {
 enum class Dtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 constexpr int kDtypeCount = 3;
 
-// Implements philox.py. threshold = 0: nothing is dropped and state is not read; 2^32: everything is.
+// Implements philox.py. threshold = 0: nothing is dropped and state is not read; 2^32: everything
+// is.
 struct DropoutParams {
     const int64_t* state;  // (2,) seed and stream, in the memory of the device
     uint64_t threshold;    // round(p * 2^32)

@@ -1,4 +1,5 @@
-// The dropout mask, one element at a time: implements fusedmlp/spec/philox.py. Host and device, no torch.
+// The dropout mask, one element at a time: implements fusedmlp/spec/philox.py. Host and device, no
+// torch.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,6 @@
 // Bias, activation and dropout of eight neighbouring elements of a row, in fp32. Shared by all
-// kernels. The mask implements fusedmlp/spec/philox.py, the activations are those of common/activations.h.
+// kernels. The mask implements fusedmlp/spec/philox.py, the activations are those of
+// common/activations.h.
 #pragma once
 
 #include "cuda/numeric.cuh"
