@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import cases, check, providers, record, report, run, saved_bytes, timing, train_proof
+from bench import cases, check, providers, record, report, run, timing, train_proof
 from bench.cases import Case
 
 SMALL = Case("t", "bias_act_dropout", "fwd+bwd", 64, (48,), p=(0.5,))
@@ -372,30 +372,3 @@ def test_the_grid_fails_below_its_bound():
     rows = [cell | {"eager_over_this": [r, r, r]} for r in (1.3, 0.955, 1.1)]
     text, lowest = run.grid_summary(rows)
     assert lowest == 0.955 and "lowest 0.955 at layer 8 x 8-8" in text and "1 below 0.97" in text
-
-
-def test_saved_bytes_counts_each_storage_once():
-    x = torch.randn(8, 16, requires_grad=True)
-    assert saved_bytes.saved_bytes(lambda x: x.tanh(), x) == 8 * 16 * 4
-    # tanh's output is saved by tanh, and twice by the product of it with itself
-    assert saved_bytes.saved_bytes(lambda x: x.tanh() * x.tanh(), x) == 2 * 8 * 16 * 4
-
-    def squared(x):
-        y = x.tanh()
-        return y * y
-
-    assert saved_bytes.saved_bytes(squared, x) == 8 * 16 * 4
-    assert saved_bytes.count(lambda x: x * x, x) == saved_bytes.SavedBytes(8 * 16 * 4, 0)
-
-
-@pytest.mark.parametrize("fused", [False, True], ids=["eager", "fused"])
-@pytest.mark.parametrize("act", ["relu", "gelu", "tanh"])
-def test_saved_bytes_of_fake_tensors_are_those_of_real_ones(act, fused):
-    layer = saved_bytes._layer(act, 0.5, fused)
-    m, k, n = saved_bytes.M, saved_bytes.K, saved_bytes.N
-    x, w, b = (torch.randn(s, requires_grad=True) for s in ((m, k), (n, k), (n,)))
-    w_next = torch.randn(10, n, requires_grad=True)
-    real = saved_bytes.saved_bytes(
-        lambda x, w, b, w_next: F.linear(layer(x, w, b, None), w_next), x, w, b, w_next
-    )
-    assert real == saved_bytes.of_layer(act, 0.5, torch.float32, "cpu", fused)

@@ -227,7 +227,17 @@ def test_fused_mlp_without_hidden_layers_and_with_options():
     assert type(twin) is FusedMLP and twin(torch.randn(2, 6)).shape == (2, 3)
 
 
-def test_number_layers_reaches_layers_that_are_no_containers():
+@pytest.mark.parametrize(
+    ("first", "error"), [("a", TypeError), (1.5, TypeError), (2**63, ValueError)]
+)
+def test_streams_begin_at_an_int64(first, error):
+    net = nn.Sequential(FusedLinear(4, 4), FusedDropout(0.5))
+    with pytest.raises(error, match="assign_streams: first must be"):
+        fusedmlp.assign_streams(net, first)
+    assert [m.stream_offset for m in net] == [0, 0]
+
+
+def test_assign_streams_reaches_layers_that_are_no_containers():
     net = nn.ModuleList([FusedLinear(3, 3), mlp(), FusedDropout(), FusedMLP(6, [4], 3)])
     assert surgery.assign_streams(net) == 4
     assert [m.stream_offset for m in (net[0], net[2], net[3])] == [0, 1, 2]

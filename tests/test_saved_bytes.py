@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import fusedmlp.functional as FF
+from bench import saved_bytes
 from fusedmlp.spec import activations
 
 from .check_op import DTYPES, Case, call, leaves_of
@@ -70,3 +72,33 @@ def test_frozen_weights_keep_no_input(act, backend, device):
     ):
         FF.linear_act(x, w, None, act, backend=backend)
     assert (x.untyped_storage().data_ptr() in kept) == (act == "gelu")
+
+
+# --- bench.saved_bytes, which measures it for docs/kernels.md
+
+
+def test_saved_bytes_counts_each_storage_once():
+    x = torch.randn(8, 16, requires_grad=True)
+    assert saved_bytes.saved_bytes(lambda x: x.tanh(), x) == 8 * 16 * 4
+    # tanh's output is saved by tanh, and twice by the product of it with itself
+    assert saved_bytes.saved_bytes(lambda x: x.tanh() * x.tanh(), x) == 2 * 8 * 16 * 4
+
+    def squared(x):
+        y = x.tanh()
+        return y * y
+
+    assert saved_bytes.saved_bytes(squared, x) == 8 * 16 * 4
+    assert saved_bytes.count(lambda x: x * x, x) == saved_bytes.SavedBytes(8 * 16 * 4, 0)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["eager", "fused"])
+@pytest.mark.parametrize("act", ["relu", "gelu", "tanh"])
+def test_saved_bytes_of_fake_tensors_are_those_of_real_ones(act, fused):
+    layer = saved_bytes._layer(act, 0.5, fused)
+    m, k, n = saved_bytes.M, saved_bytes.K, saved_bytes.N
+    x, w, b = (torch.randn(s, requires_grad=True) for s in ((m, k), (n, k), (n,)))
+    w_next = torch.randn(10, n, requires_grad=True)
+    real = saved_bytes.saved_bytes(
+        lambda x, w, b, w_next: F.linear(layer(x, w, b, None), w_next), x, w, b, w_next
+    )
+    assert real == saved_bytes.of_layer(act, 0.5, torch.float32, "cpu", fused)

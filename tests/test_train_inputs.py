@@ -274,3 +274,20 @@ def test_a_gpu_that_is_not_there_is_named():
 def test_a_loss_that_is_not_finite_stops_the_run():
     with pytest.raises(TrainError, match="no longer finite in epoch 1.*smaller --lr than 1e"):
         fit(network(), made_data.blobs(), config(lr=1e30))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (({"epochs": 1},), "config must be a TrainConfig, got dict"),
+        ((config(), "runs/x"), "options must be a RunOptions, got str"),
+        ((config(), RunOptions(out=3)), "--out must be a path, got int"),
+        ((config(), RunOptions(resume=[])), "--resume must be a path, got list"),
+    ],
+)
+def test_configs_and_options_are_what_they_must_be(arguments, message):
+    net, data = network(sizes=(3, 1)), made_data.line()
+    before = net[0].weight.clone()
+    with pytest.raises(TypeError, match=message):
+        fit(net, (data.x_train, data.y_train), *arguments)
+    assert torch.equal(net[0].weight, before)

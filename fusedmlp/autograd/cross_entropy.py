@@ -74,7 +74,7 @@ def _check_range(target: Tensor, classes: int, ignore_index: int) -> None:
         )
 
 
-def _route(x: Tensor, backend: str | None, transformed: bool) -> str:
+def _backend_for(x: Tensor, backend: str | None, transformed: bool) -> str:
     named = registry.explicit(backend)
     if transformed:
         if named in (None, "reference"):
@@ -87,12 +87,12 @@ def _route(x: Tensor, backend: str | None, transformed: bool) -> str:
     if named is None and x.device.type == "cpu":
         return registry.EAGER  # PyTorch's own two kernels: no other one here is faster
     rows, classes = x.shape
-    route = choice.select(
+    chosen = choice.select(
         _OP, x.device.type, x.dtype, activations.NONE, False, rows, 0, classes, backend
     )
     # Plain PyTorch too, and it gives NaN for a target that is no class, which ends the process of
     # F.cross_entropy on a GPU.
-    return "reference" if route == registry.EAGER else route
+    return "reference" if chosen == registry.EAGER else chosen
 
 
 def cross_entropy(
@@ -139,8 +139,8 @@ def cross_entropy(
     transformed = compat.is_transformed()
     if not transformed and not torch.compiler.is_compiling():
         _check_range(flat, x.shape[1], ignore_index)
-    route = _route(x, backend, transformed)
-    if route == registry.EAGER:
+    chosen = _backend_for(x, backend, transformed)
+    if chosen == registry.EAGER:
         return F.cross_entropy(
             input,
             target,
@@ -148,7 +148,7 @@ def cross_entropy(
             ignore_index=ignore_index,
             reduction=reduction,
         )
-    losses = CrossEntropy.apply(x, flat, route, smoothing, ignore_index)
+    losses = CrossEntropy.apply(x, flat, chosen, smoothing, ignore_index)
     if reduction == "none":
         result = losses.reshape(target.shape)
     else:

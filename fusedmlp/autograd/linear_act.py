@@ -45,6 +45,18 @@ def _matmul_grads(dz: Tensor, x: Tensor | None, w: Tensor | None):
     return dx, dw
 
 
+def _without_autocast(backward):
+    """A backward whose own products are in the dtypes of its tensors, as those of its forward."""
+
+    def run(ctx, dy):
+        if torch.is_autocast_enabled(dy.device.type):
+            with torch.autocast(dy.device.type, enabled=False):
+                return backward(ctx, dy)
+        return backward(ctx, dy)
+
+    return run
+
+
 class LinearAct(torch.autograd.Function):
     """y = drop(act(x w^T + b)).
 
@@ -75,14 +87,8 @@ class LinearAct(torch.autograd.Function):
         return y
 
     @staticmethod
+    @_without_autocast
     def backward(ctx, dy):
-        if torch.is_autocast_enabled(dy.device.type):
-            with torch.autocast(dy.device.type, enabled=False):
-                return LinearAct._backward(ctx, dy)
-        return LinearAct._backward(ctx, dy)
-
-    @staticmethod
-    def _backward(ctx, dy):
         x, w, b, slope, state, saved = ctx.saved_tensors
         need_x, need_w, need_b, need_slope = ctx.needs_input_grad[:4]
         if is_watched(dy):
@@ -113,14 +119,8 @@ class BiasActDropout(torch.autograd.Function):
         return y
 
     @staticmethod
+    @_without_autocast
     def backward(ctx, dy):
-        if torch.is_autocast_enabled(dy.device.type):
-            with torch.autocast(dy.device.type, enabled=False):
-                return BiasActDropout._backward(ctx, dy)
-        return BiasActDropout._backward(ctx, dy)
-
-    @staticmethod
-    def _backward(ctx, dy):
         b, slope, state, saved = ctx.saved_tensors
         need_x, need_b, need_slope = ctx.needs_input_grad[:3]
         if is_watched(dy):

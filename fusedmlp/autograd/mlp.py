@@ -1,6 +1,6 @@
 """The torch.autograd.Function of a whole network: one op forward, one op backward.
 
-As in autograd.py, calls registered ops only, and builds gradients that shall be differentiated
+As in linear_act.py, calls registered ops only, and builds gradients that shall be differentiated
 again from plain differentiable PyTorch. Never writes to a saved tensor.
 """
 
@@ -59,7 +59,7 @@ class Net:
         # With nothing frozen: needs_input_grad of the params, and the same as bits.
         self.trainable = (True,) * layers.count_params(ints)
         self.needs = layers.bits_of(ints)
-        # Where the y and the h of the layers begin among the saved tensors.
+        # Where the y and the preacts of the layers begin among the saved tensors.
         self.ys = 2 + len(self.trainable)
         self.preacts = self.ys + self.count
 

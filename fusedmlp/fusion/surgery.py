@@ -84,10 +84,11 @@ def assign_streams(module: nn.Module, first: int = 0) -> int:
     offsets to the containers that it makes; those made by hand, FusedLinear and FusedDropout start
     at 0 each until this is called.
 
+    first    int64, of the first layer
     returns  the offset after the last one: how far the stream may be advanced for the next step
     """
     checks.module("assign_streams", module)
-    return _number(module, first, leaves=True)
+    return _number(module, checks.int64("assign_streams", "first", first), leaves=True)
 
 
 def _number(module: nn.Module, first: int, leaves: bool) -> int:

@@ -72,7 +72,27 @@ def _select(op: str, x: Tensor, e: Epilogue, sizes: tuple[int, int, int], masks:
     return choice.select(op, x.device.type, x.dtype, e.act, drops, *sizes, masks.named)
 
 
-class FusedLinear(nn.Module):
+class _OneOp:
+    """A layer that runs as one op, by itself or with the masks of the container that it is in."""
+
+    stream_offset = 0
+    _chosen = (None, None)  # what the last call was like, and its backend
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._run_fused(input, MaskState(self.stream_offset, must_trace()))
+
+    _fused_forward = forward
+    _slow_forward = __prepare_scriptable__ = refuse_torchscript
+
+    @staticmethod
+    def _layer_count() -> int:
+        return 1
+
+    def __getstate__(self):
+        return {k: v for k, v in super().__getstate__().items() if k != "_chosen"}
+
+
+class FusedLinear(_OneOp, nn.Module):
     """Linear, activation and dropout as one op: nn.Sequential(nn.Linear, activation, nn.Dropout).
 
     in_features, out_features, bias, device, dtype  as in nn.Linear: same keys, same initial values
@@ -89,9 +109,6 @@ class FusedLinear(nn.Module):
     stream_offset (0) is added to the stream of the dropout state; `fusedmlp.assign_streams` gives
     the layers of a model different ones.
     """
-
-    stream_offset = 0
-    _chosen = (None, None)  # what the last call was like, and its backend
 
     def __init__(
         self,
@@ -133,16 +150,6 @@ class FusedLinear(nn.Module):
     def activation(self) -> str:
         return activations.NAMES[self.act]
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self._run_fused(input, MaskState(self.stream_offset, must_trace()))
-
-    _fused_forward = forward
-    _slow_forward = __prepare_scriptable__ = refuse_torchscript
-
-    @staticmethod
-    def _layer_count() -> int:
-        return 1
-
     def _run_fused(self, x: Tensor, masks: MaskState) -> Tensor:
         """forward, with the masks of the container that this layer is in."""
         offset = masks.take()
@@ -156,7 +163,6 @@ class FusedLinear(nn.Module):
         threshold, scale, state = 0, 1.0, None
         if self.training and self.p != 0:
             threshold, scale = philox.threshold_and_scale(checks.probability(_LINEAR, self.p))
-            checks.tensor(_LINEAR, "input", x)
             state = masks.draw(x)
         drop = threshold, scale, offset, masks.row_offset
         e = Epilogue(b, slope, state, self.act, self.negative_slope, *drop)
@@ -189,9 +195,6 @@ class FusedLinear(nn.Module):
             stream=offset,
         )
 
-    def __getstate__(self):
-        return {k: v for k, v in super().__getstate__().items() if k != "_chosen"}
-
     def extra_repr(self) -> str:
         text = f"{nn.Linear.extra_repr(self)}, activation={self.activation!r}, dropout={self.p}"
         if self.act == activations.LEAKY_RELU:
@@ -214,7 +217,7 @@ def _slope_value(op: str, act: int, slope: object) -> float:
     return float(slope)
 
 
-class FusedDropout(nn.Dropout):
+class FusedDropout(_OneOp, nn.Dropout):
     """nn.Dropout with this package's mask: nothing but the seed is kept for backward.
 
     A subclass of nn.Dropout, since it computes what that does: what switches all dropout of a model
@@ -225,21 +228,8 @@ class FusedDropout(nn.Dropout):
     raises   ValueError, TypeError for a p outside of [0, 1]
     """
 
-    stream_offset = 0
-    _chosen = (None, None)  # what the last call was like, and its backend
-
     def __init__(self, p: float = 0.5, inplace: bool = False):
         super().__init__(checks.probability("FusedDropout", p), inplace)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self._run_fused(input, MaskState(self.stream_offset, must_trace()))
-
-    _fused_forward = forward
-    _slow_forward = __prepare_scriptable__ = refuse_torchscript
-
-    @staticmethod
-    def _layer_count() -> int:
-        return 1
 
     def _run_fused(self, x: Tensor, masks: MaskState) -> Tensor:
         """forward, with the masks of the container that this layer is in."""
@@ -264,9 +254,6 @@ class FusedDropout(nn.Dropout):
                 sizes = checks.rows(x), 0, x.shape[-1] if x.dim() else 1
                 self.__dict__["_chosen"] = key, _select("bias_act_dropout", x, e, sizes, masks)
         return x.copy_(y) if self.inplace else y
-
-    def __getstate__(self):
-        return {k: v for k, v in super().__getstate__().items() if k != "_chosen"}
 
     def _on_other(self, x: object, offset: int):
         """As FusedLinear._on_other."""

@@ -214,12 +214,15 @@ class MlpStep:
         "net",
         "records",
         "sources",
-        "stream_offset",
+        "steps",
     )
 
     def __init__(self, backend: str, groups: list[LayerGroup], found: list[Layer], x: Tensor):
         self.backend, self.groups = backend, groups
-        self.stream_offset = found[0].epilogue.stream_offset
+        self.steps = [
+            GroupStep(group, layer.epilogue.stream_offset)
+            for group, layer in zip(groups, found, strict=True)
+        ]
         self.drops = any(e.threshold for _, e in found)
         self.records = torch.is_grad_enabled()
         self.key = x.shape, x.dtype, x.device
@@ -258,8 +261,8 @@ class MlpStep:
 
     def _one_by_one(self, x, masks: MaskState):
         """What no longer is what it was, or has what the op does not take."""
-        for i, group in enumerate(self.groups):
-            x = GroupStep(group, self.stream_offset + i)(x, masks)
+        for step in self.steps:
+            x = step(x, masks)
         return x
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from .. import context
-from ..backends.registry import use_backend
 from ..train.data.scaling import Scaling
 from ..train.engines.autograd import Autograd
 from ..train.engines.native import Native
@@ -123,7 +122,7 @@ class Loop:
             optimizer.load_state_dict(state["optimizer"])
         labels = problem.out_activation == "softmax"
         task = Task(net, optimizer, LOSSES[problem.out_activation], device, seed=seed)
-        task.scaling = Scaling(dtype=dtype)
+        task.scaling, task.backend = Scaling(dtype=dtype), self.backend
         task.x = None if self.is_sparse else rows_of(problem.x, slice(None), device, dtype)
         task.y = tensor(problem.y, device, torch.int64 if labels else dtype)
         if problem.weights is not None:
@@ -133,8 +132,7 @@ class Loop:
     def _reasons_against_native(self, task: Task) -> list[str]:
         if self.is_sparse:
             return ["rows are sparse"]
-        with use_backend(self.backend):
-            return Native.reasons_against(task)
+        return Native.reasons_against(task)
 
     def read(self) -> Weights:
         """Copies of the weights as they are now."""
@@ -179,10 +177,9 @@ class Loop:
             parts = [(p, float(weights[p].sum())) for p in order.split(batch)]
             parts = [(p, total) for p, total in parts if total > 0]
             per_row = sum(len(p) / total for p, total in parts) / len(order)
-        with use_backend(self.backend):
-            for rows, total in parts:
-                task.optimizer.param_groups[0]["weight_decay"] = self.unit * alpha / total
-                self._steps(rows, min(batch, len(rows)))
+        for rows, total in parts:
+            task.optimizer.param_groups[0]["weight_decay"] = self.unit * alpha / total
+            self._steps(rows, min(batch, len(rows)))
         loss = self.engine.read()[0] / len(order)
         if self.problem.out_activation == "identity":
             loss *= 0.5  # scikit-learn's is half the squared error

@@ -235,7 +235,11 @@ class RunOptions:
     """show a traceback when something fails"""
 
     def check(self) -> "RunOptions":
-        """Raise UsageError where two options contradict each other; return self."""
+        """Raise TypeError for what is no path, UsageError for a contradiction; return self."""
+        for name in ("out", "resume"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, (str, Path)):
+                raise TypeError(f"--{name} must be a path, got {type(value).__name__}")
         if self.resume is not None and self.out is not None:
             raise UsageError("--resume goes on in the run's own folder; leave out --out")
         if self.resume is not None and self.overwrite:
@@ -247,3 +251,16 @@ class RunOptions:
     def to_dict(self) -> dict:
         """Plain values only (str, bool, None)."""
         return _plain_values(self)
+
+
+def checked(where: str, config: TrainConfig | None, options: RunOptions | None) -> TrainConfig:
+    """The config, by default a new one; TypeError and UsageError for what no run could have."""
+    config = TrainConfig() if config is None else config
+    for name, value, kind in (("config", config, TrainConfig), ("options", options, RunOptions)):
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(
+                f"{where}: {name} must be a {kind.__name__}, got {type(value).__name__}"
+            )
+    if options is not None:
+        options.check()
+    return config.check()

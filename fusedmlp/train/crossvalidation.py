@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import build as models
 from . import crossval_report
-from .config import RunOptions, TrainConfig, flag_name, shown
+from .config import RunOptions, TrainConfig, checked, flag_name, shown
 from .console import Quiet
 from .data import datasets, inputs
 from .data.types import SPLIT_SEED, Data, prepared, resolved
@@ -120,7 +120,8 @@ def crossval(
     are standardized are so by the training rows of each fold alone. The test rows are seen once,
     by the network that is returned.
     """
-    config, compare = (config or TrainConfig()).check().with_absolute_paths(), compare or {}
+    config = checked("crossval", config, options).with_absolute_paths()
+    compare = compare or {}
     _check(config, options, folds)
     given = _loaded(config, data)
     if data is None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from . import build, engines
 from .build import evaluate, evaluate_batches
-from .config import RunOptions, TrainConfig
+from .config import RunOptions, TrainConfig, checked
 from .console import Quiet
 from .data import datasets, inputs, loaders
 from .data.types import Data, permutation, prepared, resolved
@@ -88,11 +88,11 @@ def fit(
     uint8 rows are divided by 255. The order of rows, and the masks of a FusedMLP, follow from
     config.seed alone; other models draw from torch's generator, seeded by it each epoch.
     """
-    config = (config or TrainConfig()).check()
+    config = checked("fit", config, options)
     if not any(p.requires_grad for p in model.parameters()):
         raise UsageError("fit: the model must have parameters that require gradients, got none")
     saved = None
-    if options is not None and options.check().resume is not None:
+    if options is not None and options.resume is not None:
         saved = load_checkpoint(options.resume)
         config = config.filled_from(TrainConfig.from_dict(saved["config"]))
     given = inputs.as_data(data, config)
@@ -127,8 +127,8 @@ def run(
 ) -> Result:
     """Load the data set of the config, make its network and train it, into a run folder; under
     torchrun in all processes together. Arguments, result and errors as for `fit`."""
-    config = config.check().with_absolute_paths()
     options = options or RunOptions()
+    config = checked("run", config, options).with_absolute_paths()
     progress = progress or Quiet()
     world = join_processes(pick_device(config).type)
     try:
@@ -191,7 +191,7 @@ def explain(model: nn.Module, data, config: TrainConfig | None = None) -> str:
 
     Arguments, errors and what happens to the model's device as in `fit`; nothing is trained.
     """
-    config = (config or TrainConfig()).check()
+    config = checked("explain", config, None)
     given = inputs.as_data(data, config)
     config = resolved(config, given)
     device = pick_device(config)
@@ -301,7 +301,7 @@ def _train_loader(run: Run, rng: dict | None) -> bool:
         pending += 1
         seconds = time.perf_counter() - read_at
         if seconds >= READ_SECONDS or run.stop.asked:
-            position.advance(pending, *_read_checked(run), seconds)
+            position.advance(pending, *_readchecked(run), seconds)
             read_at, pending = time.perf_counter(), 0
             run.progress.steps(position, run.data.length)
             run.halted = run.stop.asked
@@ -309,11 +309,11 @@ def _train_loader(run: Run, rng: dict | None) -> bool:
                 return False
     if pending:
         seconds = time.perf_counter() - read_at
-        position.advance(pending, *_read_checked(run), seconds)
+        position.advance(pending, *_readchecked(run), seconds)
     return True
 
 
-def _read_checked(run: Run) -> tuple[float, float, int]:
+def _readchecked(run: Run) -> tuple[float, float, int]:
     loss, right, rows = run.engine.read()
     check_loss(run, loss)
     return loss, right, rows

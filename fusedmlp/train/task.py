@@ -32,6 +32,7 @@ class Task:
     clip_norm: float = 0.0  # largest norm of all gradients together; 0: any
     schedule: Schedule = field(default_factory=Schedule)  # of the learning rates
     row_weights: Tensor | None = None  # (n,) in the loss of each batch; None: all are equal
+    backend: str | None = None  # of the fused layers; None: as the context says
 
     @property
     def mask_layers(self) -> int:

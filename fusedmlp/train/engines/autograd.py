@@ -54,7 +54,8 @@ class Autograd:
             return self.forward(inputs)
         if first_row not in self.masks:
             self.masks[first_row] = dropout_state(self.state, row_offset=first_row)
-        settings = context.Settings(context.now().backend, (self.masks[first_row],))
+        backend = self.task.backend or context.now().backend
+        settings = context.Settings(backend, (self.masks[first_row],))
         return self.forward(inputs, settings)
 
     def steps(self, order: Tensor, batch: int) -> None:

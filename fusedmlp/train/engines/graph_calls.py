@@ -159,11 +159,11 @@ class Calls:
         n, k = layer.linear.weight.shape
         drops = any(one.dropping()[0] for one in self.layers)
         named = choice.named_for_engine(kind, self.dtype, "linear_act")
-        route = choice.select("linear_act", kind, self.dtype, layer.act, drops, rows, k, n, named)
+        chosen = choice.select("linear_act", kind, self.dtype, layer.act, drops, rows, k, n, named)
         # Plain PyTorch's kernels, called by the names of the ops. The extension's op for a CPU is
         # in fp32 only.
-        lacks = route == "native" and not choice.has_mlp(route, kind, self.dtype)
-        return "reference" if lacks or route == registry.EAGER else route
+        lacks = chosen == "native" and not choice.has_mlp(chosen, kind, self.dtype)
+        return "reference" if lacks or chosen == registry.EAGER else chosen
 
     def loss_backend(self, rows: int) -> str:
         kind, classes = self.task.device.type, self.layers[-1].linear.out_features
@@ -172,8 +172,8 @@ class Calls:
         none = activations.NONE
         op = "cross_entropy"
         named = choice.named_for_engine(kind, self.dtype, op)
-        route = choice.select(op, kind, self.dtype, none, False, rows, 0, classes, named)
-        return "reference" if route == registry.EAGER else route
+        chosen = choice.select(op, kind, self.dtype, none, False, rows, 0, classes, named)
+        return "reference" if chosen == registry.EAGER else chosen
 
     def loss(self, outputs: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
         """The values that the loss sums, and the gradient (B, C) of its mean over the rows.

@@ -63,7 +63,7 @@ class Native:
     def reasons_against(task: Task) -> list[str]:
         if task.device.type != "cpu":
             return [f"it runs on a CPU, the device is {task.device.type}"]
-        reason = native_op.unavailable()
+        reason = native_op.unavailable(task.backend)
         reasons = [] if reason is None else [reason]
         if task.precision != "fp32":
             reasons.append(f"it computes in fp32, --precision is {task.precision}")

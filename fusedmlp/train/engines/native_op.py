@@ -78,13 +78,17 @@ judge_rows = torch.ops.fusedmlp.judge_rows.native
 judge_many = torch.ops.fusedmlp.judge_many.native
 
 
-def unavailable() -> str | None:
-    """Why the op cannot run here, or None; opens the extension."""
+def unavailable(backend: str | None = None) -> str | None:
+    """Why the op cannot run here, or None; opens the extension.
+
+    backend  of the task, or None for that of the context
+    """
     reason = native.unavailable("cpu")
     if reason is not None:
         return reason
     if not all(compat.has_kernel(f"fusedmlp::{name}.native", "CPU") for name in _SCHEMAS):
         return "the extension was built from a version without it; build it again"
-    if registry.explicit(None) not in (None, "native"):
-        return f"backend {registry.explicit(None)!r} was asked for"
+    named = registry.explicit(backend)
+    if named not in (None, "native"):
+        return f"backend {named!r} was asked for"
     return None
