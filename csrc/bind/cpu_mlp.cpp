@@ -57,7 +57,9 @@ struct Net {
         rows = xv.rows();
         p.x = floats(dense.tensor);
         int64_t width = xv.last();
-        p.layers.resize(count);
+        p.rows = rows;
+        p.layers.reserve(count);
+        p.out.resize(count);
         weights.reserve(count);
         epilogues.reserve(count);
         for (size_t i = 0; i < count; ++i) {
@@ -79,11 +81,9 @@ struct Net {
             epilogues.emplace_back(
                 kMlp, xv, rows, wv.sizes[0], one.b, "weight", wv, one.slope, state, one.n
             );
-            cpu::MlpLayer& l = p.layers[i];
-            l.w = floats(weights.back().tensor);
-            l.k = width;
-            l.e = epilogues.back().params;
-            l.saves = one.saves;
+            p.layers.push_back(
+                {floats(weights.back().tensor), width, one.saves, epilogues.back().params}
+            );
             width = wv.sizes[0];
         }
     }
@@ -92,7 +92,7 @@ struct Net {
     Tensor output(size_t i) const {
         std::array<int64_t, kMaxDims> sizes;
         std::copy(xv.sizes, xv.sizes + xv.dim, sizes.begin());
-        sizes[xv.dim - 1] = p.layers[i].e.cols;
+        sizes[xv.dim - 1] = p.layers[i].n();
         return fresh(sizes.data(), xv.dim);
     }
 
@@ -115,19 +115,19 @@ Tensors mlp_fwd(
     bool keep
 ) {
     Net net(x, params, state, ints, numbers, row_offset);
-    auto& layers = net.p.layers;
-    const size_t count = layers.size();
+    auto& out = net.p.out;
+    const size_t count = out.size();
     Tensors results;
     results.reserve(keep ? 2 * count : 1);
     for (size_t i = keep ? 0 : count - 1; i < count; ++i) {
         results.push_back(net.output(i));
-        layers[i].y = floats(results.back());
+        out[i].y = floats(results.back());
     }
     for (size_t i = 0; keep && i < count; ++i) {
-        if (layers[i].saves != kSavesZ)
+        if (net.given[i].saves != kSavesZ)
             continue;
         results.push_back(net.output(i));
-        layers[i].h = floats(results.back());
+        out[i].h = floats(results.back());
     }
     if (net.rows == 0)
         return results;
@@ -140,12 +140,12 @@ Tensors mlp_fwd(
 // A tensor that the forward has made, as memory of layer i.
 float* kept(const char* name, const Tensor& t, const Net& net, size_t i) {
     const View v(t);
-    const cpu::MlpLayer& l = net.p.layers[i];
-    if (check_tensor(kMlp, name, v) != Dtype::kFloat32 || v.numel != l.e.rows * l.e.cols ||
+    const int64_t cols = net.p.layers[i].n();
+    if (check_tensor(kMlp, name, v) != Dtype::kFloat32 || v.numel != net.rows * cols ||
         !v.contiguous())
         fail(
-            kMlp, ": ", name, " ", i, " must be contiguous torch.float32 of ", l.e.rows, " x ",
-            l.e.cols, ", got ", dtype_name(v.dtype), " ", v.shape()
+            kMlp, ": ", name, " ", i, " must be contiguous torch.float32 of ", net.rows, " x ",
+            cols, ", got ", dtype_name(v.dtype), " ", v.shape()
         );
     check_same_device(kMlp, name, v, net.xv);
     return floats(t);
@@ -183,40 +183,40 @@ Tensors mlp_bwd(
     };
     p.dx = result(need_dx, x);
     for (size_t i = 0; i < count; ++i) {
-        cpu::MlpLayer& l = p.layers[i];
+        cpu::MlpOutputs& out = p.out[i];
         const MlpLayer& one = net.given[i];
-        l.dw = result(needs[i] & kW, one.w);
+        out.dw = result(needs[i] & kW, one.w);
         if (one.b)
-            l.db = result(needs[i] & kB, *one.b);
+            out.db = result(needs[i] & kB, *one.b);
         if (one.slope)
-            l.dslope = result(needs[i] & kSlope, *one.slope);
+            out.dslope = result(needs[i] & kSlope, *one.slope);
     }
     if (!works)
         return results;
     p.first = first;
     const Tensor* h = hs.data();
     for (size_t i = 0; i < count; ++i) {
-        cpu::MlpLayer& l = p.layers[i];
-        if (l.saves == kSavesZ) {
+        const int saves = p.layers[i].saves;
+        if (saves == kSavesZ) {
             if (i >= first)
-                l.h = kept("h", *h, net, i);
+                p.out[i].h = kept("h", *h, net, i);
             ++h;
         }
         if (i < first)
             continue;
         const bool feeds = i + 1 < count && (needs[i + 1] & kW);
-        if (l.saves == kSavesY || feeds)
-            l.y = kept("y", ys[i], net, i);
+        if (saves == kSavesY || feeds)
+            p.out[i].y = kept("y", ys[i], net, i);
     }
-    if (first > 0 && p.layers[first].dw)
-        p.layers[first - 1].y = kept("y", ys[first - 1], net, first - 1);
+    if (first > 0 && p.out[first].dw)
+        p.out[first - 1].y = kept("y", ys[first - 1], net, first - 1);
     const View dyv(dy);
-    const cpu::MlpLayer& last = p.layers.back();
+    const int64_t cols = p.layers.back().n();
     check_same_device(kMlp, "dy", dyv, net.xv);
-    if (check_tensor(kMlp, "dy", dyv) != Dtype::kFloat32 || dyv.last() != last.e.cols ||
+    if (check_tensor(kMlp, "dy", dyv) != Dtype::kFloat32 || dyv.last() != cols ||
         dyv.rows() != net.rows)
         fail(
-            kMlp, ": dy must be torch.float32 of ", net.rows, " x ", last.e.cols, ", got ",
+            kMlp, ": dy must be torch.float32 of ", net.rows, " x ", cols, ", got ",
             dtype_name(dyv.dtype), " ", dyv.shape()
         );
     const Dense dy_dense(dy);

@@ -137,8 +137,8 @@ int64_t evaluate(
         data.fill(all[m], orders[m], batch, 1);
         all[m].steps.totals = sums + 3 * m;
         for (cpu::StepLayer& l : all[m].steps.layers) {
-            l.saves = kSavesNothing;
-            l.threshold = 0;
+            l.layer.saves = kSavesNothing;
+            l.layer.e.drop.threshold = 0;
         }
     }
     const cpu::Slots slots = slots_of(op, work);

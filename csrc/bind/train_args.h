@@ -86,35 +86,40 @@ struct LayerArgs {
         const View w = checked(op, "weight", params[i * kParams], aoti_torch_dtype_float32());
         if (w.dim != 2 || w.sizes[1] != width || w.numel == 0)
             fail(op, ": weight ", i, " must be (N, ", width, "), got ", w.shape());
-        l.n = w.sizes[0];
-        l.k = width;
+        const int64_t outputs = w.sizes[0];
+        l.layer.k = width;
+        EpilogueParams& e = l.layer.e;
+        e.dtype = e.bias_dtype = e.slope_dtype = Dtype::kFloat32;
+        e.cols = outputs;
         if (n[0] < 0 || n[0] >= kActCount)
             fail(op, ": act must be an id in [0, ", int(kActCount), "), got ", n[0]);
-        l.act = int(n[0]);
-        l.saves = int(n[1]);
-        const bool possible = l.act == kNone       ? l.saves == kSavesNothing
-                              : l.saves == kSavesY ? act_has_grad_y(l.act)
-                                                   : l.saves == kSavesZ;
+        e.act = int(n[0]);
+        l.layer.saves = int(n[1]);
+        const bool possible = e.act == kNone             ? l.layer.saves == kSavesNothing
+                              : l.layer.saves == kSavesY ? act_has_grad_y(e.act)
+                                                         : l.layer.saves == kSavesZ;
         if (!possible)
             fail(
-                op, ": saves must be one that ", kActNames[l.act],
+                op, ": saves must be one that ", kActNames[e.act],
                 " can be differentiated from, got ", n[1]
             );
         if (n[2] < 0 || n[2] > int64_t(1) << 32)
             fail(op, ": threshold must be in [0, 2^32], got ", n[2]);
-        l.threshold = uint64_t(n[2]);
-        l.layer = n[3];
-        l.alpha = float(f[0]);
-        l.scale = float(f[1]);
+        e.drop = {nullptr, uint64_t(n[2]), float(f[1]), n[3], 0};
+        e.alpha = float(f[0]);
         const size_t at = i * kParams;
         l.w = parameter("weight", at, w.numel, f + 2);
-        l.b = parameter("bias", at + 1, l.n, f + 4);
-        if (l.act != kPrelu)
+        l.layer.w = l.w.value;
+        l.b = parameter("bias", at + 1, outputs, f + 4);
+        e.bias = l.b.value;
+        if (e.act != kPrelu)
             return l;
         const int64_t slopes = View(params[at + 2]).numel;
-        if (slopes != 1 && slopes != l.n)
-            fail(op, ": slope must have 1 or N = ", l.n, " elements for prelu, got ", slopes);
+        if (slopes != 1 && slopes != outputs)
+            fail(op, ": slope must have 1 or N = ", outputs, " elements for prelu, got ", slopes);
         l.slope = parameter("slope", at + 2, slopes, f + 6);
+        e.slope = l.slope.value;
+        e.slope_size = slopes;
         return l;
     }
 
@@ -122,7 +127,7 @@ struct LayerArgs {
         std::vector<cpu::StepLayer> found;
         for (size_t i = first; i < first + n; ++i) {
             found.push_back(layer(i, width));
-            width = found.back().n;
+            width = found.back().layer.n();
         }
         return found;
     }
@@ -178,7 +183,7 @@ struct DataArgs {
     void fill(cpu::Member& member, const Tensor& order, int64_t batch, int64_t epochs) const {
         cpu::StepParams& p = member.steps;
         const bool is_classes = loss == cpu::kCrossEntropy;
-        const int64_t outputs = p.layers.back().n;
+        const int64_t outputs = p.layers.back().layer.n();
         if (y.dim == 0 || y.sizes[0] != rows || y.numel != (is_classes ? rows : rows * outputs))
             fail(
                 op, ": y must be (", rows,

@@ -1,103 +1,112 @@
-// Every layer is a product and one elementwise pass; an input gradient becomes dz where it lies.
+// The passes of network.h on the tensors of the op mlp.
 #include "cpu/mlp.h"
 
 #include <algorithm>
 
-#include "cpu/gemm.h"
-#include "cpu/plan.h"
-
 namespace fusedmlp::cpu {
-
 namespace {
 
-int64_t rows_of(const MlpParams& p) { return p.layers[0].e.rows; }
-
-// Two outputs in turn, where nobody keeps them.
-int64_t turn_size(const MlpParams& p) {
-    int64_t widest = 0;
-    for (const MlpLayer& l : p.layers)
-        widest = std::max(widest, l.e.cols);
-    return round_up(rows_of(p) * widest, 16);
+Buffers tensors_of(const MlpParams& p) {
+    Buffers b{};
+    b.keeps_panels = goes_in_blocks(p.rows);
+    b.x = p.x;
+    b.x_ld = p.layers[0].k;
+    for (size_t i = 0; i < p.layers.size(); ++i) {
+        b.ld.push_back(p.layers[i].n());
+        b.room.push_back(p.layers[i].n());
+        b.y.push_back(p.out[i].y);
+        b.h.push_back(p.out[i].h);
+    }
+    return b;
 }
 
-bool keeps_none(const MlpParams& p) { return p.layers.size() > 1 && !p.layers[0].y; }
+Buffers forward_buffers(const MlpParams& p, Arena& arena) {
+    Buffers b = tensors_of(p);
+    const size_t last = p.layers.size() - 1;
+    int64_t widest = 0;
+    for (size_t i = 0; i < last; ++i)
+        widest = std::max(widest, b.ld[i]);
+    // Outputs that nobody keeps lie in two buffers in turn, a row at the same place in both.
+    float* turns[2] = {};
+    if (last > 0 && !p.out[0].y)
+        for (float*& turn : turns)
+            turn = arena.take(p.rows * widest);
+    for (size_t i = 0; i < last; ++i) {
+        if (p.out[i].y)
+            continue;
+        b.y[i] = turns[i % 2];
+        b.room[i] = widest;
+    }
+    take_panels(b, p.layers, arena, Passes::kForward, p.layers.size());
+    return b;
+}
+
+Buffers backward_buffers(const MlpParams& p, Arena& arena) {
+    Buffers b = tensors_of(p);
+    b.dy = p.dy;
+    b.dx = p.dx;
+    for (size_t i = 0; i < p.layers.size(); ++i)
+        b.dz.push_back(i < p.first ? nullptr : arena.take(p.rows * b.ld[i]));
+    take_sums(b, p.layers, arena, p.rows);
+    for (size_t i = 0; i < p.layers.size(); ++i) {
+        if (!p.out[i].db)
+            b.db_of[i] = nullptr;
+        if (!p.out[i].dslope)
+            b.slope_of[i] = nullptr;
+    }
+    // The products that give weight gradients read rows of x or y, which may need packing.
+    int64_t packed = 0;
+    for (size_t i = p.first; i < p.layers.size(); ++i)
+        packed = std::max(packed, gemm_scratch(p.layers[i].k, p.rows));
+    const size_t first_dx = p.dx ? p.first : p.first + 1;
+    take_panels(b, p.layers, arena, Passes::kBackward, first_dx, packed);
+    return b;
+}
 
 }  // namespace
 
 int64_t mlp_fwd_work(const MlpParams& p) {
-    int64_t product = 0;
-    for (const MlpLayer& l : p.layers)
-        product = std::max(product, gemm_scratch(l.e.cols, l.k));
-    return product + (keeps_none(p) ? 2 * turn_size(p) : 0);
-}
-
-int launch_mlp_fwd(MlpParams& p, ParallelFor parallel) {
-    int failed = 0;
-    const int64_t turn = keeps_none(p) ? turn_size(p) : 0;
-    const float* x = p.x;
-    for (size_t i = 0; i < p.layers.size(); ++i) {
-        MlpLayer& l = p.layers[i];
-        if (!l.y)
-            l.y = p.work + int64_t(i % 2) * turn;
-        Gemm g{};
-        g.c = l.h ? l.h : l.y, g.ldc = l.e.cols;
-        g.a = x, g.a_row = l.k, g.a_col = 1;
-        g.b = l.w, g.ldb = l.k, g.b_is = Layout::kAcross;
-        g.m = l.e.rows, g.n = l.e.cols, g.k = l.k;
-        g.scratch = p.work + 2 * turn;
-        failed |= launch_gemm(g, parallel);
-        const bool bare = l.e.act == kNone && l.e.drop.threshold == 0 && !l.e.bias;
-        if ((!bare || l.h) && l.e.cols > 0)
-            failed |= launch_bias_act_dropout_fwd({l.y, g.c, l.e}, parallel);
-        x = l.y;
-    }
-    return failed;
+    Arena arena{nullptr};
+    forward_buffers(p, arena);
+    return arena.used;
 }
 
 int64_t mlp_bwd_work(const MlpParams& p) {
-    int64_t product = 0;
-    for (size_t i = p.first; i < p.layers.size(); ++i) {
-        const MlpLayer& l = p.layers[i];
-        product = std::max({product, gemm_scratch(l.k, l.e.cols), gemm_scratch(l.k, l.e.rows)});
-    }
-    return product + 2 * turn_size(p);
+    Arena arena{nullptr};
+    backward_buffers(p, arena);
+    return arena.used;
+}
+
+int launch_mlp_fwd(const MlpParams& p, ParallelFor parallel) {
+    Arena arena{p.work};
+    const Buffers buffers = forward_buffers(p, arena);
+    Network network(p.layers, buffers, parallel);
+    network.set_batch(p.rows);
+    network.pack();
+    network.each_block([&](Rows r, ParallelFor f) { network.forward(r, f); });
+    return network.failed;
 }
 
 int launch_mlp_bwd(const MlpParams& p, ParallelFor parallel) {
-    int failed = 0;
-    const int64_t turn = turn_size(p);
-    const float* dy = p.dy;
-    for (size_t i = p.layers.size(); i-- > p.first;) {
-        const MlpLayer& l = p.layers[i];
-        float* dz = p.work + int64_t(i % 2) * turn;
-        BiasActDropoutBwdParams b{};
-        b.dz = dz;
-        b.dy = dy;
-        b.saved = l.saves == kSavesZ ? l.h : l.saves == kSavesY ? l.y : nullptr;
-        b.saves = l.saves;
-        b.db = l.db;
-        b.dslope = l.dslope;
-        b.e = l.e;
-        if (l.e.cols > 0)
-            failed |= launch_bias_act_dropout_bwd(b, parallel);
-        Gemm g{};
-        g.scratch = p.work + 2 * turn;
-        if (l.dw) {
-            g.c = l.dw, g.ldc = l.k;
-            g.a = dz, g.a_row = 1, g.a_col = l.e.cols;
-            g.b = i ? p.layers[i - 1].y : p.x, g.ldb = l.k, g.b_is = Layout::kRows;
-            g.m = l.e.cols, g.n = l.k, g.k = l.e.rows;
+    Arena arena{p.work};
+    const Buffers buffers = backward_buffers(p, arena);
+    Network network(p.layers, buffers, parallel);
+    network.set_batch(p.rows);
+    network.pack();
+    network.each_block([&](Rows r, ParallelFor f) { network.backward(r, f, p.first); });
+    int failed = network.failed;
+    for (size_t i = p.first; i < p.layers.size(); ++i) {
+        const MlpOutputs& out = p.out[i];
+        const Layer& l = p.layers[i];
+        if (out.dw) {
+            Gemm g = network.weight_gradient(i, out.dw);
+            g.scratch = buffers.scratch;
             failed |= launch_gemm(g, parallel);
         }
-        float* dx = i > p.first ? p.work + int64_t((i - 1) % 2) * turn : p.dx;
-        if (dx) {
-            g.c = dx, g.ldc = l.k;
-            g.a = dz, g.a_row = l.e.cols, g.a_col = 1;
-            g.b = l.w, g.ldb = l.k, g.b_is = Layout::kRows;
-            g.m = l.e.rows, g.n = l.k, g.k = l.e.cols;
-            failed |= launch_gemm(g, parallel);
-        }
-        dy = dx;
+        if (out.db)
+            add_blocks(out.db, buffers.db_of[i], l.n(), network.blocks());
+        if (out.dslope)
+            add_blocks(out.dslope, buffers.slope_of[i], l.e.slope_size, network.blocks());
     }
     return failed;
 }

@@ -3,25 +3,23 @@
 
 #include <vector>
 
-#include "common/params.h"
+#include "cpu/network.h"
 
 namespace fusedmlp::cpu {
 
-// y = drop(act(x w^T + b)); a gradient that is null is not wanted.
-struct MlpLayer {
-    const float* w;    // (N, K)
-    int64_t k;         //
-    int saves;         // a Saves
-    float* y;          // (M, N)
-    float* h;          // (M, N) x w^T where z is saved, else null
-    float* dw;         // (N, K) or null
-    float* db;         // (N,) or null
-    float* dslope;     // or null
-    EpilogueParams e;  // with M and N
+// What forward and backward leave of a layer; a gradient that is null is not wanted.
+struct MlpOutputs {
+    float* y;       // (M, N); null where forward need not keep it
+    float* h;       // (M, N) x w^T where z is saved, else null
+    float* dw;      // (N, K) or null
+    float* db;      // (N,) or null
+    float* dslope;  // or null
 };
 
 struct MlpParams {
-    std::vector<MlpLayer> layers;
+    std::vector<Layer> layers;
+    std::vector<MlpOutputs> out;
+    int64_t rows;     // M
     const float* x;   // (M, K)
     const float* dy;  // (M, N) of the last layer; backward only
     float* dx;        // (M, K) or null
@@ -29,10 +27,10 @@ struct MlpParams {
     float* work;      // mlp_fwd_work or mlp_bwd_work floats
 };
 
-// Floats of memory that a call takes. Forward: layers whose y is null get theirs from it.
+// Floats of memory that a call takes.
 int64_t mlp_fwd_work(const MlpParams& p);
 int64_t mlp_bwd_work(const MlpParams& p);
-int launch_mlp_fwd(MlpParams& p, ParallelFor parallel);
+int launch_mlp_fwd(const MlpParams& p, ParallelFor parallel);
 int launch_mlp_bwd(const MlpParams& p, ParallelFor parallel);
 
 }  // namespace fusedmlp::cpu

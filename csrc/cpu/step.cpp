@@ -7,9 +7,6 @@
 #include <atomic>
 #include <cmath>
 
-#include "cpu/isa.h"
-#include "cpu/parallel.h"
-#include "cpu/plan.h"
 #include "cpu/step_buffers.h"
 
 namespace fusedmlp::cpu {
@@ -22,8 +19,12 @@ constexpr int64_t kParts = 16;               // blocks of a gradient, where it h
 
 class Step {
   public:
-    Step(const StepParams& p, const Buffers& buffers, ParallelFor parallel)
-        : p_(p), b_(buffers), isa_(isa()), parallel_(parallel) {}
+    Step(const StepParams& p, bool trains, ParallelFor parallel)
+        : p_(p), layers_(layers_of(p, state_)),
+          b_(trains ? lay_out(p, layers_, p.work) : lay_out_forward(p, layers_, p.work)),
+          parallel_(parallel), network_(layers_, b_, parallel) {
+        network_.pack();
+    }
 
     // order: (rows,) of step number `step` of this call
     void train(int64_t step, const int64_t* order, int64_t rows) {
@@ -33,12 +34,12 @@ class Step {
         updates_ = p_.updates + step + 1;
         each_block(order, rows, [this](Rows r, ParallelFor parallel) {
             forward_pass(r, parallel);
-            backward_pass(r, parallel);
+            network_.backward(r, parallel);
         });
         gradients();
         if (p_.max_norm > 0.0) {
             clip_and_update();
-            pack();
+            network_.pack();
         }
     }
 
@@ -48,185 +49,68 @@ class Step {
         });
     }
 
-    // The panels of all weights.
-    void pack() {
-        if (!b_.keeps_panels)
-            return;
-        const int64_t nr = isa_.gemm.nr;
-        for (size_t i = 0; i < p_.layers.size(); ++i) {
-            const StepLayer& l = p_.layers[i];
-            failed |=
-                run(parallel_, ceil_div(l.n, nr), std::max<int64_t>(1, kGrain / (nr * l.k)),
-                    [&](int64_t begin, int64_t end) {
-                        pack(i, begin * nr, std::min(l.n, end * nr), 0, l.k);
-                    });
-        }
-    }
-
-    std::atomic<int> failed{0};
+    int failed() const { return failed_ | network_.failed; }
 
   private:
-    struct Rows {
-        int64_t begin;
-        int64_t end;
-    };
-
-    // body(rows, parallel) for rows of this step: whole blocks of them, on a thread each.
     template <class Body>
     void each_block(const int64_t* order, int64_t rows, const Body& body) {
         order_ = order;
         rows_ = rows;
-        block_ = block_rows(p_, rows);
-        const int64_t block = block_, count = ceil_div(rows, block);
-        if (!b_.keeps_panels) {
-            body({0, rows}, parallel_);
-        } else {
-            failed |= run(parallel_, count, 1, [&](int64_t begin, int64_t end) {
-                body({begin * block, std::min(rows, end * block)}, alone);
-            });
-        }
-        for (int64_t at = 0; at < count; ++at) {
+        network_.set_batch(rows);
+        network_.each_block(body);
+        for (int64_t at = 0; at < network_.blocks(); ++at) {
             p_.totals[0] += losses_[at];
             p_.totals[1] += double(rights_[at]);
         }
         p_.totals[2] += double(rows);
     }
 
-    // body(rows, number of the block)
-    template <class Body>
-    void blocks_in(Rows r, const Body& body) {
-        const int64_t block = block_;
-        for (int64_t begin = r.begin; begin < r.end; begin += block)
-            body(Rows{begin, std::min(r.end, begin + block)}, begin / block);
-    }
-
-    // Row 0 of y, were the rows before r as far apart as those of r: r has the memory of its own
-    // rows alone, whatever other layers keep in the same buffer.
-    float* y(size_t i, Rows r) const { return b_.y[i] + r.begin * (b_.room[i] - b_.ld[i]); }
-    const float* input(size_t i, Rows r) const { return i == 0 ? b_.x : y(i - 1, r); }
-    int64_t input_ld(size_t i) const { return i == 0 ? b_.x_ld : b_.ld[i - 1]; }
-
-    EpilogueParams epilogue(const StepLayer& l, Rows r) const {
-        EpilogueParams e{};
-        e.bias = l.b.value;
-        e.slope = l.slope.value;
-        e.slope_size = l.slope.size;
-        e.bias_dtype = e.slope_dtype = e.dtype = Dtype::kFloat32;
-        e.act = l.act;
-        e.alpha = l.alpha;
-        e.drop = {state_, l.threshold, l.scale, l.layer, r.begin};
-        e.rows = r.end - r.begin;
-        e.cols = l.n;
-        return e;
-    }
-
     void forward_pass(Rows r, ParallelFor parallel) {
-        const int64_t width = p_.scaling.width;
-        failed |= run(
-            parallel, r.end - r.begin, std::max<int64_t>(1, kGrain / width),
-            [&](int64_t begin, int64_t end) {
-                isa_.step.gather(b_.x, b_.x_ld, p_.scaling, order_, r.begin + begin, r.begin + end);
-            }
-        );
-        for (size_t i = 0; i < p_.layers.size(); ++i)
-            forward(i, r, parallel);
-        loss(r);
-    }
-
-    void forward(size_t i, Rows r, ParallelFor parallel) {
-        const StepLayer& l = p_.layers[i];
-        const int64_t ld = b_.ld[i], from = input_ld(i);
-        float* const to = y(i, r);
-        float* const out = b_.h[i] ? b_.h[i] : to;
-        Gemm g{};
-        g.c = out + r.begin * ld, g.ldc = ld;
-        g.a = input(i, r) + r.begin * from, g.a_row = from, g.a_col = 1;
-        const bool in_panels = b_.forward[i] && !is_of_dots(rows_, l.n, l.k);
-        g.b = in_panels ? b_.forward[i] : l.w.value, g.ldb = l.k;
-        g.b_is = in_panels ? Layout::kPanels : Layout::kAcross;
-        g.m = r.end - r.begin, g.n = l.n, g.k = l.k;
-        g.scratch = b_.scratch;
-        failed |= launch_gemm(g, parallel);
-        blocks_in(r, [&](Rows block, int64_t) {
-            const int64_t at = block.begin * ld;
-            failed |= forward_rows({to + at, out + at, epilogue(l, block)}, ld, parallel);
+        const int64_t grain = std::max<int64_t>(1, kGrain / p_.scaling.width);
+        failed_ |= run(parallel, r.end - r.begin, grain, [&](int64_t begin, int64_t end) {
+            isa_.step.gather(
+                b_.gathered, b_.x_ld, p_.scaling, order_, r.begin + begin, r.begin + end
+            );
         });
+        network_.forward(r, parallel);
+        loss(r);
     }
 
     // Turns the outputs into their gradient.
     void loss(Rows r) {
-        float* out = y(p_.layers.size() - 1, r);
-        const StepLayer& last = p_.layers.back();
+        const Layer& last = layers_.back();
+        float* out = network_.y(layers_.size() - 1, r);
         // An activation that is read off its output must find it again.
         if (last.saves == kSavesY) {
-            const int64_t at = r.begin * last.n, count = (r.end - r.begin) * last.n;
+            const int64_t at = r.begin * last.n(), count = (r.end - r.begin) * last.n();
             std::copy_n(out + at, count, b_.dz.back() + at);
             out = b_.dz.back();
         }
-        const LossParams l{out, order_, p_.targets, rows_, last.n, p_.smoothing};
+        const LossParams l{out, order_, p_.targets, rows_, last.n(), p_.smoothing};
         const auto kernel = p_.loss == kCrossEntropy ? isa_.step.cross_entropy
                             : p_.loss == kLogistic   ? isa_.step.logistic
                                                      : isa_.step.squared_error;
-        blocks_in(r, [&](Rows block, int64_t at) {
+        network_.blocks_in(r, [&](Rows block, int64_t at) {
             losses_[at] = 0.0;
             rights_[at] = 0;
             kernel(l, block.begin, block.end, &losses_[at], &rights_[at]);
         });
     }
 
-    void backward_pass(Rows r, ParallelFor parallel) {
-        for (size_t i = p_.layers.size(); i-- > 0;) {
-            const StepLayer& l = p_.layers[i];
-            const int64_t ld = b_.ld[i];
-            float* dz = b_.dz[i];
-            blocks_in(r, [&](Rows block, int64_t number) {
-                const int64_t at = block.begin * ld;
-                const float* saved = l.saves == kSavesZ   ? b_.h[i]
-                                     : l.saves == kSavesY ? b_.y[i]
-                                                          : nullptr;
-                BiasActDropoutBwdParams e{};
-                e.dz = dz + at;
-                e.dy = dz + at;
-                e.saved = saved ? saved + at : nullptr;
-                e.saves = l.saves;
-                e.e = epilogue(l, block);
-                failed |= backward_rows(
-                    e, ld, l.b.value ? b_.db_of[i] + number * l.n : nullptr,
-                    l.slope.value ? b_.slope_of[i] + number * l.slope.size : nullptr, parallel
-                );
-            });
-            if (i == 0)
-                continue;
-            const int64_t to = b_.ld[i - 1];
-            Gemm g{};
-            g.c = b_.dz[i - 1] + r.begin * to, g.ldc = to;
-            g.a = dz + r.begin * ld, g.a_row = ld, g.a_col = 1;
-            g.b = b_.backward[i] ? b_.backward[i] : l.w.value, g.ldb = l.k;
-            g.b_is = b_.backward[i] ? Layout::kPanels : Layout::kRows;
-            g.m = r.end - r.begin, g.n = l.k, g.k = l.n;
-            g.scratch = b_.scratch;
-            failed |= launch_gemm(g, parallel);
-        }
-    }
     // Of all weights, and with no norm to wait for their update; then of what is summed by blocks.
     void gradients() {
         parts_.clear();
         int64_t work = 0;
-        for (size_t i = 0; i < p_.layers.size(); ++i) {
-            const StepLayer& l = p_.layers[i];
-            Gemm g{};
-            g.c = b_.dw[i], g.ldc = l.k;
-            g.a = b_.dz[i], g.a_row = 1, g.a_col = b_.ld[i];
-            g.b = input(i, {0, rows_}), g.ldb = input_ld(i);
-            g.b_is = Layout::kRows, g.b_padded = true;
-            g.m = l.n, g.n = l.k, g.k = rows_;
+        for (size_t i = 0; i < layers_.size(); ++i) {
+            Gemm g = network_.weight_gradient(i, b_.dw[i]);
+            g.b_padded = true;
             const GemmPlan plan = plan_gemm(g, kParts);
-            const int64_t each = std::max<int64_t>(1, l.n * l.k * rows_ / plan.blocks);
+            const int64_t each = std::max<int64_t>(1, g.m * g.n * g.k / plan.blocks);
             parts_.push_back({i, plan, work, each});
             work += each * plan.blocks;
         }
         // A thread takes the blocks that begin within its share of the work.
-        failed |= run(parallel_, work, kWork, [&](int64_t begin, int64_t end) {
+        failed_ |= run(parallel_, work, kWork, [&](int64_t begin, int64_t end) {
             for (const Part& part : parts_) {
                 const auto first = [&](int64_t at) {
                     return std::clamp<int64_t>(
@@ -237,11 +121,9 @@ class Step {
                     gradient(part, at);
             }
         });
-        const int64_t blocks = ceil_div(rows_, block_);
-        for (size_t i = 0; i < p_.layers.size(); ++i) {
-            const StepLayer& l = p_.layers[i];
-            add_up(l.b, b_.db[i], b_.db_of[i], blocks);
-            add_up(l.slope, b_.slope[i], b_.slope_of[i], blocks);
+        for (size_t i = 0; i < layers_.size(); ++i) {
+            sum_up(p_.layers[i].b, b_.db[i], b_.db_of[i]);
+            sum_up(p_.layers[i].slope, b_.slope[i], b_.slope_of[i]);
         }
     }
 
@@ -253,10 +135,10 @@ class Step {
     };
 
     void gradient(const Part& part, int64_t at) {
-        const StepLayer& l = p_.layers[part.layer];
-        const int64_t nr = isa_.gemm.nr;
+        const StepParam& w = p_.layers[part.layer].w;
+        const int64_t nr = isa_.gemm.nr, k = layers_[part.layer].k;
         GemmBlock block = block_of(part.plan, at);
-        const int64_t j0 = block.jp0 * nr, j1 = std::min(l.k, block.jp1 * nr);
+        const int64_t j0 = block.jp0 * nr, j1 = std::min(k, block.jp1 * nr);
         if (p_.max_norm > 0.0)
             return isa_.gemm.block(block);
         const int64_t rows = block.i1 - block.i0, cols = j1 - j0;
@@ -264,36 +146,23 @@ class Step {
         block.ldc = cols;
         block.c = dw - block.i0 * cols - j0;
         isa_.gemm.block(block);
-        const UpdateParams u = numbers_of(p_, l.w, lr_scale_, updates_);
+        const UpdateParams u = numbers_of(p_, w, lr_scale_, updates_);
         // Whole rows lie one after the other.
-        const int64_t runs = cols == l.k ? 1 : rows, length = cols == l.k ? rows * cols : cols;
+        const int64_t runs = cols == k ? 1 : rows, length = cols == k ? rows * cols : cols;
         for (int64_t r = 0; r < runs; ++r) {
-            const int64_t to = (block.i0 + r) * l.k + j0;
+            const int64_t to = (block.i0 + r) * k + j0;
             isa_.step.update(
-                u, l.w.value + to, dw + r * cols, l.w.m1 ? l.w.m1 + to : nullptr,
-                l.w.m2 ? l.w.m2 + to : nullptr, length
+                u, w.value + to, dw + r * cols, w.m1 ? w.m1 + to : nullptr,
+                w.m2 ? w.m2 + to : nullptr, length
             );
         }
-        if (b_.keeps_panels)
-            pack(part.layer, block.i0, block.i1, j0, j1);
+        network_.pack(part.layer, block.i0, block.i1, j0, j1);
     }
 
-    // The panels of rows [n0, n1) and columns [k0, k1) of a weight.
-    void pack(size_t i, int64_t n0, int64_t n1, int64_t k0, int64_t k1) {
-        const StepLayer& l = p_.layers[i];
-        pack_panels(b_.forward[i], l.w.value, Layout::kAcross, l.k, l.k, k0, k1, n0, n1);
-        if (b_.backward[i])
-            pack_panels(b_.backward[i], l.w.value, Layout::kRows, l.k, l.n, n0, n1, k0, k1);
-    }
-
-    void add_up(const StepParam& w, float* grad, double* sums, int64_t blocks) {
+    void sum_up(const StepParam& w, float* grad, double* sums) {
         if (!w.value)
             return;
-        for (int64_t block = 1; block < blocks; ++block)
-            for (int64_t i = 0; i < w.size; ++i)
-                sums[i] += sums[block * w.size + i];
-        for (int64_t i = 0; i < w.size; ++i)
-            grad[i] = float(sums[i]);
+        add_blocks(grad, sums, w.size, network_.blocks());
         if (!(p_.max_norm > 0.0))
             update(w, grad);
     }
@@ -302,7 +171,7 @@ class Step {
         if (!w.value)
             return;
         const UpdateParams u = numbers_of(p_, w, lr_scale_, updates_);
-        failed |=
+        failed_ |=
             run(parallel_, ceil_div(w.size, 256), kGrain / 256, [&](int64_t begin, int64_t end) {
                 const int64_t at = begin * 256, n = std::min(w.size, end * 256) - at;
                 isa_.step.update(
@@ -339,42 +208,44 @@ class Step {
     }
 
     const StepParams& p_;
-    const Buffers& b_;
-    const Isa& isa_;
+    int64_t state_[2] = {};
+    const std::vector<Layer> layers_;
+    const StepBuffers b_;
+    const Isa& isa_ = isa();
     ParallelFor parallel_;
+    Network network_;
     const int64_t* order_ = nullptr;
     int64_t rows_ = 0;
-    int64_t block_ = 0;  // rows of it
-    int64_t state_[2] = {};
     double lr_scale_ = 1.0;
     int64_t updates_ = 0;
     double losses_[kMaxBlocks] = {};
     int64_t rights_[kMaxBlocks] = {};
     std::vector<Part> parts_;
+    std::atomic<int> failed_{0};
 };
 
 }  // namespace
 
-int64_t epoch_work(const StepParams& p) { return lay_out(p, nullptr).floats; }
+int64_t epoch_work(const StepParams& p) {
+    return lay_out(p, layers_of(p, nullptr), nullptr).floats;
+}
 
-int64_t evaluation_work(const StepParams& p) { return lay_out_forward(p, nullptr).floats; }
+int64_t evaluation_work(const StepParams& p) {
+    return lay_out_forward(p, layers_of(p, nullptr), nullptr).floats;
+}
 
 int train_epoch(StepParams& p, ParallelFor parallel) {
-    const Buffers buffers = lay_out(p, p.work);
-    Step step(p, buffers, parallel);
-    step.pack();
+    Step step(p, true, parallel);
     for (int64_t done = 0, number = 0; done < p.rows; done += p.batch, ++number)
         step.train(number, p.order + done, std::min(p.batch, p.rows - done));
-    return step.failed;
+    return step.failed();
 }
 
 int evaluate_rows(StepParams& p, ParallelFor parallel) {
-    const Buffers buffers = lay_out_forward(p, p.work);
-    Step step(p, buffers, parallel);
-    step.pack();
+    Step step(p, false, parallel);
     for (int64_t done = 0; done < p.rows; done += p.batch)
         step.evaluate(p.order + done, std::min(p.batch, p.rows - done));
-    return step.failed;
+    return step.failed();
 }
 
 }  // namespace fusedmlp::cpu

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "cpu/step_kernels.h"
+#include "cpu/network.h"
 
 namespace fusedmlp::cpu {
 
@@ -17,19 +17,13 @@ struct StepParam {
     double weight_decay;  //
 };
 
-// y = drop(act(x w^T + b)) with the numbers of EpilogueParams.
+// A layer and its parameters; those that it lacks have no value. The state of its dropout is that
+// of the step.
 struct StepLayer {
-    StepParam w;         // (N, K)
-    StepParam b;         // (N,) or null
-    StepParam slope;     // prelu only
-    int64_t k;           //
-    int64_t n;           //
-    int act;             // an Act
-    int saves;           // a Saves
-    float alpha;         //
-    uint64_t threshold;  //
-    float scale;         //
-    int64_t layer;       // its number: added to the stream of the step
+    Layer layer;
+    StepParam w;      // (N, K)
+    StepParam b;      // (N,)
+    StepParam slope;  // of prelu
 };
 
 enum Loss : int { kCrossEntropy = 0, kSquaredError = 1, kLogistic = 2 };

@@ -5,8 +5,6 @@
 #include <cmath>
 #include <numeric>
 
-#include "cpu/parallel.h"
-#include "cpu/plan.h"
 #include "cpu/step.h"
 
 namespace fusedmlp::cpu {
@@ -41,7 +39,7 @@ struct Queue {
 double cost(const Member& m) {
     double weights = 0.0;
     for (const StepLayer& l : m.steps.layers)
-        weights += double(l.n) * double(l.k);
+        weights += double(l.layer.n()) * double(l.layer.k);
     return weights * double(m.steps.rows) * double(m.epochs);
 }
 

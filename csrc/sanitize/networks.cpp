@@ -47,21 +47,21 @@ Result mlp(Net& net, const Shape& s, const Floats& x, const Floats& dy, bool kee
     const size_t count = net.count();
     std::vector<Floats> y(count), h(count), dw(count), db(count), dslope(count);
     MlpParams p{};
-    p.x = x.data();
+    p.x = x.data(), p.rows = m;
     for (size_t i = 0; i < count; ++i) {
         const int64_t k = s.sizes[i], n = s.sizes[i + 1];
-        MlpLayer l{};
-        l.w = net.w[i].data(), l.k = k, l.saves = net.saves(i);
-        EpilogueParams& e = l.e;
+        EpilogueParams e{};
         e.bias = or_null(net.b[i]), e.slope = or_null(net.slope[i]);
         e.slope_size = int64_t(net.slope[i].size());
-        e.act = net.acts[i], e.alpha = 0.01f, e.rows = m, e.cols = n;
+        e.act = net.acts[i], e.alpha = 0.01f, e.cols = n;
         e.drop = {state, net.thresholds[i], 1.0f / 0.7f, int64_t(i), 0};
+        p.layers.push_back({net.w[i].data(), k, net.saves(i), e});
+        MlpOutputs out{};
         if (keeps || i + 1 == count)
-            l.y = (y[i] = unwritten(m * n)).data();
-        if (keeps && l.saves == kSavesZ)
-            l.h = (h[i] = unwritten(m * n)).data();
-        p.layers.push_back(l);
+            out.y = (y[i] = unwritten(m * n)).data();
+        if (keeps && net.saves(i) == kSavesZ)
+            out.h = (h[i] = unwritten(m * n)).data();
+        p.out.push_back(out);
     }
     Floats work = unwritten(mlp_fwd_work(p));
     p.work = work.data();
@@ -72,10 +72,10 @@ Result mlp(Net& net, const Shape& s, const Floats& x, const Floats& dy, bool kee
     if (!keeps)
         return r;
     for (size_t i = 0; i < count; ++i) {
-        MlpLayer& l = p.layers[i];
-        l.dw = (dw[i] = unwritten(int64_t(net.w[i].size()))).data();
-        db[i] = unwritten(int64_t(net.b[i].size())), l.db = or_null(db[i]);
-        dslope[i] = unwritten(int64_t(net.slope[i].size())), l.dslope = or_null(dslope[i]);
+        MlpOutputs& out = p.out[i];
+        out.dw = (dw[i] = unwritten(int64_t(net.w[i].size()))).data();
+        db[i] = unwritten(int64_t(net.b[i].size())), out.db = or_null(db[i]);
+        dslope[i] = unwritten(int64_t(net.slope[i].size())), out.dslope = or_null(dslope[i]);
     }
     Floats dx = unwritten(m * s.sizes[0]);
     p.dx = dx.data(), p.dy = dy.data(), p.first = 0;
@@ -149,9 +149,11 @@ struct Trained {
             };
             l.w = param(net.w[i], 6 * i), l.b = param(net.b[i], 6 * i + 2);
             l.slope = param(net.slope[i], 6 * i + 4);
-            l.k = s.sizes[i], l.n = s.sizes[i + 1], l.act = net.acts[i], l.saves = net.saves(i);
-            l.alpha = 0.01f, l.threshold = net.thresholds[i], l.scale = 1.0f / 0.7f;
-            l.layer = int64_t(i);
+            EpilogueParams& e = l.layer.e;
+            l.layer = {l.w.value, s.sizes[i], net.saves(i), {}};
+            e.bias = l.b.value, e.slope = l.slope.value, e.slope_size = l.slope.size;
+            e.act = net.acts[i], e.alpha = 0.01f, e.cols = s.sizes[i + 1];
+            e.drop = {nullptr, net.thresholds[i], 1.0f / 0.7f, int64_t(i), 0};
             p.layers.push_back(l);
         }
     }
@@ -159,7 +161,7 @@ struct Trained {
     void evaluate_only() {
         p.smoothing = 0.0f;
         for (StepLayer& l : p.layers)
-            l.saves = kSavesNothing, l.threshold = 0;
+            l.layer.saves = kSavesNothing, l.layer.e.drop.threshold = 0;
     }
 
     void add_to(Result& r) const {

@@ -1,0 +1,173 @@
+// A layer forward is a product and an elementwise pass over its rows; backward turns the gradient
+// of its output into that of the preactivation where it lies, and multiplies that with the weight.
+#include "cpu/network.h"
+
+#include <algorithm>
+
+namespace fusedmlp::cpu {
+namespace {
+
+constexpr int64_t kGrain = 16384;  // elements for which another thread is worth its start
+constexpr int64_t kBlockWork = int64_t(1) << 20;  // products for which a block is worth its start
+constexpr int64_t kFewRows = 32;  // for which a thread of its own costs a pass over all weights
+// Floats from row to row at which all rows share one set of the L1 cache.
+constexpr int64_t kAlias = 1024;
+
+}  // namespace
+
+int64_t apart(int64_t n) { return n % kAlias == 0 ? n + 16 : n; }
+
+bool goes_in_blocks(int64_t rows) { return rows >= kFewRows; }
+
+void take_panels(
+    Buffers& b,
+    const std::vector<Layer>& layers,
+    Arena& arena,
+    Passes passes,
+    size_t first_dx,
+    int64_t scratch
+) {
+    const auto take = [&](std::vector<float*>& panels, bool wanted, int64_t floats) {
+        panels.push_back(wanted && b.keeps_panels ? arena.take(floats) : nullptr);
+        if (wanted && !b.keeps_panels)
+            scratch = std::max(scratch, floats);
+    };
+    for (size_t i = 0; i < layers.size(); ++i) {
+        const Layer& l = layers[i];
+        take(b.forward, passes != Passes::kBackward, gemm_scratch(l.n(), l.k));
+        take(b.backward, passes != Passes::kForward && i >= first_dx, gemm_scratch(l.k, l.n()));
+    }
+    b.scratch = arena.take(scratch);
+}
+
+void take_sums(Buffers& b, const std::vector<Layer>& layers, Arena& arena, int64_t rows) {
+    const int64_t blocks = std::min(kMaxBlocks, ceil_div(rows, 16));
+    for (const Layer& l : layers) {
+        b.db_of.push_back(l.e.bias ? arena.take_doubles(blocks * l.n()) : nullptr);
+        b.slope_of.push_back(l.e.slope ? arena.take_doubles(blocks * l.e.slope_size) : nullptr);
+    }
+}
+
+void add_blocks(float* out, double* sums, int64_t n, int64_t blocks) {
+    for (int64_t block = 1; block < blocks; ++block)
+        for (int64_t i = 0; i < n; ++i)
+            sums[i] += sums[block * n + i];
+    for (int64_t i = 0; i < n; ++i)
+        out[i] = float(sums[i]);
+}
+
+void Network::pack() {
+    if (!b_.keeps_panels)
+        return;
+    const int64_t nr = isa().gemm.nr;
+    for (size_t i = 0; i < layers_.size(); ++i) {
+        const Layer& l = layers_[i];
+        const int64_t grain = std::max<int64_t>(1, kGrain / (nr * std::max<int64_t>(1, l.k)));
+        failed |= run(parallel_, ceil_div(l.n(), nr), grain, [&](int64_t begin, int64_t end) {
+            pack(i, begin * nr, std::min(l.n(), end * nr), 0, l.k);
+        });
+    }
+}
+
+void Network::pack(size_t i, int64_t n0, int64_t n1, int64_t k0, int64_t k1) {
+    const Layer& l = layers_[i];
+    if (b_.forward[i])
+        pack_panels(b_.forward[i], l.w, Layout::kAcross, l.k, l.k, k0, k1, n0, n1);
+    if (b_.backward[i])
+        pack_panels(b_.backward[i], l.w, Layout::kRows, l.k, l.n(), n0, n1, k0, k1);
+}
+
+void Network::set_batch(int64_t rows) {
+    rows_ = rows;
+    if (!goes_in_blocks(rows)) {
+        block_ = kFewRows;
+        return;
+    }
+    int64_t work = 1;
+    for (const Layer& l : layers_)
+        work += l.n() * l.k;
+    const int64_t least = std::max(ceil_div(rows, kMaxBlocks), kBlockWork / work);
+    block_ = round_up(std::clamp<int64_t>(least, 1, rows), 16);
+}
+
+EpilogueParams Network::epilogue(const Layer& l, Rows r) const {
+    EpilogueParams e = l.e;
+    e.drop.row_offset += r.begin;
+    e.rows = r.end - r.begin;
+    return e;
+}
+
+void Network::forward(Rows r, ParallelFor parallel) {
+    for (size_t i = 0; i < layers_.size(); ++i) {
+        const Layer& l = layers_[i];
+        const int64_t ld = b_.ld[i], from = input_ld(i);
+        float* const to = y(i, r);
+        float* const out = b_.h[i] ? b_.h[i] : to;
+        Gemm g{};
+        g.c = out + r.begin * ld, g.ldc = ld;
+        g.a = input(i, r) + r.begin * from, g.a_row = from, g.a_col = 1;
+        const bool in_panels = b_.forward[i] && !is_of_dots(rows_, l.n(), l.k);
+        g.b = in_panels ? b_.forward[i] : l.w, g.ldb = l.k;
+        g.b_is = in_panels ? Layout::kPanels : Layout::kAcross;
+        g.m = r.end - r.begin, g.n = l.n(), g.k = l.k;
+        g.scratch = b_.scratch;
+        failed |= launch_gemm(g, parallel);
+        const bool is_bare = l.e.act == kNone && l.e.drop.threshold == 0 && !l.e.bias;
+        if (is_bare && out == to)
+            continue;
+        blocks_in(r, [&](Rows block, int64_t) {
+            const int64_t at = block.begin * ld;
+            failed |= forward_rows({to + at, out + at, epilogue(l, block)}, ld, parallel);
+        });
+    }
+}
+
+void Network::backward(Rows r, ParallelFor parallel, size_t first) {
+    for (size_t i = layers_.size(); i-- > first;) {
+        const Layer& l = layers_[i];
+        const int64_t ld = b_.ld[i];
+        float* const dz = b_.dz[i];
+        const float* const dy = i + 1 == layers_.size() && b_.dy ? b_.dy : dz;
+        const float* const saved = l.saves == kSavesZ   ? b_.h[i]
+                                   : l.saves == kSavesY ? b_.y[i]
+                                                        : nullptr;
+        blocks_in(r, [&](Rows block, int64_t number) {
+            const int64_t at = block.begin * ld;
+            BiasActDropoutBwdParams p{};
+            p.dz = dz + at;
+            p.dy = dy + at;
+            p.saved = saved ? saved + at : nullptr;
+            p.saves = l.saves;
+            p.e = epilogue(l, block);
+            failed |= backward_rows(
+                p, ld, b_.db_of[i] ? b_.db_of[i] + number * l.n() : nullptr,
+                b_.slope_of[i] ? b_.slope_of[i] + number * l.e.slope_size : nullptr, parallel
+            );
+        });
+        float* const dx = i > first ? b_.dz[i - 1] : b_.dx;
+        if (!dx)
+            continue;
+        const int64_t to = i > first ? b_.ld[i - 1] : l.k;
+        Gemm g{};
+        g.c = dx + r.begin * to, g.ldc = to;
+        g.a = dz + r.begin * ld, g.a_row = ld, g.a_col = 1;
+        g.b = b_.backward[i] ? b_.backward[i] : l.w, g.ldb = l.k;
+        g.b_is = b_.backward[i] ? Layout::kPanels : Layout::kRows;
+        g.m = r.end - r.begin, g.n = l.k, g.k = l.n();
+        g.scratch = b_.scratch;
+        failed |= launch_gemm(g, parallel);
+    }
+}
+
+Gemm Network::weight_gradient(size_t i, float* c) const {
+    const Layer& l = layers_[i];
+    Gemm g{};
+    g.c = c, g.ldc = l.k;
+    g.a = b_.dz[i], g.a_row = 1, g.a_col = b_.ld[i];
+    g.b = input(i, {0, rows_}), g.ldb = input_ld(i);
+    g.b_is = Layout::kRows;
+    g.m = l.n(), g.n = l.k, g.k = rows_;
+    return g;
+}
+
+}  // namespace fusedmlp::cpu

@@ -1,0 +1,145 @@
+// Forward and backward passes of a network over the rows of a batch: of the op mlp, of training and
+// of evaluation. Plain pointers, no torch.
+#pragma once
+
+#include <atomic>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+#include "cpu/plan.h"
+
+namespace fusedmlp::cpu {
+
+constexpr int64_t kMaxBlocks = 64;  // of the rows of a batch
+
+// y = drop(act(x w^T + b)). The rows of e are those of the batch.
+struct Layer {
+    const float* w;    // (N, K)
+    int64_t k;         //
+    int saves;         // a Saves
+    EpilogueParams e;  // with N
+
+    int64_t n() const { return e.cols; }
+};
+
+// Hands out work memory; with a null base it only counts.
+struct Arena {
+    float* base;
+    int64_t used = 0;
+    float* take(int64_t floats) {
+        float* at = base ? base + used : nullptr;
+        used += round_up(floats, 16) + kGemmPad;
+        return at;
+    }
+    double* take_doubles(int64_t n) { return reinterpret_cast<double*>(take(2 * n)); }
+};
+
+// Where the passes find and leave what belongs to each layer, and rows how many floats apart.
+struct Buffers {
+    bool keeps_panels = false;  // of the weights, beside them; not for few rows
+    const float* x = nullptr;   // (M, K) inputs
+    int64_t x_ld = 0;
+    std::vector<int64_t> ld;        // of the rows of y, h and dz
+    std::vector<int64_t> room;      // of a row of y: the same for layers that share memory
+    std::vector<float*> y;          // (M, N)
+    std::vector<float*> h;          // (M, N) x w^T where z is saved, else null
+    const float* dy = nullptr;      // (M, N) of the last layer; null where it lies in dz
+    std::vector<float*> dz;         // (M, N)
+    float* dx = nullptr;            // (M, K) of the first layer that goes backward, or null
+    std::vector<double*> db_of;     // (blocks, N) sums over the rows of a block, or null
+    std::vector<double*> slope_of;  // (blocks, slope_size), or null
+    std::vector<float*> forward;    // panels of w^T, or null
+    std::vector<float*> backward;   // panels of w where an input gradient is wanted, or null
+    float* scratch = nullptr;       // of the matrix products
+};
+
+// Rows between two that lie in different sets of the L1 cache.
+int64_t apart(int64_t n);
+
+// Whether a batch of so many rows goes through in blocks of rows, a thread each, with the weights
+// in panels; fewer rows go through whole, each product on all threads.
+bool goes_in_blocks(int64_t rows);
+
+// Takes the panels of the passes, or scratch memory for products without them, and `scratch` floats
+// at least. first_dx: the first layer whose input gradient is wanted, or the number of layers.
+enum class Passes { kForward, kBackward, kBoth };
+void take_panels(
+    Buffers& b,
+    const std::vector<Layer>& layers,
+    Arena& arena,
+    Passes passes,
+    size_t first_dx,
+    int64_t scratch = 0
+);
+
+// Takes the sums of the layers that have biases and slopes, for a batch of so many rows.
+void take_sums(Buffers& b, const std::vector<Layer>& layers, Arena& arena, int64_t rows);
+
+// sums: (blocks, n), added up into the first row and rounded to out.
+void add_blocks(float* out, double* sums, int64_t n, int64_t blocks);
+
+struct Rows {
+    int64_t begin;
+    int64_t end;
+};
+
+class Network {
+  public:
+    Network(const std::vector<Layer>& layers, const Buffers& buffers, ParallelFor parallel)
+        : layers_(layers), b_(buffers), parallel_(parallel) {}
+
+    // The panels of all weights, or of rows [n0, n1) and columns [k0, k1) of one.
+    void pack();
+    void pack(size_t i, int64_t n0, int64_t n1, int64_t k0, int64_t k1);
+
+    // Starts a batch. Sums go by blocks, so its size decides how it is cut and nothing else does:
+    // neither threads nor other batches.
+    void set_batch(int64_t rows);
+    int64_t blocks() const { return ceil_div(rows_, block_); }
+
+    // body(rows, parallel) for all rows of the batch: whole blocks of them, on a thread each.
+    template <class Body>
+    void each_block(const Body& body) {
+        const int64_t block = block_;
+        if (!b_.keeps_panels) {
+            body(Rows{0, rows_}, parallel_);
+            return;
+        }
+        failed |= run(parallel_, blocks(), 1, [&](int64_t begin, int64_t end) {
+            body(Rows{begin * block, std::min(rows_, end * block)}, alone);
+        });
+    }
+
+    // body(rows, number of the block)
+    template <class Body>
+    void blocks_in(Rows r, const Body& body) const {
+        for (int64_t begin = r.begin; begin < r.end; begin += block_)
+            body(Rows{begin, std::min(r.end, begin + block_)}, begin / block_);
+    }
+
+    void forward(Rows r, ParallelFor parallel);
+    // From dy, or dz of the last layer, down to dz of layer `first`, and dx.
+    void backward(Rows r, ParallelFor parallel, size_t first = 0);
+
+    // Row 0 of y, were the rows before r as far apart as those of r: r has the memory of its own
+    // rows alone, whatever other layers keep in the same buffer.
+    float* y(size_t i, Rows r) const { return b_.y[i] + r.begin * (b_.room[i] - b_.ld[i]); }
+    const float* input(size_t i, Rows r) const { return i == 0 ? b_.x : y(i - 1, r); }
+    int64_t input_ld(size_t i) const { return i == 0 ? b_.x_ld : b_.ld[i - 1]; }
+    // Its input^T dz over all rows, the gradient of w, to c.
+    Gemm weight_gradient(size_t i, float* c) const;
+
+    std::atomic<int> failed{0};
+
+  private:
+    EpilogueParams epilogue(const Layer& l, Rows r) const;
+
+    const std::vector<Layer>& layers_;
+    const Buffers& b_;
+    ParallelFor parallel_;
+    int64_t rows_ = 0;
+    int64_t block_ = 1;  // rows of it
+};
+
+}  // namespace fusedmlp::cpu
