@@ -12,6 +12,8 @@ namespace fusedmlp::cpu {
 namespace {
 
 int drive(uint64_t seed, int64_t rounds) {
+    dice.seed(seed);
+    all_loops();
     for (const char* isa : {"baseline", "avx2", "avx512"}) {
         if (!set_isa(isa)) {
             std::printf("%s: this processor lacks it\n", isa);

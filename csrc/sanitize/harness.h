@@ -14,6 +14,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "cpu/pool.h"
 
 namespace fusedmlp::cpu {
 
@@ -65,6 +66,16 @@ inline int scattered(
     return 0;
 }
 
+inline int pooled(
+    int64_t begin,
+    int64_t end,
+    int64_t grain,
+    void (*body)(int64_t, int64_t, void*),
+    void* context
+) {
+    return pool_for(3, begin, end, grain, body, context);
+}
+
 // Of the very size that a call asks for, so that AddressSanitizer sees what goes beyond it.
 using Floats = std::vector<float>;
 
@@ -99,7 +110,8 @@ inline void check(const std::string& what, int64_t rounds, const Call& call) {
     const Result one = call(alone);
     bool is_equal = true;
     for (int64_t round = 0; round < rounds; ++round)
-        is_equal &= call(scattered).bytes == one.bytes;
+        for (const ParallelFor parallel : {scattered, pooled})
+            is_equal &= call(parallel).bytes == one.bytes;
     ++calls;
     if (is_equal && one.is_finite)
         return;
@@ -127,6 +139,7 @@ std::string text(const Parts&... parts) {
 // Thresholds of dropout.
 constexpr uint64_t kNoneDrops = 0, kSomeDrop = 0x4ccccccd, kAllDrop = uint64_t(1) << 32;
 
+void all_loops();
 void all_elementwise();
 void all_products();
 void all_networks(int64_t rounds);

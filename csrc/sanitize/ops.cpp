@@ -67,6 +67,45 @@ void elementwise(Dtype dtype, int act, uint64_t threshold, int64_t rows, int64_t
 
 }  // namespace
 
+// Several callers at once, loops of any length one after the other: each index is met once, and a
+// body that throws is told to its own caller.
+void all_loops() {
+    const auto call = [](uint64_t seed, int64_t loops) {
+        dice.seed(seed);
+        bool is_right = true;
+        for (int64_t loop = 0; loop < loops; ++loop) {
+            const int64_t begin = any(0, 5), n = any(1, 300), grain = any(1, 20);
+            const bool throws = any(0, 9) == 0;
+            std::vector<int> met(size_t(n), 0);
+            const auto body = [&](int64_t first, int64_t end) {
+                for (int64_t i = first; i < end; ++i)
+                    ++met[size_t(i - begin)];
+                if (throws)
+                    throw 1;
+            };
+            const auto one = [](int64_t first, int64_t end, void* context) {
+                (*static_cast<decltype(body)*>(context))(first, end);
+            };
+            const int failed = pool_for(
+                int(any(1, 4)), begin, begin + n, grain, one,
+                const_cast<void*>(static_cast<const void*>(&body))
+            );
+            is_right &= (failed != 0) == throws;
+            is_right &= std::all_of(met.begin(), met.end(), [](int times) { return times == 1; });
+        }
+        return is_right;
+    };
+    bool other_is_right = false;
+    std::thread other([&] { other_is_right = call(1, 2000); });
+    const bool is_right = call(2, 2000);
+    other.join();
+    ++calls;
+    if (is_right && other_is_right)
+        return;
+    ++wrong;
+    std::printf("loops of the pool: an index was not met once, or a failure was lost\n");
+}
+
 void all_elementwise() {
     const int64_t shapes[][2] = {{1, 1}, {37, 7}, {700, 40}, {90, 300}, {20, 2500}, {5, 0}};
     for (int dtype = 0; dtype < kDtypeCount; ++dtype)
