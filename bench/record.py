@@ -72,7 +72,9 @@ def gpu_state(*fields: str) -> dict[str, str]:
     """What nvidia-smi says of the first GPU; {} without it."""
     query = "--query-gpu=" + ",".join(fields)
     values = _said("nvidia-smi", query, "--format=csv,noheader", "-i", "0").split(",")
-    return dict(zip(fields, map(str.strip, values), strict=True)) if len(values) == len(fields) else {}
+    return (
+        dict(zip(fields, map(str.strip, values), strict=True)) if len(values) == len(fields) else {}
+    )
 
 
 def clocks() -> dict[str, str]:

@@ -6,24 +6,23 @@
     python -m bench.steps --group ways epochs --dims 12-16-3 --rows 512 --steps 4  # that, on a CPU
 
 One process, rounds in which each function is timed once, in random order (timing.py); ratios are
-what to read. Groups on a CPU:
-  main, batch,     the native engine, which gathers and scales uint8 rows as part of its step, against
-  width, depth     eager (nn.Sequential over rows that are in memory as floats) and against its GEMMs:
-                   torch.mm into memory that is there, in the faster of its two orientations
-  threads          the main cases with 1 thread and with each of --threads, in the same rounds
-  ensemble         a step of 1 to 64 networks at once (native_many.py) against a step of one
+what to read. Groups on a CPU, of the native engine, which gathers and scales uint8 rows itself:
+  main, batch, width, depth  against eager (nn.Sequential on rows in memory as floats) and its GEMMs:
+                  torch.mm into memory that is there, in the faster of its two orientations
+  threads         the main cases with 1 thread and with each of --threads, in the same rounds
+  ensemble        a step of 1 to 64 networks at once (native_many.py) against a step of one
 Groups on a GPU:
-  ways             --steps steps by the wall clock with one wait at the end; every way has the data on
-                   the device, takes row numbers, and sums its losses:
-                     eager            nn.Sequential under autocast or not, fp32 images in memory
-                     eager graph      the same step captured by hand in one CUDA graph
-                     compile          forward and loss by torch.compile(mode="reduce-overhead")
-                     compile graph    forward and loss by torch.compile, the step captured by hand
-                     graph            ours: the engine `graph` on the images as bytes
-                   Correctness first: parameters after some steps against an fp64 loop, of ways with
-                   masks of their own the loss; a way that is wrong, or that cannot run, has a row
-                   with the reason instead of a time
-  epochs           ten epochs of Fashion-MNIST with a test after each, ours and the eager loop, by seeds
+  ways            --steps steps by the wall clock with one wait at the end; every way has the data
+                  on the device, takes row numbers, and sums its losses:
+                    eager          nn.Sequential under autocast or not, fp32 images in memory
+                    eager graph    the same step captured by hand in one CUDA graph
+                    compile        forward and loss by torch.compile(mode="reduce-overhead")
+                    compile graph  forward and loss by torch.compile, the step captured by hand
+                    graph          ours: the engine `graph` on the images as bytes
+                  Correctness first: parameters after some steps against an fp64 loop, of ways with
+                  masks of their own the loss; a way that is wrong, or that cannot run, has a row
+                  with the reason instead of a time
+  epochs          ten epochs of Fashion-MNIST, each with a test: ours and the eager loop, by seeds
 """
 
 from __future__ import annotations
@@ -201,7 +200,9 @@ def way_rows(net: Network, data: types.Data, steps: int, budget: float) -> list[
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(prog="bench.steps", description=__doc__.splitlines()[0])
-    p.add_argument("--group", nargs="+", choices=GROUPS, help="default: main; on a GPU ways, epochs")
+    p.add_argument(
+        "--group", nargs="+", choices=GROUPS, help="default: main; on a GPU ways, epochs"
+    )
     p.add_argument("--device", choices=("cuda", "cpu"), default="cpu")
     p.add_argument("--dims", nargs="+", help="networks, as 784-256-10, instead of the group's")
     p.add_argument("--batch", type=int, default=256, help="rows a step, with --dims and on a GPU")
@@ -216,6 +217,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after this many")
     p.add_argument("--out", type=Path, help="results file (JSON); none: only print")
     args = p.parse_args(argv)
+    cpu_only = set(args.group or ()) - {"ways", "epochs"}
+    if cpu_only and (args.device == "cuda" or cpu_only != set(args.group)):
+        p.error("--group ways epochs are measured apart from the others, which are a CPU's")
     args.group = args.group or (["main"] if args.device == "cpu" else ["ways", "epochs"])
     if args.precision is None:
         args.precision = [x for x in PRECISIONS if args.device == "cuda" or x != "tf32"]

@@ -1,5 +1,7 @@
-"""The tables of README.md and docs/: the text of each from the rows of a results file. The one place
-where figures become text for people; report.py puts the tables into the documents."""
+"""The tables of README.md and docs/: the text of each from the rows of a results file.
+
+The one place where figures become text for people; report.py puts the tables into the documents.
+"""
 
 from __future__ import annotations
 

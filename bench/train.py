@@ -209,9 +209,7 @@ def time_rows(job: Job, compared: list, rounds: int, loader_rounds: int) -> list
     return rows
 
 
-def epoch_rows(
-    job: Job, data: types.Data, precision: str, seeds: int, until: float
-) -> list[dict]:
+def epoch_rows(job: Job, data: types.Data, precision: str, seeds: int, until: float) -> list[dict]:
     """Two rows: ours and the eager loop, each with every seed, in random order within a seed."""
     engine = "graph" if data.x_train.is_cuda else "auto"
     job = replace(job, config=job.config.replace(precision=precision, engine=engine))
