@@ -166,7 +166,7 @@ def line(row: dict, columns: tuple[str, ...] = ()) -> str:
         value = _rounded(row.get(name))
         if isinstance(value, str):
             cells.append(value)
-        elif isinstance(value, list) and len(value) == 3:
+        elif isinstance(value, list) and len(value) == 3 and isinstance(value[0], float):
             cells.append("{} {:.4g} [{:.4g}, {:.4g}]".format(name, *value))
         elif value is not None:
             cells.append(f"{name} {value}")

@@ -7,8 +7,8 @@
 
 One process, rounds in which each function is timed once, in random order (timing.py); ratios are
 what to read. Groups on a CPU, of the native engine, which gathers and scales uint8 rows itself:
-  main, batch, width, depth  against eager (nn.Sequential on rows in memory as floats) and its GEMMs:
-                  torch.mm into memory that is there, in the faster of its two orientations
+  main, batch, width, depth  against eager (nn.Sequential on rows in memory as floats) and GEMMs:
+                  its products by torch.mm into memory that is there, in the faster orientation
   threads         the main cases with 1 thread and with each of --threads, in the same rounds
   ensemble        a step of 1 to 64 networks at once (native_many.py) against a step of one
 Groups on a GPU:

@@ -14,6 +14,7 @@ PYTHON = """#!/usr/bin/env bash
 case $1 in
     -c) name=${2#import }; [[ " $MISSING " != *" $name "* ]] ;;
     -) cat >/dev/null ;;
+    -m) [ "$2" = bench.record ] || { echo "$*" >>"$CALLS"; echo "3 passed in 1.0s"; } ;;
     *) echo "$*" >>"$CALLS"; echo "3 passed in 1.0s" ;;
 esac
 """
