@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import product
 
@@ -226,13 +225,6 @@ def gpu() -> list[Case]:
     ]
 
 
-def suite(name: str) -> list[Case]:
-    """The cases of a suite; raises ValueError for an unknown one."""
-    if name not in SUITES:
-        raise ValueError(f"bench: unknown suite {name!r}; known: {', '.join(SUITES)}")
-    return SUITES[name]()
-
-
 SUITES = {
     "cpu": lambda: [*cpu(), *grid()],
     "cpu-quick": cpu,
@@ -240,9 +232,3 @@ SUITES = {
     "gpu": lambda: [*gpu(), *grid("cuda", "bf16")],
     "gpu-grid": lambda: grid("cuda", "bf16"),
 }
-
-
-def select(cases: Iterable[Case], groups: Iterable[str] | None) -> list[Case]:
-    """The cases of some groups, all when none is named."""
-    wanted = set(groups or ())
-    return [case for case in cases if not wanted or case.group in wanted]

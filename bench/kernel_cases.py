@@ -85,29 +85,27 @@ class Kernel:
         return "HMMA"
 
 
-def _products(target: str, quick: bool) -> Iterator[Kernel]:
+def _products(target: str) -> Iterator[Kernel]:
     """Every tile that can be chosen: heaviest epilogue, backward, splits, odd rows."""
     from fusedmlp.backends.triton import tiles as choices
 
     from .triton_build import tile_target
 
-    full = target == "sm_90" and not quick
+    full, device = target == "sm_90", tile_target(target)
     for kind, dtype in (("half", "bf16"), ("half", "fp16"), ("tf32", "fp32"), ("ieee", "fp32")):
-        tiles = choices.fitting(kind, 2 if kind == "half" else 4, tile_target(target))
+        tiles = choices.fitting(kind, 2 if kind == "half" else 4, device)
         plain = [t for t in tiles if not t.descriptors]
         if dtype == "fp16":
             # The same code as bf16 but for the conversions.
             tiles = tiles[::4] if full else ()
-        elif quick:
-            tiles = tiles[:: len(tiles) // 2]
         for tile in tiles:
             made = dict(target=target, dtype=dtype, kind=kind, tile=tuple(tile))
             yield Kernel("linear_act", **made, descriptors=int(tile.descriptors))
             yield Kernel("dgrad_act", **made, descriptors=2 * tile.descriptors)
-            if not quick and choices.for_odd_rows(tile, kind, tile_target(target)):
+            if choices.for_odd_rows(tile, kind, device):
                 yield Kernel("linear_act", **made, aligned=False)
                 yield Kernel("dgrad_act", **made, aligned=False)
-            if not quick and choices.can_split(tile, tile_target(target)):
+            if choices.can_split(tile, device):
                 yield Kernel("linear_act", **made | {"tile": tuple(tile._replace(splits=4))})
         if dtype == "bf16":
             split = tuple(plain[0]._replace(splits=4))
@@ -119,23 +117,22 @@ def _products(target: str, quick: bool) -> Iterator[Kernel]:
                 yield Kernel("dgrad_act", target, dtype, act, p, kind, tile)
 
 
-def _elementwise(target: str, quick: bool) -> Iterator[Kernel]:
-    for dtype in ("fp32", "fp16", "bf16") if target == "sm_90" and not quick else ("bf16",):
+def _elementwise(target: str) -> Iterator[Kernel]:
+    for dtype in ("fp32", "fp16", "bf16") if target == "sm_90" else ("bf16",):
         for op in ("dropout", "cross_entropy", "cross_entropy of long rows"):
             yield Kernel(op, target, dtype)
         yield Kernel("bias_act_dropout_bwd", target, dtype, part=1)  # the second stage of its sums
         for op in ("bias_act_dropout_fwd", "bias_act_dropout_bwd"):
-            for act in ("gelu",) if quick else activations.NAMES:
+            for act in activations.NAMES:
                 yield Kernel(op, target, dtype, act)
-            if not quick:
-                yield Kernel(op, target, dtype, "gelu", aligned=False)
+            yield Kernel(op, target, dtype, "gelu", aligned=False)
 
 
-def sample() -> tuple[Kernel, ...]:
-    """What the test suite compiles: every kernel once, every target, each kind of product."""
+def sample() -> list[Kernel]:
+    """Every kernel once, every target, each kind of product: --quick, and the test suite."""
     small = (64, 32, 64, 4, 4)
     half = dict(kind="half", tile=small)
-    return (
+    return [
         Kernel("linear_act", "sm_90", "bf16", kind="half", tile=(64, 64, 64, 4, 4)),
         Kernel("linear_act", "sm_90", "bf16", "relu", 0.1, "half", (*small, True), descriptors=1),
         Kernel("linear_act", "sm_90", "fp16", "silu", **half, aligned=False),
@@ -150,10 +147,10 @@ def sample() -> tuple[Kernel, ...]:
         Kernel("dropout", "sm_90", "bf16"),
         Kernel("cross_entropy", "sm_90", "bf16"),
         *(Kernel("linear_act", t, "bf16", **half) for t in TARGETS if t != "sm_90"),
-    )
+    ]
 
 
-def kernels(targets: tuple[str, ...], quick: bool) -> list[Kernel]:
-    """What is compiled, each once."""
-    made = [k for t in targets for k in (*_products(t, quick), *_elementwise(t, quick))]
+def kernels(targets: tuple[str, ...] = TARGETS) -> list[Kernel]:
+    """Everything, each once."""
+    made = (k for t in targets for k in (*_products(t), *_elementwise(t)))
     return list(dict.fromkeys(made))

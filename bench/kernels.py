@@ -1,7 +1,7 @@
 """`make kernels`: compiles every Triton kernel for every target and lists what its code needs.
 
     python -m bench.kernels                    everything, about half an hour on two cores
-    python -m bench.kernels --quick            one of each kind, a minute
+    python -m bench.kernels --quick            one of each kind, as the test suite, half a minute
     python -m bench.kernels --target sm_90 --out bench/results/kernels.json --resume
     python -m bench.kernels --out bench/results/kernels.json --check
     python -m bench.kernels --dropout-instructions --out bench/results/dropout_instructions.json
@@ -142,7 +142,6 @@ def compile_all(results: record.Results, todo: list[Kernel], workers: int) -> No
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one of each kind")
-    parser.add_argument("--sample", action="store_true", help="what the test suite compiles")
     parser.add_argument("--target", action="append", choices=TARGETS, help="may be repeated")
     parser.add_argument("--out", type=Path, help="results file (JSON)")
     parser.add_argument("--resume", action="store_true", help="keep the rows that --out has")
@@ -163,10 +162,10 @@ def main(argv: list[str] | None = None) -> int:
         os.environ["TRITON_CACHE_DIR"] = cache
         start = time.perf_counter()
         if args.dropout_instructions:
-            results.add(*dropout_instructions("sm_90", args.sample))
+            results.add(*dropout_instructions("sm_90", args.quick))
             return 0
-        targets = tuple(args.target or TARGETS)
-        todo = list(sample() if args.sample else kernels(targets, args.quick))
+        todo = sample() if args.quick else kernels()
+        todo = [kernel for kernel in todo if kernel.target in (args.target or TARGETS)]
         if args.resume or args.check:
             results.rows = kept(args.out, todo)
         if args.check:

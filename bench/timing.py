@@ -122,17 +122,20 @@ class CudaTimer:
 
     def sample(self, function: Callable[[], object], calls: int) -> tuple[float, float]:
         """(ms, host ms) per call."""
+        event = functools.partial(torch.cuda.Event, enable_timing=True)
         for _ in range(6):
-            pairs = self._events(calls)
+            # One pair of events around all calls; where the cache is cold, a pair a call.
+            pairs = [(event(), event()) for _ in range(1 if self._flush is None else calls)]
             torch.cuda.synchronize()
             torch.cuda._sleep(self._sleep)
             host = time.perf_counter()
-            if self._flush is None:
-                self._between(*pairs[0], function, calls)
-            else:
-                for pair in pairs:
+            for start, end in pairs:
+                if self._flush is not None:
                     self._flush.zero_()
-                    self._between(*pair, function, 1)
+                start.record()
+                for _ in range(calls // len(pairs)):
+                    function()
+                end.record()
             host = time.perf_counter() - host
             host_was_ahead = not pairs[0][0].query()
             torch.cuda.synchronize()
@@ -147,17 +150,6 @@ class CudaTimer:
     def disturbances() -> int:
         """The device does not mind what the host is doing."""
         return 0
-
-    def _events(self, calls: int):
-        event = functools.partial(torch.cuda.Event, enable_timing=True)
-        return [(event(), event()) for _ in range(1 if self._flush is None else calls)]
-
-    @staticmethod
-    def _between(start, end, function, calls):
-        start.record()
-        for _ in range(calls):
-            function()
-        end.record()
 
 
 def timer(device: str, cold: bool = False, wall: bool = False) -> CpuTimer | CudaTimer:

@@ -41,6 +41,8 @@ from . import record, timing, ways
 from .ways import Network
 
 PARTS = ("time", "seeds", "parity")
+# Of the errors of all parameters.
+SIZES = {"max": lambda e: e.abs().max(), "RMS": lambda e: e.square().mean().sqrt()}
 
 
 @dataclass(frozen=True)
@@ -258,21 +260,13 @@ def parity_rows(job: Job, data: types.Data, at: list[int], seeds: int) -> list[d
     rows = []
     for steps, errors in found.items():
         row = {"network": job.name, "steps": steps, "seeds": seeds}
-        for kind, measure in (("max", _max), ("RMS", _rms)):
-            ours, theirs = ([measure(pair[side]) for pair in errors] for side in (0, 1))
+        for kind, size in SIZES.items():
+            ours, theirs = ([size(pair[side]).item() for pair in errors] for side in (0, 1))
             row[f"{kind} error"] = statistics.median(ours)
             row[f"{kind} error of PyTorch"] = statistics.median(theirs)
             row[f"{kind} ratio"] = timing.over(ours, theirs)
         rows.append(row)
     return rows
-
-
-def _max(errors: Tensor) -> float:
-    return errors.abs().max().item()
-
-
-def _rms(errors: Tensor) -> float:
-    return errors.square().mean().sqrt().item()
 
 
 def _errors(job: Job, data: types.Data, at: list[int]) -> Iterator[tuple[int, list[Tensor]]]:

@@ -209,9 +209,9 @@ def test_the_suites_hold_what_the_claims_need():
     assert {c.act for c in grid} == {"relu", "gelu", "tanh"}
     wanted = {("bias_act_dropout", "fwd+bwd", n, (n,)) for n in (256, 1024, 4096)}
     wanted |= {("net", "step", 256, (784, 256, 10)), ("net", "step", 256, (784, 256, 256, 10))}
-    assert wanted <= {(c.op, c.mode, c.m, c.dims) for c in cases.suite("cpu")}
+    assert wanted <= {(c.op, c.mode, c.m, c.dims) for c in cases.SUITES["cpu"]()}
     for name in cases.SUITES:
-        found = [tables.key(case.columns()) for case in cases.suite(name)]
+        found = [tables.key(case.columns()) for case in cases.SUITES[name]()]
         assert len(found) == len(set(found)), f"a case is twice in {name}"
 
 
