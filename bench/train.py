@@ -196,18 +196,21 @@ def unpack(data_dir: Path | None, folder: Path) -> None:
         (raw / path.name.removesuffix(".gz")).write_bytes(content)
 
 
-def time_rows(job: Job, compared: list, rounds: int, loader_rounds: int) -> list[dict]:
-    compared[0].run(seed=0)  # threads, libraries and kernels are loaded; nothing else is warm
-    runs = {way.name: way.run for way in compared}
-    fewer = {DataLoaders.name: loader_rounds}
-    found = timing.rounds(runs, rounds, job.config.device, only_first=fewer)
+def time_rows(job: Job, data: types.Data, compared: list, rounds: int, **limits) -> list[dict]:
+    """A row a way: wall time, and the accuracies of the rounds; limits: of timing.rounds."""
+    compared[0].run(seed=rounds)  # threads, libraries and kernels are loaded
+    runs, device = {way.name: way.run for way in compared}, data.x_train.device.type
+    found = timing.rounds(runs, rounds, device, **limits)
     rows = []
-    for name, (seconds, _) in found.items():
-        if not seconds:
-            continue
-        row = {"network": job.name, "way": name, "seconds": timing.spread(seconds)}
-        row["time over fusedmlp's"] = timing.over(seconds, found[Ours.name][0])
-        rows.append(row | {"epochs": job.config.epochs, "rounds": len(seconds)})
+    for name, (seconds, accuracies) in found.items():
+        if seconds:
+            row = {"network": job.name, "way": name, "seconds": timing.spread(seconds)}
+            row["time over fusedmlp's"] = timing.over(seconds, found[compared[0].name][0])
+            row |= {"epochs": job.config.epochs, "rounds": len(seconds), "data": data.name}
+            if data.name != "noise":
+                row["test accuracy"] = statistics.mean(accuracies)
+                row["deviation"] = statistics.stdev(accuracies) if len(seconds) > 1 else None
+            rows.append(row)
     return rows
 
 
@@ -215,23 +218,11 @@ def epoch_rows(job: Job, data: types.Data, precision: str, seeds: int, until: fl
     """Two rows: ours and the eager loop, each with every seed, in random order within a seed."""
     engine = "graph" if data.x_train.is_cuda else "auto"
     job = replace(job, config=job.config.replace(precision=precision, engine=engine))
-    compared, epochs = [Ours(job, data), InMemory(job, data)], job.config.epochs
     with timing.products(precision):
-        for way in compared:  # libraries and kernels are loaded
-            way.run(seed=seeds)
-        runs = {way.name: way.run for way in compared}
-        found = timing.rounds(runs, seeds, data.x_train.device.type, until=until)
-    rows = []
-    for name, (seconds, right) in found.items():
-        row = {"table": "epochs", "network": job.name, "precision": precision, "way": name}
-        row |= {"epochs": epochs, "data": data.name, "seeds": len(right)}
-        row["milliseconds"] = [1e3 * s for s in timing.spread(seconds)]
-        row["time over fusedmlp's"] = timing.over(seconds, found[Ours.name][0])
-        if data.name != "noise":
-            row["test accuracy"] = statistics.mean(right)
-            row["deviation"] = statistics.stdev(right) if len(right) > 1 else None
-        rows.append(row)
-    return rows
+        compared = [Ours(job, data), InMemory(job, data)]
+        compared[1].run(seed=seeds)
+        rows = time_rows(job, data, compared, seeds, until=until)
+    return [{"table": "epochs", "precision": precision} | row for row in rows]
 
 
 def seed_row(job: Job, way, seeds: int) -> dict:
@@ -303,7 +294,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--part", nargs="+", choices=PARTS, default=["time"])
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder")
     parser.add_argument("--resume", action="store_true", help="keep the ways that seeds.json has")
-    parser.add_argument("--ways", nargs="+", default=[""], help="those whose names begin so")
+    parser.add_argument(
+        "--ways", nargs="+", default=[""], help="ours, and those whose names begin so"
+    )
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5, help="of `time`")
     # The DataLoader script takes ten times as long as the others together.
@@ -328,9 +321,11 @@ def main(argv: list[str] | None = None) -> int:
             parity.add(*parity_rows(job, data, args.steps, args.parity_seeds))
         if args.part == ["parity"]:
             continue
-        compared = [make(job, data) for make in WAYS if make.name.startswith(tuple(args.ways))]
+        asked = [way for way in WAYS if way is Ours or way.name.startswith(tuple(args.ways))]
+        compared = [make(job, data) for make in asked]
         if "time" in args.part:
-            times.add(*time_rows(job, compared, args.rounds, args.loader_rounds))
+            fewer = {DataLoaders.name: args.loader_rounds}
+            times.add(*time_rows(job, data, compared, args.rounds, only_first=fewer))
         for way in compared if "seeds" in args.part else ():
             row = {"network": job.name, "way": way.name, "epochs": args.epochs}
             row["seeds"] = args.seeds

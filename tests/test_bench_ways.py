@@ -32,7 +32,7 @@ def results(tmp_path_factory):
     command = [sys.executable, "-c", code, *small.split(), "--seeds", "2", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=record.ROOT)
     assert done.returncode == 0, done.stderr
-    assert "us a step" in done.stdout and "epochs 1  noise  seeds 2  milliseconds" in done.stdout
+    assert "us a step" in done.stdout and "epochs 1  rounds 2  noise" in done.stdout
     return record.read(out)
 
 
@@ -47,7 +47,7 @@ def test_every_way_has_a_row(results):
             assert row["time over graph's"][0] > 0
     epochs = [row for row in results["rows"] if row["table"] == "epochs"]
     assert len(epochs) == 2 * 2 * 2
-    assert all(row["seeds"] == 2 and row["data"] == "noise" for row in epochs)
+    assert all(row["rounds"] == 2 and row["data"] == "noise" for row in epochs)
     assert not any("test accuracy" in row for row in epochs)  # of noise
 
 
