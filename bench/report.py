@@ -113,15 +113,15 @@ _PLOTTED_BY = ("device", "op", "mode", "dtype", "act", "p")
 
 def plot(results: dict[Path, dict], folder: Path) -> list[Path]:
     """One log-log plot an op, mode and dtype that was timed at 3 sizes or more."""
-    import pandas
-
     folder.mkdir(parents=True, exist_ok=True)
     made = []
     for found in results.values():
         rows = [r for r in found["rows"] if "ms" in r and r["group"] != "grid"]
-        frame = pandas.DataFrame([r | {"p": "/".join(map(str, r["p"]))} for r in rows])
-        if frame.empty:
+        if not rows:
             continue
+        import pandas
+
+        frame = pandas.DataFrame([r | {"p": "/".join(map(str, r["p"]))} for r in rows])
         frame["elements"] = frame["M"] * frame["N"]
         for what, part in frame.groupby(list(_PLOTTED_BY), dropna=False, sort=False):
             if part[part["provider"] == "eager"]["elements"].nunique() < 3:
