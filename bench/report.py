@@ -28,28 +28,18 @@ _ANY_MARKER = re.compile(r"<!-- /?bench:([\w-]+) -->")
 NOTHING = "*Not measured yet: no results file holds it.*\n"
 
 
-def _words(value) -> str:
-    if isinstance(value, dict):
-        cpu, gpu, threads = (value.get(name) for name in ("cpu", "gpu", "threads"))
-        plural = "" if threads == 1 else "s"
-        parts = [gpu or cpu, f"{threads} thread{plural}" if threads and not gpu else None]
-        return ", ".join(part for part in parts if part) or ", ".join(map(str, value.values()))
-    return str(value)
+def _words(machine: dict) -> str:
+    threads = machine["threads"]
+    return machine.get("gpu") or f"{machine['cpu']}, {threads} thread{'s' * (threads != 1)}"
 
 
 def source(found: dict) -> str:
     """The line under a table: command, machine, versions, commit, date."""
-    versions = found["versions"]
-    names = versions.items() if isinstance(versions, dict) else ()
-    shown = [f"{k} {v}" for k, v in names if v and k in ("torch", "triton", "scikit-learn")]
-    parts = [
-        _words(found["machine"]),
-        ", ".join(shown) or str(versions),
-        f"commit {found['commit'] or 'unknown'}",
-        str(found["date"])[:10],
-    ]
-    command = f"`{found['command']}` on " if found.get("command") else ""
-    return f"\n<sub>{command}{'; '.join(parts)}.</sub>\n"
+    named = ((name, found["versions"].get(name)) for name in ("torch", "triton"))
+    versions = [f"{name} {version}" for name, version in named if version]
+    where = "; ".join([_words(found["machine"]), ", ".join(versions)])
+    when = f"commit {found['commit'] or 'unknown'}; {found['date'][:10]}"
+    return f"\n<sub>`{found['command']}` on {where}; {when}.</sub>\n"
 
 
 def _rows(found: dict, name: str) -> list[dict]:
