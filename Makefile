@@ -10,7 +10,7 @@ PART    ?= all
 
 PY     = $(VENV)/bin/python
 CLANG  = $(shell PATH="$(VENV)/bin:$$PATH" command -v clang-format)
-CSRC   = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/ptx/*.cpp tests/ptx/*.h)
+CSRC   = $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h tests/ptx/*.cpp tests/ptx/*.h)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test sanitize train lint format bench kernels semantics readme gpu verify info clean

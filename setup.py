@@ -1,8 +1,8 @@
 """Builds the optional extension; everything else about the package is in pyproject.toml.
 
 The extension is one or two plain shared libraries, opened by fusedmlp with torch.ops.load_library:
-    csrc/ops_cpu.cpp  + csrc/cpu/*.cpp  ->  fusedmlp/_native_cpu.so
-    csrc/ops_cuda.cpp + csrc/cuda/*.cu  ->  fusedmlp/_native_cuda.so
+    csrc/bind/cpu*.cpp + csrc/cpu/*.cpp  ->  fusedmlp/_native_cpu.so
+    csrc/bind/cuda.cpp + csrc/cuda/*.cu  ->  fusedmlp/_native_cuda.so
 They use libtorch's stable ABI, so neither is tied to one torch or one Python. What was built, and
 what was left out and why, goes to fusedmlp/_build_info.json. Does not ask for a GPU, and does not
 import torch: version and folder are read from its files, in 20 ms where the import takes 2 s.
@@ -55,7 +55,7 @@ CXX_FLAGS = (
 
 def sources(*patterns):
     found = [path for pattern in patterns for path in sorted((ROOT / "csrc").glob(pattern))]
-    if not found or found[0].name != patterns[0]:
+    if not found or found[0].parent.name != "bind":
         raise CannotBuild(f"csrc/{patterns[0]} is not in this tree")
     return found
 
@@ -73,14 +73,14 @@ class Builder:
         ninja = self.start("cpu")
         x86 = self.compiler.x86
         self.rules(ninja, ["-DFUSEDMLP_X86"] if x86 else [], ["torch_cpu"])
-        for source in sources("ops_cpu.cpp", "ops_mlp_cpu.cpp", "ops_step.cpp", "cpu/*.cpp"):
+        for source in sources("bind/cpu*.cpp", "cpu/*.cpp"):
             flags = x86_flags(source)
             if x86 or not flags:
                 ninja.compile("cxx", source, flags)
         return ninja.run("_native_cpu.so")
 
     def build_cuda(self):
-        files = sources("ops_cuda.cpp", "cuda/*.cpp", "cuda/*.cu")
+        files = sources("bind/cuda.cpp", "cuda/*.cu")
         ninja = self.start("cuda")
         nvcc = Nvcc(self.torch)
         defines = ["-DUSE_CUDA", "-isystem", str(nvcc.home / "include")]

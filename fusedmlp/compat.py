@@ -6,11 +6,13 @@ the dispatcher                    which kernels the extension has registered
 modules                           hooks for all modules; a module that was compiled by itself
 Dynamo, Inductor                  what a backend of torch.compile needs
 torch._foreach_*, torch._fused_*  one kernel for a list of tensors
+torch.optim                       optimizers without Dynamo, whose import takes more than a second
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +37,29 @@ foreach_copy_ = torch._foreach_copy_
 foreach_mul_ = torch._foreach_mul_
 foreach_norm = torch._foreach_norm
 fused_adam_, fused_adamw_, fused_sgd_ = torch._fused_adam_, torch._fused_adamw_, torch._fused_sgd_
+
+
+def make_optimizer(kind: type[torch.optim.Optimizer], *args, **settings) -> torch.optim.Optimizer:
+    """kind(*args, **settings). The constructor itself calls a method that imports torch._dynamo
+    only in order to be left alone by it."""
+    optimizer = kind.__new__(kind)
+    optimizer.add_param_group = MethodType(_undecorated(kind.add_param_group), optimizer)
+    kind.__init__(optimizer, *args, **settings)
+    del optimizer.add_param_group
+    return optimizer
+
+
+def optimizer_state_dict(optimizer: torch.optim.Optimizer) -> dict:
+    return _undecorated(type(optimizer).state_dict)(optimizer)
+
+
+def load_optimizer_state_dict(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    _undecorated(type(optimizer).load_state_dict)(optimizer, state)
+
+
+def _undecorated(method: Callable) -> Callable:
+    is_of_torch = method.__module__ == "torch.optim.optimizer"
+    return getattr(method, "__wrapped__", method) if is_of_torch else method
 
 
 def in_functorch() -> bool:

@@ -1,6 +1,8 @@
 """The private names of torch in fusedmlp/compat.py still do what this package takes them to do."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -139,3 +141,25 @@ def test_kernels_for_lists_of_tensors():
             **options,
         )  # fmt: skip
         torch.testing.assert_close(p[0], torch.full((2,), 0.5))
+
+
+def test_an_optimizer_is_made_saved_and_loaded_as_by_torch():
+    weights = [nn.Parameter(torch.ones(2))]
+    for kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
+        ours, plain = compat.make_optimizer(kind, weights, lr=0.5), kind(weights, lr=0.5)
+        assert type(ours) is kind and vars(ours).keys() == vars(plain).keys()
+        weights[0].grad = torch.ones(2)
+        ours.step()
+        assert str(compat.optimizer_state_dict(ours)) == str(ours.state_dict())
+        compat.load_optimizer_state_dict(plain, ours.state_dict())
+        assert str(plain.state_dict()) == str(ours.state_dict())
+
+
+def test_an_optimizer_is_made_saved_and_loaded_without_dynamo():
+    code = (
+        "import sys, torch; from fusedmlp import compat\n"
+        "o = compat.make_optimizer(torch.optim.AdamW, [torch.nn.Parameter(torch.ones(2))])\n"
+        "compat.load_optimizer_state_dict(o, compat.optimizer_state_dict(o))\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

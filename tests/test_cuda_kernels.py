@@ -293,7 +293,7 @@ def test_cross_entropy_of_infinite_logits_and_of_unknown_targets():
 
 @pytest.mark.slow
 def test_the_op_suite_passes_on_the_ptx_machine():
-    """Checks, views, allocations and routes of ops_cuda.cpp with every kernel, on CPU tensors."""
+    """Checks, views, allocations and routes of cuda.cpp with every kernel, on CPU tensors."""
     names = ("ops", "corners", "checks", "mlp_op", "cross_entropy")
     files = [f"tests/test_{name}.py" for name in names]
     chosen = "native and not threads and not extension"

@@ -22,11 +22,11 @@ from build_tools.toolchain import CannotBuild, Compiler, Nvcc, Torch, find_ninja
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = {".cpp", ".h", ".hpp", ".cu", ".cuh"}
 STAND_IN = {
-    "csrc/ops_cpu.cpp": "int plain(); int entry() { return plain(); }",
+    "csrc/bind/cpu.cpp": "int plain(); int entry() { return plain(); }",
     "csrc/cpu/plain.cpp": "int plain() { return 1; }",
     "csrc/cpu/wide_avx2.cpp": "#ifndef __AVX2__\n#error not for AVX2\n#endif\n",
     "csrc/cpu/wide_avx512.cpp": "#ifndef __AVX512BW__\n#error not for AVX-512\n#endif\n",
-    "csrc/ops_cuda.cpp": "#include <cuda_runtime.h>\n",
+    "csrc/bind/cuda.cpp": "#include <cuda_runtime.h>\n",
     "csrc/cuda/kernel.cu": "",
 }
 NVCC = """#!/bin/sh

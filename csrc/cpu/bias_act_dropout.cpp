@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/plan.h"
 
@@ -10,8 +11,6 @@ namespace {
 
 // Elements for which another thread is worth its start.
 constexpr int64_t kGrain = 16384;
-// Outputs at least this large go past the caches: nothing of them would be left there.
-constexpr int64_t kStreamBytes = int64_t(1) << 40;
 
 // Calls body(tile) for every tile; body may fill in more of it before running the kernel.
 template <class Body>
@@ -45,8 +44,6 @@ Tile common_tile(const EpilogueParams& e, const Plan& plan, int64_t ld, void* ou
     t.out = out;
     t.in = in;
     t.scale = e.drop.threshold ? e.drop.scale : 1.0f;
-    t.stream = e.dtype == Dtype::kFloat32 && plan.size * 4 >= kStreamBytes && plan.cols % 16 == 0 &&
-               reinterpret_cast<uintptr_t>(out) % 64 == 0;
     t.size = plan.folded ? plan.size : e.rows * ld;
     t.cols = plan.folded ? plan.cols : ld;
     return t;
@@ -105,7 +102,7 @@ Sums backward(
     const EpilogueParams& e = p.e;
     const Plan plan = make_plan(e, wants_db || wants_dslope);
     const Inputs inputs(e, plan);
-    const Kernel kernel = kernels().bwd(e.act, p.saves, e.dtype, e.drop.threshold != 0);
+    const Kernel kernel = isa().elementwise.bwd(e.act, p.saves, e.dtype, e.drop.threshold != 0);
     Tile common = common_tile(e, plan, ld, p.dz, p.dy);
     common.saved = p.saved;
 
@@ -158,7 +155,7 @@ int forward_rows(const BiasActDropoutFwdParams& p, int64_t ld, ParallelFor paral
     }
     const Plan plan = make_plan(e, false);
     const Inputs inputs(e, plan);
-    const Kernel kernel = kernels().fwd(e.act, e.dtype, e.drop.threshold != 0);
+    const Kernel kernel = isa().elementwise.fwd(e.act, e.dtype, e.drop.threshold != 0);
     return for_each_tile(
         common_tile(e, plan, ld, p.y, p.x), plan, inputs, parallel,
         [kernel](Tile& t, int64_t) { kernel(t); }

@@ -1,7 +1,7 @@
 // dz = keep ? dy * scale * act'(z) : 0 for one tile, and its column sums before it is rounded;
 // included once for each instruction set.
 #include "cpu/sweep.h"
-#include "cpu/vec_act.h"
+#include "cpu/vec/act.h"
 
 namespace fusedmlp::FUSEDMLP_ISA {
 
@@ -24,14 +24,13 @@ struct Bwd {
     VF scale;
     int64_t width;
     int64_t summed = 0;
-    bool stream_out;
 
     INLINE explicit Bwd(const cpu::Tile& t)
         : out(static_cast<T*>(t.out)), in(static_cast<const T*>(t.in)),
           from(static_cast<const T*>(t.saved)), dz(out), dy(in), saved(from), bias(t.bias),
           slope(t.slope), db(t.db ? t.scratch : nullptr),
           dslope(t.dslope ? t.scratch + t.width + cpu::kPad : nullptr), db_total(t.db),
-          dslope_total(t.dslope), scale(set1(t.scale)), width(t.width), stream_out(t.stream) {
+          dslope_total(t.dslope), scale(set1(t.scale)), width(t.width) {
         clear(db);
         clear(dslope);
     }
@@ -106,12 +105,6 @@ struct Bwd {
         const VF s = act_has_slope(ACT) ? load(slope + i) : zero;
         const VF g = value(load(dy + i), v, b, s, keep, ds);
         add(i, g, ds);
-        if constexpr (sizeof(T) == sizeof(float)) {
-            if (stream_out) {
-                stream(dz + i, g);
-                return;
-            }
-        }
         store(dz + i, g);
     }
 
@@ -142,8 +135,6 @@ static void bwd_tile(const cpu::Tile& t) {
     Bwd<T, ACT, SAVES, DROP> op(t);
     sweep<draws, act_is_light(ACT)>(t, op);
     op.flush();
-    if (t.stream)
-        fence();
 }
 
 template <class T, int ACT, int SAVES>

@@ -4,7 +4,7 @@
 #include <string>
 
 #include "common/philox.h"
-#include "cpu/tile.h"
+#include "cpu/isa.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -54,7 +54,7 @@ EXPORT const char* fusedmlp_activations() {
 }
 
 // The instruction set in use.
-EXPORT const char* fusedmlp_cpu_isa() { return fusedmlp::cpu::kernels().name; }
+EXPORT const char* fusedmlp_cpu_isa() { return fusedmlp::cpu::isa().name; }
 
 // 1 if the processor has it; otherwise the next lower one is taken.
 EXPORT int fusedmlp_set_cpu_isa(const char* name) { return fusedmlp::cpu::set_isa(name); }

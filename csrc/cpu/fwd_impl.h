@@ -1,6 +1,6 @@
 // y = drop(act(x + bias)) for one tile; included once for each instruction set.
 #include "cpu/sweep.h"
-#include "cpu/vec_act.h"
+#include "cpu/vec/act.h"
 
 namespace fusedmlp::FUSEDMLP_ISA {
 
@@ -15,11 +15,10 @@ struct Fwd {
     const float* bias;
     const float* slope;
     VF scale;
-    bool stream_out;
 
     INLINE explicit Fwd(const cpu::Tile& t)
         : out(static_cast<T*>(t.out)), in(static_cast<const T*>(t.in)), y(out), x(in), bias(t.bias),
-          slope(t.slope), scale(set1(t.scale)), stream_out(t.stream) {}
+          slope(t.slope), scale(set1(t.scale)) {}
 
     INLINE void row(int64_t start) {
         y = out + start;
@@ -37,12 +36,6 @@ struct Fwd {
 
     INLINE void full(int64_t i, VM keep) const {
         const VF v = value(load(x + i) + load(bias + i), slope + i, keep);
-        if constexpr (sizeof(T) == sizeof(float)) {
-            if (stream_out) {
-                stream(y + i, v);
-                return;
-            }
-        }
         store(y + i, v);
     }
 
@@ -62,8 +55,6 @@ template <class T, int ACT, bool DROP>
 static void fwd_tile(const cpu::Tile& t) {
     Fwd<T, ACT, DROP> op(t);
     sweep<DROP, act_is_light(ACT)>(t, op);
-    if (t.stream)
-        fence();
 }
 
 template <class T, int ACT>

@@ -4,8 +4,8 @@
 
 #include <algorithm>
 
+#include "cpu/isa.h"
 #include "cpu/parallel.h"
-#include "cpu/step_kernels.h"
 
 namespace fusedmlp::cpu {
 namespace {
@@ -58,7 +58,7 @@ void pack_panels(
     int64_t j0,
     int64_t j1
 ) {
-    const GemmKernels& kernels = step_kernels().gemm;
+    const GemmKernels& kernels = isa().gemm;
     for (int64_t j = j0; j < j1; j += kernels.nr) {
         const int64_t cols = std::min<int64_t>(kernels.nr, j1 - j);
         float* out = panels + j * k + k0 * kernels.nr;
@@ -70,7 +70,7 @@ void pack_panels(
 }
 
 GemmPlan plan_gemm(const Gemm& g, int64_t least) {
-    const GemmKernels& kernels = step_kernels().gemm;
+    const GemmKernels& kernels = isa().gemm;
     const int64_t nr = kernels.nr, panels = panels_of(g.n, nr), packed = first_packed(g, nr);
     GemmPlan plan{};
     GemmBlock& block = plan.block;
@@ -110,7 +110,7 @@ GemmBlock block_of(const GemmPlan& plan, int64_t at) {
     block.i0 = at / plan.across * plan.rows;
     block.i1 = std::min(plan.m, block.i0 + plan.rows);
     block.jp0 = at % plan.across * plan.panels;
-    block.jp1 = std::min(panels_of(block.n, step_kernels().gemm.nr), block.jp0 + plan.panels);
+    block.jp1 = std::min(panels_of(block.n, isa().gemm.nr), block.jp0 + plan.panels);
     return block;
 }
 
@@ -122,7 +122,7 @@ int launch_gemm(const Gemm& g, ParallelFor parallel) {
             std::fill_n(g.c + i * g.ldc, g.n, 0.0f);
         return 0;
     }
-    const GemmKernels& kernels = step_kernels().gemm;
+    const GemmKernels& kernels = isa().gemm;
     const auto grain = [](int64_t work) {
         return std::max<int64_t>(1, kWork / std::max<int64_t>(1, work));
     };

@@ -4,7 +4,22 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "cpu/tile.h"
+#include "cpu/isa.h"
+
+// Defined by isa_impl.h, in one file an instruction set.
+namespace fusedmlp {
+namespace baseline {
+extern const cpu::Isa table;
+}
+#ifdef FUSEDMLP_X86
+namespace avx2 {
+extern const cpu::Isa table;
+}
+namespace avx512 {
+extern const cpu::Isa table;
+}
+#endif
+}  // namespace fusedmlp
 
 namespace fusedmlp::cpu {
 namespace {
@@ -23,50 +38,50 @@ bool has_avx512() {
 #endif
 
 struct Candidate {
-    Kernels kernels;
+    const Isa& isa;
     bool (*supported)();
 };
 
 // Best first.
 const Candidate kCandidates[] = {
 #ifdef FUSEDMLP_X86
-    {{"avx512", avx512::fwd_kernel, avx512::bwd_kernel}, has_avx512},
-    {{"avx2", avx2::fwd_kernel, avx2::bwd_kernel}, has_avx2},
+    {avx512::table, has_avx512},
+    {avx2::table, has_avx2},
 #endif
-    {{"baseline", baseline::fwd_kernel, baseline::bwd_kernel}, [] { return true; }},
+    {baseline::table, [] { return true; }},
 };
 
 // The best set that is not above `highest`; without a name the best of all.
-const Kernels& choose(const char* highest) {
+const Isa& choose(const char* highest) {
     bool reached = true;
     if (highest)
         for (const Candidate& c : kCandidates)
-            reached &= std::strcmp(c.kernels.name, highest) != 0;
+            reached &= std::strcmp(c.isa.name, highest) != 0;
     for (const Candidate& c : kCandidates) {
-        reached |= highest && std::strcmp(c.kernels.name, highest) == 0;
+        reached |= highest && std::strcmp(c.isa.name, highest) == 0;
         if (reached && c.supported())
-            return c.kernels;
+            return c.isa;
     }
-    return kCandidates[sizeof kCandidates / sizeof *kCandidates - 1].kernels;
+    return baseline::table;
 }
 
-std::atomic<const Kernels*> current{nullptr};
+std::atomic<const Isa*> current{nullptr};
 
 }  // namespace
 
-const Kernels& kernels() {
-    const Kernels* k = current.load(std::memory_order_relaxed);
-    if (!k) {
-        k = &choose(std::getenv("FUSEDMLP_CPU_ISA"));
-        current.store(k, std::memory_order_relaxed);
+const Isa& isa() {
+    const Isa* found = current.load(std::memory_order_relaxed);
+    if (!found) {
+        found = &choose(std::getenv("FUSEDMLP_CPU_ISA"));
+        current.store(found, std::memory_order_relaxed);
     }
-    return *k;
+    return *found;
 }
 
 bool set_isa(const char* name) {
-    const Kernels& k = choose(name);
-    current.store(&k, std::memory_order_relaxed);
-    return std::strcmp(k.name, name) == 0;
+    const Isa& found = choose(name);
+    current.store(&found, std::memory_order_relaxed);
+    return std::strcmp(found.name, name) == 0;
 }
 
 }  // namespace fusedmlp::cpu

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <new>
 
-#include "cpu/vec_baseline.h"
+#include "cpu/vec/baseline.h"
 
 namespace fusedmlp::cpu {
 

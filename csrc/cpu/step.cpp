@@ -1,30 +1,18 @@
-// One training step: blocks of rows go through the network and back on a thread each, then blocks
-// of the weights' gradients are applied as the matrix product finishes them, unless their norm
-// comes first. Weights are kept a second time in the form that the products read.
+// One training step: blocks of rows go forward and backward through the network on a thread each,
+// then blocks of the weights' gradients are applied as the matrix product finishes them, unless
+// their norm comes first. Weights are kept a second time in the form that the products read.
 #include "cpu/step.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstring>
 
+#include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/plan.h"
 #include "cpu/step_buffers.h"
 
 namespace fusedmlp::cpu {
-
-const StepKernels& step_kernels() {
-    const char* name = kernels().name;
-#ifdef FUSEDMLP_X86
-    if (!std::strcmp(name, avx512::step_table.name))
-        return avx512::step_table;
-    if (!std::strcmp(name, avx2::step_table.name))
-        return avx2::step_table;
-#endif
-    (void)name;
-    return baseline::step_table;
-}
 
 namespace {
 
@@ -35,17 +23,17 @@ constexpr int64_t kParts = 16;               // blocks of a gradient, where it h
 class Step {
   public:
     Step(const StepParams& p, const Buffers& buffers, ParallelFor parallel)
-        : p_(p), b_(buffers), kernels_(step_kernels()), parallel_(parallel) {}
+        : p_(p), b_(buffers), isa_(isa()), parallel_(parallel) {}
 
     // order: (rows,) of step number `step` of this call
-    void operator()(int64_t step, const int64_t* order, int64_t rows) {
+    void train(int64_t step, const int64_t* order, int64_t rows) {
         state_[0] = p_.seed;
         state_[1] = int64_t(uint64_t(p_.first_step + step) * uint64_t(p_.mask_layers));
         lr_scale_ = p_.lr_scale ? p_.lr_scale[step] : 1.0;
         updates_ = p_.updates + step + 1;
         each_block(order, rows, [this](Rows r, ParallelFor parallel) {
-            there(r, parallel);
-            back(r, parallel);
+            forward_pass(r, parallel);
+            backward_pass(r, parallel);
         });
         gradients();
         if (p_.max_norm > 0.0) {
@@ -54,15 +42,17 @@ class Step {
         }
     }
 
-    void judge(const int64_t* order, int64_t rows) {
-        each_block(order, rows, [this](Rows r, ParallelFor parallel) { there(r, parallel); });
+    void evaluate(const int64_t* order, int64_t rows) {
+        each_block(order, rows, [this](Rows r, ParallelFor parallel) {
+            forward_pass(r, parallel);
+        });
     }
 
     // The panels of all weights.
     void pack() {
         if (!b_.keeps_panels)
             return;
-        const int64_t nr = kernels_.gemm.nr;
+        const int64_t nr = isa_.gemm.nr;
         for (size_t i = 0; i < p_.layers.size(); ++i) {
             const StepLayer& l = p_.layers[i];
             failed |=
@@ -130,12 +120,12 @@ class Step {
         return e;
     }
 
-    void there(Rows r, ParallelFor parallel) {
+    void forward_pass(Rows r, ParallelFor parallel) {
         const int64_t width = p_.scaling.width;
         failed |= run(
             parallel, r.end - r.begin, std::max<int64_t>(1, kGrain / width),
             [&](int64_t begin, int64_t end) {
-                kernels_.gather(b_.x, b_.x_ld, p_.scaling, order_, r.begin + begin, r.begin + end);
+                isa_.step.gather(b_.x, b_.x_ld, p_.scaling, order_, r.begin + begin, r.begin + end);
             }
         );
         for (size_t i = 0; i < p_.layers.size(); ++i)
@@ -174,9 +164,9 @@ class Step {
             out = b_.dz.back();
         }
         const LossParams l{out, order_, p_.targets, rows_, last.n, p_.smoothing};
-        const auto kernel = p_.loss == kCrossEntropy ? kernels_.cross_entropy
-                            : p_.loss == kLogistic   ? kernels_.logistic
-                                                     : kernels_.squared_error;
+        const auto kernel = p_.loss == kCrossEntropy ? isa_.step.cross_entropy
+                            : p_.loss == kLogistic   ? isa_.step.logistic
+                                                     : isa_.step.squared_error;
         blocks_in(r, [&](Rows block, int64_t at) {
             losses_[at] = 0.0;
             rights_[at] = 0;
@@ -184,7 +174,7 @@ class Step {
         });
     }
 
-    void back(Rows r, ParallelFor parallel) {
+    void backward_pass(Rows r, ParallelFor parallel) {
         for (size_t i = p_.layers.size(); i-- > 0;) {
             const StepLayer& l = p_.layers[i];
             const int64_t ld = b_.ld[i];
@@ -264,22 +254,22 @@ class Step {
 
     void gradient(const Part& part, int64_t at) {
         const StepLayer& l = p_.layers[part.layer];
-        const int64_t nr = kernels_.gemm.nr;
+        const int64_t nr = isa_.gemm.nr;
         GemmBlock block = block_of(part.plan, at);
         const int64_t j0 = block.jp0 * nr, j1 = std::min(l.k, block.jp1 * nr);
         if (p_.max_norm > 0.0)
-            return kernels_.gemm.block(block);
+            return isa_.gemm.block(block);
         const int64_t rows = block.i1 - block.i0, cols = j1 - j0;
         auto* dw = static_cast<float*>(scratch(kBlockSlot, size_t(rows * cols) * sizeof(float)));
         block.ldc = cols;
         block.c = dw - block.i0 * cols - j0;
-        kernels_.gemm.block(block);
+        isa_.gemm.block(block);
         const UpdateParams u = numbers_of(p_, l.w, lr_scale_, updates_);
         // Whole rows lie one after the other.
         const int64_t runs = cols == l.k ? 1 : rows, length = cols == l.k ? rows * cols : cols;
         for (int64_t r = 0; r < runs; ++r) {
             const int64_t to = (block.i0 + r) * l.k + j0;
-            kernels_.update(
+            isa_.step.update(
                 u, l.w.value + to, dw + r * cols, l.w.m1 ? l.w.m1 + to : nullptr,
                 l.w.m2 ? l.w.m2 + to : nullptr, length
             );
@@ -315,7 +305,7 @@ class Step {
         failed |=
             run(parallel_, ceil_div(w.size, 256), kGrain / 256, [&](int64_t begin, int64_t end) {
                 const int64_t at = begin * 256, n = std::min(w.size, end * 256) - at;
-                kernels_.update(
+                isa_.step.update(
                     u, w.value + at, grad + at, w.m1 ? w.m1 + at : nullptr,
                     w.m2 ? w.m2 + at : nullptr, n
                 );
@@ -338,19 +328,19 @@ class Step {
     void clip_and_update() {
         double squares = 0.0;
         for_each_gradient([&](const StepParam& w, const float* g) {
-            squares += kernels_.square_sum(g, w.size);
+            squares += isa_.step.square_sum(g, w.size);
         });
         const double factor = p_.max_norm / (std::sqrt(squares) + 1e-6);
         for_each_gradient([&](const StepParam& w, float* g) {
             if (!(factor >= 1.0))
-                kernels_.scale(g, float(factor), w.size);
+                isa_.step.scale(g, float(factor), w.size);
             update(w, g);
         });
     }
 
     const StepParams& p_;
     const Buffers& b_;
-    const StepKernels& kernels_;
+    const Isa& isa_;
     ParallelFor parallel_;
     const int64_t* order_ = nullptr;
     int64_t rows_ = 0;
@@ -365,25 +355,25 @@ class Step {
 
 }  // namespace
 
-int64_t step_work(const StepParams& p) { return lay_out(p, nullptr).floats; }
+int64_t epoch_work(const StepParams& p) { return lay_out(p, nullptr).floats; }
 
-int64_t judge_work(const StepParams& p) { return lay_out_forward(p, nullptr).floats; }
+int64_t evaluation_work(const StepParams& p) { return lay_out_forward(p, nullptr).floats; }
 
-int launch_judge(StepParams& p, ParallelFor parallel) {
-    const Buffers buffers = lay_out_forward(p, p.work);
-    Step step(p, buffers, parallel);
-    step.pack();
-    for (int64_t done = 0; done < p.rows; done += p.batch)
-        step.judge(p.order + done, std::min(p.batch, p.rows - done));
-    return step.failed;
-}
-
-int launch_steps(StepParams& p, ParallelFor parallel) {
+int train_epoch(StepParams& p, ParallelFor parallel) {
     const Buffers buffers = lay_out(p, p.work);
     Step step(p, buffers, parallel);
     step.pack();
     for (int64_t done = 0, number = 0; done < p.rows; done += p.batch, ++number)
-        step(number, p.order + done, std::min(p.batch, p.rows - done));
+        step.train(number, p.order + done, std::min(p.batch, p.rows - done));
+    return step.failed;
+}
+
+int evaluate_rows(StepParams& p, ParallelFor parallel) {
+    const Buffers buffers = lay_out_forward(p, p.work);
+    Step step(p, buffers, parallel);
+    step.pack();
+    for (int64_t done = 0; done < p.rows; done += p.batch)
+        step.evaluate(p.order + done, std::min(p.batch, p.rows - done));
     return step.failed;
 }
 

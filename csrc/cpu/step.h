@@ -1,4 +1,4 @@
-// Whole training steps on the CPU as one call. Plain pointers, no torch.
+// Training and evaluation of whole networks on the CPU as one call. Plain pointers, no torch.
 #pragma once
 
 #include <vector>
@@ -55,20 +55,11 @@ struct StepParams {
     double max_norm;         // gradients are clipped to it; 0: they are not
     const double* lr_scale;  // (steps,) factors of the learning rate, or null
     double* totals;          // (3,) sum of losses, number right, rows: added to
-    float* work;             // step_work(p) floats
+    float* work;             // epoch_work(p) or evaluation_work(p) floats
 };
 
 // Of update number `updates`, from 1 on, of w, where the learning rate has this factor.
 UpdateParams numbers_of(const StepParams& p, const StepParam& w, double lr_scale, int64_t updates);
-
-// Floats of memory that steps of this batch take.
-int64_t step_work(const StepParams& p);
-int launch_steps(StepParams& p, ParallelFor parallel);
-
-// Adds losses, hits and rows to totals and changes nothing else. The layers save nothing and drop
-// nothing; what belongs to the update is not read.
-int64_t judge_work(const StepParams& p);
-int launch_judge(StepParams& p, ParallelFor parallel);
 
 // Epochs of one network: `steps` are those of the first, and order, lr_scale and totals go on with
 // those of the next. They end early after one whose loss is not finite.
@@ -77,22 +68,28 @@ struct Member {
     int64_t epochs;
 };
 
-// Several networks at once, which share the data and nothing else. work: (slots, floats), with
-// floats at least many_work and one slot for each thread that is to take part.
-int64_t many_work(const std::vector<Member>& members, int64_t (*work_of)(const StepParams&));
-int launch_many(
-    std::vector<Member>& members,
-    float* work,
-    int64_t slots,
-    int64_t floats,
-    ParallelFor parallel
-);
-int launch_judge_many(
-    std::vector<Member>& members,
-    float* work,
-    int64_t slots,
-    int64_t floats,
-    ParallelFor parallel
-);
+// Memory of several networks: a slot for each thread that is to take part, of `floats` each.
+struct Slots {
+    float* memory;
+    int64_t count;
+    int64_t floats;
+};
+
+// Networks that share the data and nothing else. A network alone runs on all threads, several on a
+// thread each, with the same results. train_work and evaluate_work are the floats that a slot
+// needs.
+int64_t train_work(const std::vector<Member>& members);
+int launch_train(std::vector<Member>& members, const Slots& slots, ParallelFor parallel);
+
+// Adds losses, hits and rows to totals and changes nothing else. The layers save nothing and drop
+// nothing; what belongs to the update is not read.
+int64_t evaluate_work(const std::vector<Member>& members);
+int launch_evaluate(std::vector<Member>& members, const Slots& slots, ParallelFor parallel);
+
+// All steps of one epoch of one network, for launch_train and launch_evaluate; p.work is set.
+int64_t epoch_work(const StepParams& p);
+int train_epoch(StepParams& p, ParallelFor parallel);
+int64_t evaluation_work(const StepParams& p);
+int evaluate_rows(StepParams& p, ParallelFor parallel);
 
 }  // namespace fusedmlp::cpu

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "cpu/gemm.h"
 #include "cpu/plan.h"
 
 namespace fusedmlp::cpu {

@@ -35,7 +35,7 @@ struct Buffers {
 
 // With a null base only `floats` and what needs no memory is filled in.
 Buffers lay_out(const StepParams& p, float* base);
-// Of rows that are only judged.
+// Of an evaluation.
 Buffers lay_out_forward(const StepParams& p, float* base);
 
 }  // namespace fusedmlp::cpu

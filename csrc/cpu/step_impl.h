@@ -1,6 +1,5 @@
 // The row kernels of step_kernels.h; included once for each instruction set.
-#include "cpu/gemm_impl.h"
-#include "cpu/vec_math.h"
+#include "cpu/vec/math.h"
 
 namespace fusedmlp::FUSEDMLP_ISA {
 
@@ -320,10 +319,8 @@ static void scale(float* g, float factor, int64_t n) {
         g[i] *= factor;
 }
 
-extern const cpu::StepKernels step_table;
-const cpu::StepKernels step_table = {
-    FUSEDMLP_ISA_NAME, kGemmKernels, gather,     cross_entropy, squared_error,
-    logistic,          update,       square_sum, scale,
+static constexpr cpu::StepKernels kStepKernels = {
+    gather, cross_entropy, squared_error, logistic, update, square_sum, scale,
 };
 
 #undef FN

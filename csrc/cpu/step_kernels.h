@@ -1,8 +1,7 @@
-// The row kernels of the training step, and the table of them that each instruction set offers.
+// The row kernels of the training step.
 #pragma once
 
-#include "cpu/gemm.h"
-#include "cpu/tile.h"
+#include "common/params.h"
 
 namespace fusedmlp::cpu {
 
@@ -44,9 +43,8 @@ struct UpdateParams {
     float eps;           //
 };
 
+// What an instruction set offers.
 struct StepKernels {
-    const char* name;
-    GemmKernels gemm;
     // Rows [begin, end) of a batch to rows ld apart.
     void (*gather)(
         float* out,
@@ -84,18 +82,4 @@ struct StepKernels {
     void (*scale)(float* g, float factor, int64_t n);
 };
 
-// Of the instruction set that kernels() of tile.h names.
-const StepKernels& step_kernels();
-
 }  // namespace fusedmlp::cpu
-
-#define FUSEDMLP_DECLARE_STEP(isa)                                                                 \
-    namespace fusedmlp::isa {                                                                      \
-    extern const cpu::StepKernels step_table;                                                      \
-    }
-FUSEDMLP_DECLARE_STEP(baseline)
-#ifdef FUSEDMLP_X86
-FUSEDMLP_DECLARE_STEP(avx2)
-FUSEDMLP_DECLARE_STEP(avx512)
-#endif
-#undef FUSEDMLP_DECLARE_STEP

@@ -1,5 +1,5 @@
 // Several networks at once: each thread takes one network after the other and runs its steps alone.
-// Sums do not depend on threads, so the bits are those of launch_steps.
+// Sums do not depend on threads, so the bits are those of a network that has all of them.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -17,9 +17,7 @@ using Run = int (*)(Member&, ParallelFor);
 struct Queue {
     std::vector<Member>& members;
     std::vector<size_t> order;
-    float* work;
-    int64_t slots;
-    int64_t floats;
+    Slots slots;
     Run run;
     std::atomic<size_t> next{0};
     std::atomic<int64_t> slot{0};
@@ -29,11 +27,11 @@ struct Queue {
     static void take(int64_t, int64_t, void* context) {
         Queue& q = *static_cast<Queue*>(context);
         const int64_t slot = q.slot++;
-        if (slot >= q.slots)
+        if (slot >= q.slots.count)
             return;
         for (size_t at; (at = q.next++) < q.order.size();) {
             Member& member = q.members[q.order[at]];
-            member.steps.work = q.work + slot * q.floats;
+            member.steps.work = q.slots.memory + slot * q.slots.floats;
             if (q.run(member, alone))
                 q.failed = 1;
         }
@@ -62,7 +60,7 @@ int train(Member& m, ParallelFor parallel) {
     const int64_t steps = ceil_div(p.rows, p.batch);
     int failed = 0;
     for (int64_t epoch = 0; epoch < m.epochs; ++epoch) {
-        failed |= launch_steps(p, parallel);
+        failed |= train_epoch(p, parallel);
         if (failed || !std::isfinite(p.totals[0]))
             return failed;
         p.order += p.rows;
@@ -74,29 +72,20 @@ int train(Member& m, ParallelFor parallel) {
     return failed;
 }
 
-int judge(Member& m, ParallelFor parallel) { return launch_judge(m.steps, parallel); }
+int evaluate(Member& m, ParallelFor parallel) { return evaluate_rows(m.steps, parallel); }
 
-int launch(
-    std::vector<Member>& members,
-    float* work,
-    int64_t slots,
-    int64_t floats,
-    ParallelFor parallel,
-    Run run
-) {
+int launch(std::vector<Member>& members, const Slots& slots, ParallelFor parallel, Run run) {
     if (members.size() == 1) {
-        members[0].steps.work = work;
+        members[0].steps.work = slots.memory;
         return run(members[0], parallel);
     }
-    Queue queue{members, longest_first(members), work, slots, floats, run};
-    const int64_t threads = std::min<int64_t>(slots, int64_t(members.size()));
+    Queue queue{members, longest_first(members), slots, run};
+    const int64_t threads = std::min<int64_t>(slots.count, int64_t(members.size()));
     const int failed = parallel(0, threads, 1, Queue::take, &queue);
     return failed | queue.failed;
 }
 
-}  // namespace
-
-int64_t many_work(const std::vector<Member>& members, int64_t (*work_of)(const StepParams&)) {
+int64_t most_work(const std::vector<Member>& members, int64_t (*work_of)(const StepParams&)) {
     int64_t most = 0;
     for (const Member& m : members)
         if (m.steps.rows)
@@ -104,24 +93,20 @@ int64_t many_work(const std::vector<Member>& members, int64_t (*work_of)(const S
     return most;
 }
 
-int launch_many(
-    std::vector<Member>& members,
-    float* work,
-    int64_t slots,
-    int64_t floats,
-    ParallelFor parallel
-) {
-    return launch(members, work, slots, floats, parallel, train);
+}  // namespace
+
+int64_t train_work(const std::vector<Member>& members) { return most_work(members, epoch_work); }
+
+int64_t evaluate_work(const std::vector<Member>& members) {
+    return most_work(members, evaluation_work);
 }
 
-int launch_judge_many(
-    std::vector<Member>& members,
-    float* work,
-    int64_t slots,
-    int64_t floats,
-    ParallelFor parallel
-) {
-    return launch(members, work, slots, floats, parallel, judge);
+int launch_train(std::vector<Member>& members, const Slots& slots, ParallelFor parallel) {
+    return launch(members, slots, parallel, train);
+}
+
+int launch_evaluate(std::vector<Member>& members, const Slots& slots, ParallelFor parallel) {
+    return launch(members, slots, parallel, evaluate);
 }
 
 }  // namespace fusedmlp::cpu

@@ -3,7 +3,7 @@
 // for the last n < VL of a row, and done() after each row.
 #pragma once
 
-#include "cpu/vec_philox.h"
+#include "cpu/vec/philox.h"
 
 namespace fusedmlp::FUSEDMLP_ISA {
 

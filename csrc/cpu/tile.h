@@ -1,4 +1,4 @@
-// What one kernel call works on, and the tables of kernels that each instruction set offers.
+// What one call of an elementwise kernel works on.
 #pragma once
 
 #include "common/params.h"
@@ -53,7 +53,6 @@ struct Tile {
     const Philox* philox;
     const Fold* fold;  // null for a wide matrix
     float scale;
-    bool stream;  // stores go past the caches; only with rows and columns on 64 byte lines
     int64_t size;
     int64_t cols;
     int64_t row0;
@@ -64,30 +63,11 @@ struct Tile {
 
 using Kernel = void (*)(const Tile& tile);
 
-// The kernels of one instruction set; null where there is none. dropout: 0 or 1.
-struct Kernels {
-    const char* name;
+// What an instruction set offers; null where there is no such kernel. dropout: 0 or 1.
+struct ElementwiseKernels {
     Kernel (*fwd)(int act, Dtype dtype, bool dropout);
     Kernel (*bwd)(int act, int saves, Dtype dtype, bool dropout);
 };
 
-// The best set for this processor, or the one that FUSEDMLP_CPU_ISA or set_isa() names.
-const Kernels& kernels();
-bool set_isa(const char* name);
-
 }  // namespace cpu
-
-// Looked up by cpu/isa.cpp.
-#define FUSEDMLP_DECLARE_KERNELS(isa)                                                              \
-    namespace isa {                                                                                \
-    cpu::Kernel fwd_kernel(int act, Dtype dtype, bool dropout);                                    \
-    cpu::Kernel bwd_kernel(int act, int saves, Dtype dtype, bool dropout);                         \
-    }
-FUSEDMLP_DECLARE_KERNELS(baseline)
-#ifdef FUSEDMLP_X86
-FUSEDMLP_DECLARE_KERNELS(avx2)
-FUSEDMLP_DECLARE_KERNELS(avx512)
-#endif
-#undef FUSEDMLP_DECLARE_KERNELS
-
 }  // namespace fusedmlp

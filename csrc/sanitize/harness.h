@@ -12,8 +12,8 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/isa.h"
 #include "cpu/parallel.h"
-#include "cpu/tile.h"
 
 namespace fusedmlp::cpu {
 
@@ -105,7 +105,7 @@ inline void check(const std::string& what, int64_t rounds, const Call& call) {
         return;
     ++wrong;
     std::printf(
-        "%s, %s: %s\n", kernels().name, what.c_str(),
+        "%s, %s: %s\n", isa().name, what.c_str(),
         is_equal ? "memory was read that nobody has written, or a result is not finite"
                  : "on several threads other bits than on one"
     );

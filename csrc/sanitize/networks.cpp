@@ -1,4 +1,4 @@
-// Whole networks: the op mlp, training, judging, and several networks at once.
+// Whole networks: the op mlp, training, evaluation, and several networks at once.
 #include "sanitize/harness.h"
 
 #include "cpu/mlp.h"
@@ -9,7 +9,6 @@ namespace fusedmlp::cpu {
 namespace {
 
 // --- networks
-// -------------------------------------------------------------------------------------
 
 struct Shape {
     std::vector<int64_t> sizes;  // inputs, hidden layers, outputs
@@ -42,7 +41,6 @@ struct Net {
 float* or_null(Floats& v) { return v.empty() ? nullptr : v.data(); }
 
 // --- the op mlp
-// -----------------------------------------------------------------------------------
 
 Result mlp(Net& net, const Shape& s, const Floats& x, const Floats& dy, bool keeps, ParallelFor f) {
     const int64_t state[2] = {11, 2}, m = s.rows;
@@ -90,8 +88,7 @@ Result mlp(Net& net, const Shape& s, const Floats& x, const Floats& dy, bool kee
     return r;
 }
 
-// --- training and judging
-// -------------------------------------------------------------------------
+// --- training and evaluation
 
 // Rows of data with targets of every loss.
 struct Data {
@@ -159,8 +156,7 @@ struct Trained {
         }
     }
 
-    // For the judging functions.
-    void only_judge() {
+    void evaluate_only() {
         p.smoothing = 0.0f;
         for (StepLayer& l : p.layers)
             l.saves = kSavesNothing, l.threshold = 0;
@@ -180,25 +176,34 @@ struct Trained {
     std::vector<int64_t> order;
 };
 
-Result train(const Net& net, const Data& data, const Shape& s, size_t kind, ParallelFor parallel) {
-    Trained t(net, data, s, kind, 1);
-    Floats work = unwritten(step_work(t.p));
-    t.p.work = work.data();
-    launch_steps(t.p, parallel);
+Result run(std::vector<Trained>& all, bool evaluates, int64_t epochs, ParallelFor parallel) {
+    std::vector<Member> members;
+    for (Trained& t : all) {
+        if (evaluates)
+            t.evaluate_only();
+        members.push_back({t.p, epochs});
+    }
+    const int64_t floats = evaluates ? evaluate_work(members) : train_work(members);
+    const int64_t count = all.size() > 1 ? 4 : 1;
+    Floats work = unwritten(count * floats);
+    const Slots slots{work.data(), count, floats};
+    (evaluates ? launch_evaluate : launch_train)(members, slots, parallel);
     Result r;
-    t.add_to(r);
+    for (const Trained& t : all)
+        t.add_to(r);
     return r;
 }
 
-Result judge(const Net& net, const Data& data, const Shape& s, size_t kind, ParallelFor parallel) {
-    Trained t(net, data, s, kind, 1);
-    t.only_judge();
-    Floats work = unwritten(judge_work(t.p));
-    t.p.work = work.data();
-    launch_judge(t.p, parallel);
-    Result r;
-    r.add(t.totals);
-    return r;
+Result
+one(const Net& net,
+    const Data& data,
+    const Shape& s,
+    size_t kind,
+    bool evaluates,
+    ParallelFor parallel) {
+    std::vector<Trained> all;
+    all.emplace_back(net, data, s, kind, 1);
+    return run(all, evaluates, 1, parallel);
 }
 
 // Several networks at once, of the same inputs and outputs.
@@ -206,26 +211,15 @@ Result many(
     const Data& data,
     const std::vector<Shape>& shapes,
     const std::vector<Net>& nets,
-    bool judges,
+    bool evaluates,
     ParallelFor parallel
 ) {
-    const int64_t epochs = judges ? 1 : 2, slots = 4;
+    const int64_t epochs = evaluates ? 1 : 2;
     std::vector<Trained> all;
-    std::vector<Member> members;
     all.reserve(nets.size());
-    for (size_t i = 0; i < nets.size(); ++i) {
-        Trained& t = all.emplace_back(nets[i], data, shapes[i], 3 * i, epochs);
-        if (judges)
-            t.only_judge();
-        members.push_back({t.p, epochs});
-    }
-    const int64_t floats = many_work(members, judges ? judge_work : step_work);
-    Floats work = unwritten(slots * floats);
-    (judges ? launch_judge_many : launch_many)(members, work.data(), slots, floats, parallel);
-    Result r;
-    for (const Trained& t : all)
-        t.add_to(r);
-    return r;
+    for (size_t i = 0; i < nets.size(); ++i)
+        all.emplace_back(nets[i], data, shapes[i], 3 * i, epochs);
+    return run(all, evaluates, epochs, parallel);
 }
 
 }  // namespace
@@ -258,21 +252,19 @@ void all_networks(int64_t rounds) {
             check(what + (keeps ? "mlp" : "mlp, output only"), rounds, [&](ParallelFor parallel) {
                 return mlp(net, s, x, dy, keeps, parallel);
             });
-        check(what + "train", rounds, [&](ParallelFor parallel) {
-            return train(net, data, s, kind, parallel);
-        });
-        check(what + "judge", rounds, [&](ParallelFor parallel) {
-            return judge(net, data, s, kind, parallel);
-        });
+        for (const bool evaluates : {false, true})
+            check(what + (evaluates ? "evaluate" : "train"), rounds, [&](ParallelFor parallel) {
+                return one(net, data, s, kind, evaluates, parallel);
+            });
         // Two users of one network at a time.
-        check(what + "judge twice at once", 1, [&](ParallelFor parallel) {
+        check(what + "evaluate twice at once", 1, [&](ParallelFor parallel) {
             Result first, second;
             const uint64_t seed = dice();
             std::thread other([&] {
                 dice.seed(seed);
-                first = judge(net, data, s, kind, parallel);
+                first = one(net, data, s, kind, true, parallel);
             });
-            second = judge(net, data, s, kind, parallel);
+            second = one(net, data, s, kind, true, parallel);
             other.join();
             first.bytes += second.bytes;
             return first;
@@ -289,9 +281,9 @@ void all_networks(int64_t rounds) {
     std::vector<Net> nets;
     for (const Shape& s : mixed)
         nets.emplace_back(s.sizes, nets.size(), nets.size() % 2);
-    for (const bool judges : {false, true})
-        check(judges ? "judge many" : "train many", rounds, [&](ParallelFor parallel) {
-            return many(data, mixed, nets, judges, parallel);
+    for (const bool evaluates : {false, true})
+        check(evaluates ? "evaluate many" : "train many", rounds, [&](ParallelFor parallel) {
+            return many(data, mixed, nets, evaluates, parallel);
         });
 }
 

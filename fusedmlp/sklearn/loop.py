@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import context
+from .. import compat, context
 from ..train.data.scaling import Scaling
 from ..train.engines.autograd import Autograd
 from ..train.engines.native import Native
@@ -48,14 +48,16 @@ def make_optimizer(settings, problem: Problem, weights: list, rest: list) -> tor
     groups = [{"params": weights}, {"params": rest}]
     unit = problem.unit()
     if settings.solver == "adam":
-        return EpsilonHatAdam(
+        return compat.make_optimizer(
+            EpsilonHatAdam,
             groups,
             lr=settings.learning_rate_init,
             betas=(settings.beta_1, settings.beta_2),
             eps=settings.epsilon * unit,
             fused=True,
         )
-    return torch.optim.SGD(
+    return compat.make_optimizer(
+        torch.optim.SGD,
         groups,
         lr=settings.learning_rate_init / unit,
         momentum=float(settings.momentum),
@@ -119,7 +121,7 @@ class Loop:
         net = network(weights, activation, dropout, device, dtype).train()
         optimizer = make_optimizer(self.settings, problem, *trained(net))
         if state is not None:
-            optimizer.load_state_dict(state["optimizer"])
+            compat.load_optimizer_state_dict(optimizer, state["optimizer"])
         labels = problem.out_activation == "softmax"
         task = Task(net, optimizer, LOSSES[problem.out_activation], device, seed=seed)
         task.scaling, task.backend = Scaling(dtype=dtype), self.backend
@@ -140,7 +142,7 @@ class Loop:
 
     def state(self) -> dict:
         """The state from which a later Loop continues, on the CPU."""
-        found = self.engine.task.optimizer.state_dict()
+        found = compat.optimizer_state_dict(self.engine.task.optimizer)
         found["state"] = {
             number: {k: v.cpu() if isinstance(v, Tensor) else v for k, v in values.items()}
             for number, values in found["state"].items()

@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from .. import compat
 from ..nn import FusedLinear, FusedMLP
 from ..nn.groups import activation_of
 from ..spec import activations
@@ -94,10 +95,10 @@ def optimizer_for(model: nn.Module, config: TrainConfig, loss: str) -> torch.opt
     parameters = [p for p in model.parameters() if p.requires_grad]
     settings = {"lr": config.learning_rate(loss), "weight_decay": config.weight_decay}
     if config.optimizer == "adam":
-        return torch.optim.Adam(parameters, **settings)
+        return compat.make_optimizer(torch.optim.Adam, parameters, **settings)
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **settings)
-    return torch.optim.SGD(parameters, momentum=config.momentum, **settings)
+        return compat.make_optimizer(torch.optim.AdamW, parameters, **settings)
+    return compat.make_optimizer(torch.optim.SGD, parameters, momentum=config.momentum, **settings)
 
 
 def task_for(

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .. import compat
 from ..backends import choice
 from ..nn import FusedMLP
 from ..spec import activations
@@ -100,7 +101,7 @@ def restore(run: Run, saved: dict) -> None:
             "training rows"
         )
     run.task.model.load_state_dict(saved["model"])
-    run.task.optimizer.load_state_dict(saved["optimizer"])
+    compat.load_optimizer_state_dict(run.task.optimizer, saved["optimizer"])
     run.engine.load_scaler_state(saved["scaler"])
     run.history[:] = saved["history"]
     run.position = Position(**saved["position"])
@@ -126,7 +127,7 @@ def save(run: Run) -> None:
         "config": run.config.to_dict(),
         "about": run.about,
         "model": run.task.model.state_dict(),
-        "optimizer": run.task.optimizer.state_dict(),
+        "optimizer": compat.optimizer_state_dict(run.task.optimizer),
         "scaler": run.engine.scaler_state(),
         "position": asdict(run.position),
         "history": run.history,

@@ -2,7 +2,7 @@
 
     pytest -p tests.ptx.binding tests/test_ops.py -k native
 
-csrc/ops_cuda.cpp registers itself for CPU tensors and launches the kernels' PTX, so that the suite
+csrc/bind/cuda.cpp registers itself for CPU tensors and launches the kernels' PTX, so that the suite
 runs through the same binding, host code and kernels as on a GPU. Memory comes from torch: accesses
 to it are checked for alignment only, those to shared memory for everything.
 """
@@ -27,7 +27,7 @@ def build() -> Path:
     for path in installed.includes:
         flags += ["-isystem", str(path)]
     libraries = [f"-L{installed.root / 'lib'}", "-ltorch_cpu", "-lc10"]
-    more = [library.CSRC / "ops_cuda.cpp"]
+    more = [library.CSRC / "bind" / "cuda.cpp"]
     return library.build("binding.so", library.ARCHS[0], more, flags, libraries)
 
 

@@ -4,7 +4,7 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
-#include "checks.h"
+#include "bind/checks.h"
 
 #define FUSEDMLP_DISPATCH_KEY CPU
 

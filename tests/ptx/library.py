@@ -68,7 +68,7 @@ def _key(*parts: bytes) -> str:
 def build(name: str, arch: int, more=(), flags=(), libraries=()) -> Path:
     """A shared library of csrc/cuda, runtime.cpp and `more` sources, with PTX for one target."""
     sources = [*sorted((CSRC / "cuda").glob("*.cu")), HERE / "runtime.cpp", *more]
-    headers = [p for p in sorted(CSRC.rglob("*.*h")) if p.parent != CSRC / "cpu"]
+    headers = [p for p in sorted(CSRC.rglob("*.*h")) if CSRC / "cpu" not in p.parents]
     headers = b"".join(p.read_bytes() for p in headers)
     command = [nvcc().path, *NVCC_FLAGS, f"-arch=compute_{arch}", f"-code=compute_{arch}"]
     command += ["--no-compress", f"-I{CSRC}"]

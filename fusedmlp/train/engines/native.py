@@ -1,4 +1,4 @@
-"""The `native` engine: many steps in one call of C++, for networks of plain layers on a CPU.
+"""The `native` engine: whole epochs in one call of C++, for networks of plain layers on a CPU.
 
 Parameters are updated in place and the optimizer's state is in the torch.optim object, so its
 checkpoints are those of the `autograd` engine and either continues from the other's. The updates
@@ -7,6 +7,7 @@ have the formulas and the order of operations of torch.optim.SGD, Adam and AdamW
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,32 +26,88 @@ from .plain_layers import (
     reasons_against_rows,
 )
 
-LOSSES = {
-    "cross_entropy": native_op.CROSS_ENTROPY,
-    "mse": native_op.MSE,
-    "logistic": native_op.LOGISTIC,
-}
 # Optimisers with two moments and a count of updates.
 _ADAMS = {
     torch.optim.AdamW: native_op.ADAMW,
     torch.optim.Adam: native_op.ADAM,
     EpsilonHatAdam: native_op.ADAM_EPSILON_HAT,
 }
-_EMPTY = torch.empty(0)
-EVAL_ROWS = 256  # rows of one forward pass: its activations stay in the L2 cache
+_NONE = torch.empty(0, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Share:
+    """The work of one network in a call: epochs of its own data order and batch size."""
+
+    engine: Native
+    order: Tensor  # (epochs * rows,) int64 rows of the data
+    batch: int
+    epochs: int = 1
+
+    @property
+    def rows(self) -> int:
+        return len(self.order) // self.epochs
+
+    @property
+    def steps(self) -> int:
+        """Steps of one epoch."""
+        return -(-self.rows // self.batch)
 
 
 @dataclass
 class Call:
-    """The arguments of one network in a call of native_op, whose docstring describes them."""
+    """The arguments of one network in a call of native_op.train, whose docstring describes them."""
 
-    lr_scale: Tensor | None
+    lr_scale: Tensor
     first: list[Tensor]
     second: list[Tensor]
     layer_ints: list[int]
     layer_floats: list[float]
     ints: tuple[int, ...]
     floats: tuple[float, ...]
+
+
+@torch.no_grad()
+def train(
+    shares: Sequence[Share], x: Tensor, y: Tensor, scaling: Scaling, totals: Tensor, work: Tensor
+) -> Tensor:
+    """native_op.train for networks whose rows are those of x and y: adds to totals (epochs of all
+    networks, 3) and returns the work memory for the next call."""
+    engines = [share.engine for share in shares]
+    calls = [s.engine.call(s.steps * s.epochs) for s in shares]
+
+    def moments(name: str) -> list[Tensor]:
+        found = [getattr(call, name) for call in calls]
+        if not any(found):
+            return []
+        empty = ([native_op.EMPTY] * len(engine.parameters) for engine in engines)
+        return [t for mine, none in zip(found, empty, strict=True) for t in mine or none]
+
+    place = [(len(s.engine.layers), s.batch, s.epochs) for s in shares]
+    first, second = moments("first"), moments("second")
+    while True:
+        needed = native_op.train(
+            x,
+            y,
+            [share.order for share in shares],
+            scaling.mean,
+            scaling.std,
+            [call.lr_scale for call in calls],
+            [p for engine in engines for p in engine.parameters],
+            first,
+            second,
+            totals,
+            work,
+            [n for call in calls for n in call.layer_ints],
+            [n for call in calls for n in call.layer_floats],
+            [n for call, more in zip(calls, place, strict=True) for n in (*call.ints, *more)],
+            [n for call in calls for n in call.floats],
+            float(scaling.divisor),
+            native_op.LOSSES[engines[0].task.loss],
+        )
+        if needed <= work.shape[1]:
+            return work
+        work = native_op.grown(work, len(shares), needed)
 
 
 class Native:
@@ -80,13 +137,11 @@ class Native:
         self.layers, _ = layers_of(task.model)
         self.mask_layers = task.mask_layers
         self.number = 0
-        self.totals = torch.zeros(3, dtype=torch.float64)
-        self.work = _EMPTY
+        self.totals = torch.zeros(1, 3, dtype=torch.float64)
+        self.work = torch.empty(1, 0)
         self.every = torch.arange(0)
-        self.parameters = [
-            _EMPTY if t is None else t for layer in self.layers for t in layer.tensors()
-        ]
-        self.present = [p for p in self.parameters if p is not _EMPTY]
+        self.parameters = native_op.tensors_of(self.layers)
+        self.present = [p for p in self.parameters if p is not native_op.EMPTY]
         self.adam = _ADAMS.get(type(task.optimizer))
 
     def set_step(self, number: int) -> None:
@@ -107,43 +162,9 @@ class Native:
         """x (n, ...), y (n, ...): data; order (steps * batch,): rows of it, the last step fewer."""
         if len(order) == 0:
             return
-        steps = -(-len(order) // batch)
-        with torch.no_grad():
-            call = self.call(steps)
-            rule, updates, *place = call.ints
-            smoothing, momentum, beta1, beta2, eps, max_norm = call.floats
-            while True:
-                needed = native_op.train_steps(
-                    x,
-                    y,
-                    order.contiguous(),
-                    scaling.mean,
-                    scaling.std,
-                    call.lr_scale,
-                    self.parameters,
-                    call.first,
-                    call.second,
-                    self.totals,
-                    self.work,
-                    call.layer_ints,
-                    call.layer_floats,
-                    float(scaling.divisor),
-                    batch,
-                    LOSSES[self.task.loss],
-                    smoothing,
-                    rule,
-                    momentum,
-                    beta1,
-                    beta2,
-                    eps,
-                    updates,
-                    max_norm,
-                    *place,
-                )
-                if needed <= self.work.numel():
-                    break
-                self.work = torch.empty(needed)
-            self.advance(steps)
+        share = Share(self, order.contiguous(), batch)
+        self.work = train([share], x, y, scaling, self.totals, self.work)
+        self.advance(share.steps)
 
     def call(self, steps: int) -> Call:
         """The arguments of this network for its next steps."""
@@ -160,7 +181,7 @@ class Native:
         elif momentum:
             first = self._state("momentum_buffer")
         schedule = task.schedule
-        lr_scale = None if schedule.is_constant else schedule.factors(self.number, steps)
+        lr_scale = _NONE if schedule.is_constant else schedule.factors(self.number, steps)
         ints = (rule, updates, task.seed, self.number, self.mask_layers)
         floats = (
             float(task.label_smoothing),
@@ -187,29 +208,10 @@ class Native:
             return None
         if len(self.every) != len(x):
             self.every = torch.arange(len(x))
-        totals = torch.zeros(3, dtype=torch.float64)
-        scaling = task.scaling
-        ints, floats = self._numbers()
-        with torch.no_grad():
-            while True:
-                needed = native_op.judge_rows(
-                    x,
-                    y,
-                    self.every,
-                    scaling.mean,
-                    scaling.std,
-                    self.parameters,
-                    totals,
-                    self.work,
-                    ints,
-                    floats,
-                    float(scaling.divisor),
-                    EVAL_ROWS,
-                    LOSSES[task.loss],
-                )
-                if needed <= self.work.numel():
-                    return totals
-                self.work = torch.empty(needed)
+        totals, self.work = native_op.evaluate(
+            [self.layers], x, y, [self.every], task.scaling, task.loss, self.work
+        )
+        return totals[0]
 
     def _numbers(self) -> tuple[list[int], list[float]]:
         groups = self.task.optimizer.param_groups
@@ -232,7 +234,7 @@ class Native:
         """One entry of the optimizer's state for each parameter, made as torch.optim would."""
         state, found = self.task.optimizer.state, []
         for p in self.parameters:
-            if p is _EMPTY:
+            if p is native_op.EMPTY:
                 found.append(p)
                 continue
             mine = state[p]
@@ -245,7 +247,7 @@ class Native:
         return found
 
     def read(self) -> tuple[float, float, int]:
-        loss, right, rows = self.totals.tolist()
+        loss, right, rows = self.totals[0].tolist()
         self.totals.zero_()
         return loss, right, int(rows)
 

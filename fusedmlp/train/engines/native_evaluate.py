@@ -13,11 +13,7 @@ from torch import Tensor, nn
 from ..data.types import Scaling
 from ..task import Task
 from . import native_op
-from .native import EVAL_ROWS, LOSSES
-from .native_many import slots
 from .plain_layers import Layer, layers_of, reasons_against_rows
-
-_RATES = (0.0,) * 6  # of learning and decay, which evaluation does not read
 
 
 def evaluate(
@@ -43,29 +39,8 @@ def evaluate(
         return None
     each = [layers for layers, mine in zip(networks, parts, strict=True) for _ in mine]
     orders = [rows for mine in parts for rows in mine]
-    totals = torch.zeros(len(orders), 3, dtype=torch.float64)
-    work = torch.empty(1, 0)
-    with torch.no_grad():
-        while True:
-            needed = native_op.judge_many(
-                x,
-                y,
-                orders,
-                scaling.mean,
-                scaling.std,
-                [_or_empty(t) for layers in each for layer in layers for t in layer.tensors()],
-                totals,
-                work,
-                [n for layers in each for layer in layers for n in _ints(layer)],
-                [n for layers in each for layer in layers for n in (layer.alpha, 1.0, *_RATES)],
-                [len(layers) for layers in each],
-                float(scaling.divisor),
-                EVAL_ROWS,
-                LOSSES[loss],
-            )
-            if needed <= work.shape[1]:
-                return totals.view(len(models), -1, 3)
-            work = slots(len(orders), needed)
+    totals, _ = native_op.evaluate(each, x, y, orders, scaling, loss, torch.empty(1, 0))
+    return totals.view(len(models), -1, 3)
 
 
 def _layers(model, x: Tensor, y: Tensor, loss: str, scaling: Scaling) -> list[Layer] | None:
@@ -79,11 +54,3 @@ def _layers(model, x: Tensor, y: Tensor, loss: str, scaling: Scaling) -> list[La
         return None
     task = Task(model, None, loss, cpu, scaling=scaling)
     return None if reasons_against_rows(task, x, y, layers) else layers
-
-
-def _ints(layer: Layer) -> tuple[int, int, int, int]:
-    return layer.act, layer.saves(False), 0, layer.number
-
-
-def _or_empty(tensor: Tensor | None) -> Tensor:
-    return torch.empty(0) if tensor is None else tensor

@@ -7,38 +7,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from . import native_op
-from .native import LOSSES, Native
+from .native import Share, train
 
 CALL_SECONDS = 0.5  # aimed at for one call: Ctrl-C is seen between two calls
 FIRST_CALL_STEPS = 1.0  # steps of the first call
 MAX_GROWTH = 16  # steps of a call over those of the last: the first are too short to be timed well
 
 Sums = tuple[float, float, int]  # sum of losses, number right, rows
-
-
-@dataclass(frozen=True)
-class Share:
-    """The work of one network in a call: epochs of its own data order and batch size."""
-
-    engine: Native
-    order: Tensor  # (epochs * rows,) int64 rows of the data
-    batch: int
-    epochs: int = 1
-
-    @property
-    def rows(self) -> int:
-        return len(self.order) // self.epochs
-
-    @property
-    def steps(self) -> int:
-        """Steps of one epoch."""
-        return -(-self.rows // self.batch)
 
 
 class NativeMany:
@@ -76,59 +55,16 @@ class NativeMany:
         self.chunk = max(1.0, steps * min(MAX_GROWTH, CALL_SECONDS / max(seconds, 1e-9)))
         return sums
 
-    @torch.no_grad()
     def _call(self, shares: Sequence[Share]) -> list[list[Sums]]:
-        engines = [share.engine for share in shares]
-        calls = [s.engine.call(s.steps * s.epochs) for s in shares]
-        none = torch.empty(0, dtype=torch.float64)
-        has_first, has_second = (any(getattr(c, m) for c in calls) for m in ("first", "second"))
-        first, second = [], []
-        for engine, call in zip(engines, calls, strict=True):
-            empty = [torch.empty(0)] * len(engine.parameters)
-            first += (call.first or empty) if has_first else []
-            second += (call.second or empty) if has_second else []
         totals = torch.zeros(sum(share.epochs for share in shares), 3, dtype=torch.float64)
-        task, scaling = engines[0].task, engines[0].task.scaling
-        ints = [
-            (*call.ints, len(share.engine.layers), share.batch, share.epochs)
-            for call, share in zip(calls, shares, strict=True)
-        ]
-        while True:
-            needed = native_op.train_many(
-                task.x,
-                task.y,
-                [share.order for share in shares],
-                scaling.mean,
-                scaling.std,
-                [none if c.lr_scale is None else c.lr_scale for c in calls],
-                [p for e in engines for p in e.parameters],
-                first,
-                second,
-                totals,
-                self.work,
-                [n for c in calls for n in c.layer_ints],
-                [n for c in calls for n in c.layer_floats],
-                [n for row in ints for n in row],
-                [n for c in calls for n in c.floats],
-                float(scaling.divisor),
-                LOSSES[task.loss],
-            )
-            if needed <= self.work.shape[1]:
-                break
-            self.work = slots(len(shares), needed)
+        task = shares[0].engine.task
+        self.work = train(shares, task.x, task.y, task.scaling, totals, self.work)
         rows = iter([(loss, right, int(n)) for loss, right, n in totals.tolist()])
         sums = [[next(rows) for _ in range(share.epochs)] for share in shares]
         for share, mine in zip(shares, sums, strict=True):
             mine[:] = [row for row in mine if row[2]]
             share.engine.advance(share.steps * len(mine))
         return sums
-
-
-def slots(networks: int, floats: int) -> Tensor:
-    """Memory of a call, a row for each thread that takes part."""
-    threads = min(networks, torch.get_num_threads())
-    # 16 floats are a cache line: no two threads write to one.
-    return torch.empty(threads, -(-floats // 16) * 16)
 
 
 def _part(share: Share, first: int, last: int) -> Share:

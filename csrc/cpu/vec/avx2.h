@@ -1,4 +1,4 @@
-// Eight floats a vector: AVX2, FMA and F16C. Same functions as vec_baseline.h, which says what
+// Eight floats a vector: AVX2, FMA and F16C. Same functions as baseline.h, which says what
 // each does; for files compiled with -mavx2 -mfma -mf16c only.
 #pragma once
 
@@ -7,6 +7,7 @@
 namespace fusedmlp::avx2 {
 
 constexpr int VL = 8;
+constexpr int kMR = 6;  // rows of a tile of a matrix product
 using VF = __m256;
 using VI = __m256i;
 using VM = __m256;   // all bits of a lane
@@ -17,8 +18,6 @@ using VQ = __m256i;  // four 64-bit lanes
 FN VF set1(float v) { return _mm256_set1_ps(v); }
 FN VF load(const float* p) { return _mm256_loadu_ps(p); }
 FN void store(float* p, VF v) { _mm256_storeu_ps(p, v); }
-FN void stream(float* p, VF v) { _mm256_stream_ps(p, v); }
-FN void fence() { _mm_sfence(); }
 FN VF fma(VF a, VF b, VF c) { return _mm256_fmadd_ps(a, b, c); }
 FN VF fnma(VF a, VF b, VF c) { return _mm256_fnmadd_ps(a, b, c); }
 FN VF max(VF a, VF b) { return _mm256_max_ps(a, b); }
@@ -111,6 +110,52 @@ FN void in_order(VQ w10, VQ w32, VI out[4]) {
 FN void store_groups(uint32_t* out, const uint32_t* offset, const VI v[4]) {
     for (int i = 0; i < 4; ++i)
         store_bits(out + offset[i], v[i]);
+}
+
+FN __m256i first(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+FN VF load_part(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
+FN void store_part(float* p, int n, VF v) { _mm256_maskstore_ps(p, first(n), v); }
+FN VF select_part(int n, VF a, VF b) {
+    return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(first(n)));
+}
+FN VF load_bytes(const uint8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+FN float sum_of(VF v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+FN float max_of(VF v) {
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+
+FN void transpose(VF* r) {
+    VF t[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {
+        r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+        r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+        r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+        t[j] = _mm256_permute2f128_ps(r[j], r[4 + j], 0x20);
+        t[4 + j] = _mm256_permute2f128_ps(r[j], r[4 + j], 0x31);
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j)
+        r[j] = t[j];
 }
 
 #undef FN

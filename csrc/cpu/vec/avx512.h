@@ -1,4 +1,4 @@
-// Sixteen floats a vector: AVX-512 F, BW, DQ and VL. Same functions as vec_baseline.h, which says
+// Sixteen floats a vector: AVX-512 F, BW, DQ and VL. Same functions as baseline.h, which says
 // what each does; for files compiled with those flags only.
 #pragma once
 
@@ -12,6 +12,7 @@
 namespace fusedmlp::avx512 {
 
 constexpr int VL = 16;
+constexpr int kMR = 12;  // rows of a tile of a matrix product
 using VF = __m512;
 using VI = __m512i;
 using VM = __mmask16;
@@ -22,8 +23,6 @@ using VQ = __m512i;  // eight 64-bit lanes
 FN VF set1(float v) { return _mm512_set1_ps(v); }
 FN VF load(const float* p) { return _mm512_loadu_ps(p); }
 FN void store(float* p, VF v) { _mm512_storeu_ps(p, v); }
-FN void stream(float* p, VF v) { _mm512_stream_ps(p, v); }
-FN void fence() { _mm_sfence(); }
 FN VF fma(VF a, VF b, VF c) { return _mm512_fmadd_ps(a, b, c); }
 FN VF fnma(VF a, VF b, VF c) { return _mm512_fnmadd_ps(a, b, c); }
 FN VF max(VF a, VF b) { return _mm512_max_ps(a, b); }
@@ -128,6 +127,52 @@ FN void store_groups(uint32_t* out, const uint32_t* offset, const VI v[4]) {
         _mm256_storeu_si256(
             (__m256i*)(out + offset[2 * i + 1]), _mm512_extracti64x4_epi64(v[i], 1)
         );
+    }
+}
+
+FN __mmask16 first(int n) { return __mmask16((1u << n) - 1); }
+FN VF load_part(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
+FN void store_part(float* p, int n, VF v) { _mm512_mask_storeu_ps(p, first(n), v); }
+FN VF select_part(int n, VF a, VF b) { return _mm512_mask_blend_ps(first(n), b, a); }
+FN VF load_bytes(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+FN float sum_of(VF v) { return _mm512_reduce_add_ps(v); }
+FN float max_of(VF v) { return _mm512_reduce_max_ps(v); }
+
+FN VF pairs(VF a, VF b, bool high) {
+    const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
+    return _mm512_castpd_ps(high ? _mm512_unpackhi_pd(x, y) : _mm512_unpacklo_pd(x, y));
+}
+
+FN void transpose(VF* r) {
+    VF t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    // r[4 i + j]: in its lane q column 4 q + j of rows 4 i .. 4 i + 3
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = pairs(t[i], t[i + 2], false);
+        r[i + 1] = pairs(t[i], t[i + 2], true);
+        r[i + 2] = pairs(t[i + 1], t[i + 3], false);
+        r[i + 3] = pairs(t[i + 1], t[i + 3], true);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+        t[j] = _mm512_shuffle_f32x4(r[j], r[4 + j], 0x88);
+        t[4 + j] = _mm512_shuffle_f32x4(r[j], r[4 + j], 0xdd);
+        t[8 + j] = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0x88);
+        t[12 + j] = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+        r[j] = _mm512_shuffle_f32x4(t[j], t[8 + j], 0x88);
+        r[4 + j] = _mm512_shuffle_f32x4(t[4 + j], t[12 + j], 0x88);
+        r[8 + j] = _mm512_shuffle_f32x4(t[j], t[8 + j], 0xdd);
+        r[12 + j] = _mm512_shuffle_f32x4(t[4 + j], t[12 + j], 0xdd);
     }
 }
 

@@ -1,10 +1,10 @@
 // The `native` ops for CUDA tensors. ops_common.h holds what they do, cuda/ the kernels.
 // Tests bring a device of their own: CPU tensors and a machine that runs PTX.
 #ifndef FUSEDMLP_DISPATCH_KEY
-#    include "device_cuda.h"
+#    include "bind/device_cuda.h"
 #endif
 
-#include "ops_mlp.h"
+#include "bind/ops_mlp.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 

@@ -7,7 +7,7 @@
 
 #include <atomic>
 
-#include "checks.h"
+#include "bind/checks.h"
 
 #define FUSEDMLP_DISPATCH_KEY CUDA
 

@@ -1,4 +1,4 @@
-// What the ops over whole training steps have in common: checks of their arguments, and pointers
+// What the ops over whole networks have in common: checks of their arguments, and pointers
 // for cpu/step.h. What each argument is, is said in fusedmlp/train/engines/native_op.py.
 #pragma once
 
@@ -9,9 +9,9 @@
 #include <algorithm>
 #include <vector>
 
-#include "checks.h"
+#include "bind/checks.h"
+#include "bind/parallel_for.h"
 #include "cpu/step.h"
-#include "parallel_for.h"
 
 namespace fusedmlp {
 
@@ -126,13 +126,6 @@ struct LayerArgs {
         }
         return found;
     }
-
-    // The number of layers of a network, where there are as many from entry `first` on.
-    size_t checked_layers(size_t first, int64_t n) const {
-        if (n < 1 || n > int64_t(count() - first))
-            fail(op, ": a member must have at least 1 of the ", count(), " layers, got ", n);
-        return size_t(n);
-    }
 };
 
 // The data of all networks of a call.
@@ -181,8 +174,9 @@ struct DataArgs {
         scaling.std = floats(op, "std", *std, scaling.mean_size);
     }
 
-    // Data and rows of p, whose layers are there already.
-    void fill(cpu::StepParams& p, const Tensor& order, int64_t batch) const {
+    // Data and rows of a network that has its layers. order: (epochs * rows,)
+    void fill(cpu::Member& member, const Tensor& order, int64_t batch, int64_t epochs) const {
+        cpu::StepParams& p = member.steps;
         const bool is_classes = loss == cpu::kCrossEntropy;
         const int64_t outputs = p.layers.back().n;
         if (y.dim == 0 || y.sizes[0] != rows || y.numel != (is_classes ? rows : rows * outputs))
@@ -193,20 +187,28 @@ struct DataArgs {
         if (batch < 1)
             fail(op, ": batch must be at least 1, got ", batch);
         const View ov = checked(op, "order", order, aoti_torch_dtype_int64());
+        if (epochs < 1 || ov.numel % epochs)
+            fail(
+                op, ": an order must hold equally many rows for each of its epochs, got ", ov.numel,
+                " for ", epochs
+            );
+        member.epochs = epochs;
         p.scaling = scaling;
         p.targets = y.data();
         p.loss = loss;
         p.order = ov.numel ? static_cast<const int64_t*>(ov.data()) : nullptr;
-        p.rows = ov.numel;
+        p.rows = ov.numel / epochs;
         p.batch = batch;
     }
 
-    void check_order(const cpu::StepParams& p) const {
-        for (int64_t i = 0; i < p.rows; ++i)
-            if (p.order[i] < 0 || p.order[i] >= rows)
-                fail(
-                    op, ": order must hold rows of the data, in [0, ", rows, "), got ", p.order[i]
-                );
+    void check_orders(const std::vector<cpu::Member>& members) const {
+        for (const cpu::Member& m : members)
+            for (int64_t i = 0; i < m.steps.rows * m.epochs; ++i)
+                if (m.steps.order[i] < 0 || m.steps.order[i] >= rows)
+                    fail(
+                        op, ": order must hold rows of the data, in [0, ", rows, "), got ",
+                        m.steps.order[i]
+                    );
     }
 };
 
@@ -222,7 +224,7 @@ inline void check_rule(const char* op, const cpu::StepParams& p) {
 }
 
 inline const double*
-scale_of(const char* op, const Tensor& lr_scale, const cpu::StepParams& p, int64_t epochs = 1) {
+scale_of(const char* op, const Tensor& lr_scale, const cpu::StepParams& p, int64_t epochs) {
     const View v = checked(op, "lr_scale", lr_scale, aoti_torch_dtype_float64());
     const int64_t steps = (p.rows + p.batch - 1) / p.batch * epochs;
     if (v.numel != steps)

@@ -1,7 +1,7 @@
 // Four floats a vector in the compilers' own vector types: any processor that gcc or clang know.
-// vec_avx2.h and vec_avx512.h have the same functions with their own VL; what they mean is said
-// here. Everything lives in the namespace of its instruction set, so that the linker can never
-// merge code of two of them.
+// avx2.h and avx512.h have the same functions with their own VL; what they mean is said here.
+// Everything lives in the namespace of its instruction set, so that the linker can never merge code
+// of two of them.
 #pragma once
 
 #ifdef __SSE2__
@@ -11,6 +11,7 @@
 namespace fusedmlp::baseline {
 
 constexpr int VL = 4;
+constexpr int kMR = 4;  // rows of a tile of a matrix product
 typedef float VF __attribute__((vector_size(16)));
 typedef int32_t VI __attribute__((vector_size(16)));
 typedef uint32_t VU __attribute__((vector_size(16)));
@@ -36,14 +37,6 @@ FN VF set1(float v) { return VF{v, v, v, v}; }
 FN VI set1_int(int32_t v) { return VI{v, v, v, v}; }
 FN VF load(const float* p) { return load_any<VF>(p); }
 FN void store(float* p, VF v) { store_any(p, v); }
-// Stores past the caches; p is a multiple of 64 bytes plus whole vectors. fence() ends a run.
-#ifdef __SSE2__
-FN void stream(float* p, VF v) { _mm_stream_ps(p, __m128(v)); }
-FN void fence() { _mm_sfence(); }
-#else
-FN void stream(float* p, VF v) { store_any(p, v); }
-FN void fence() {}
-#endif
 FN VF fma(VF a, VF b, VF c) { return a * b + c; }
 FN VF fnma(VF a, VF b, VF c) { return c - a * b; }
 // Of a NaN or two zeros the second argument.
@@ -160,6 +153,29 @@ FN void in_order(VQ w10, VQ w32, VI out[4]) {
 FN void store_groups(uint32_t* out, const uint32_t* offset, const VI v[4]) {
     for (int i = 0; i < 4; ++i)
         store_bits(out + offset[i / 2] + 4 * (i % 2), v[i]);
+}
+
+FN VF load_part(const float* p, int n) {
+    VF v = set1(0.0f);
+    __builtin_memcpy(&v, p, size_t(n) * sizeof(float));
+    return v;
+}
+FN void store_part(float* p, int n, VF v) { __builtin_memcpy(p, &v, size_t(n) * sizeof(float)); }
+FN VF select_part(int n, VF a, VF b) { return select(VI{0, 1, 2, 3} < set1_int(n), a, b); }
+FN VF load_bytes(const uint8_t* p) {
+    return VF{float(p[0]), float(p[1]), float(p[2]), float(p[3])};
+}
+FN float sum_of(VF v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+FN float max_of(VF v) {
+    const float a = v[0] > v[2] ? v[0] : v[2], b = v[1] > v[3] ? v[1] : v[3];
+    return a > b ? a : b;
+}
+FN void transpose(VF* r) {
+    const VF a = r[0], b = r[1], c = r[2], d = r[3];
+    r[0] = VF{a[0], b[0], c[0], d[0]};
+    r[1] = VF{a[1], b[1], c[1], d[1]};
+    r[2] = VF{a[2], b[2], c[2], d[2]};
+    r[3] = VF{a[3], b[3], c[3], d[3]};
 }
 
 #undef FN

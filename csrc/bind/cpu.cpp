@@ -1,8 +1,8 @@
 // The `native` ops for CPU tensors. ops_common.h holds what they do, cpu/ the kernels.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
-#include "ops_common.h"
-#include "parallel_for.h"
+#include "bind/ops_common.h"
+#include "bind/parallel_for.h"
 
 namespace fusedmlp {
 namespace {

@@ -3,9 +3,9 @@
 #include <cstring>
 #include <vector>
 
+#include "bind/mlp_lists.h"
+#include "bind/parallel_for.h"
 #include "cpu/mlp.h"
-#include "mlp_lists.h"
-#include "parallel_for.h"
 
 namespace fusedmlp {
 namespace {

@@ -23,7 +23,7 @@
 #include <array>
 #include <tuple>
 
-#include "checks.h"
+#include "bind/checks.h"
 #include "common/params.h"
 
 namespace fusedmlp {

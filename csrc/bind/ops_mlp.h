@@ -3,7 +3,7 @@
 // GEMMs.
 #pragma once
 
-#include "mlp_lists.h"
+#include "bind/mlp_lists.h"
 
 namespace fusedmlp {
 

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "ops_common.h"
+#include "bind/ops_common.h"
 
 namespace fusedmlp {
 

@@ -3,7 +3,7 @@
 
 #include <cfloat>
 
-#include "cpu/vec_math.h"
+#include "cpu/vec/math.h"
 
 namespace fusedmlp::FUSEDMLP_ISA {
 
