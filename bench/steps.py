@@ -37,7 +37,8 @@ from pathlib import Path
 import torch
 
 from fusedmlp.train.data import types
-from fusedmlp.train.engines.native_many import NativeMany, Share
+from fusedmlp.train.engines.native import Share
+from fusedmlp.train.engines.native_many import NativeMany
 
 from . import record, timing, train, ways
 from .ways import Network, network
