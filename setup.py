@@ -148,45 +148,38 @@ class build_native(Command):
         return (ROOT if self.editable_mode else Path(self.build_lib)) / "fusedmlp"
 
     def run(self):
-        builder, before = Builder(), self.read_info()
-        built, left_out, seconds, size = [], {}, {}, {}
+        builder, built, left_out, said = Builder(), [], {}, []
         for target in TARGETS:
             installed = self.folder() / f"_native_{target}.so"
             start = time.monotonic()
             try:
                 if target not in WANTED[MODE]:
                     raise CannotBuild(f"FUSEDMLP_BUILD={MODE}")
-                library = getattr(builder, f"build_{target}")()
+                self.install(getattr(builder, f"build_{target}")(), installed)
             except CannotBuild as reason:
                 if target in WANTED[MODE] and MODE != "auto":
-                    raise SystemExit(
-                        f"fusedmlp: FUSEDMLP_BUILD={MODE}: {target}: {reason}"
-                    ) from None
+                    told = f"fusedmlp: FUSEDMLP_BUILD={MODE}: {target}: {reason}"
+                    raise SystemExit(told) from None
                 left_out[target] = str(reason)
                 installed.unlink(missing_ok=True)
                 continue
-            seconds[target] = round(time.monotonic() - start, 1)
-            if not self.install(library, installed):
-                seconds[target] = before.get("seconds", {}).get(target, seconds[target])
+            size, seconds = installed.stat().st_size / 1e6, time.monotonic() - start
             built.append(target)
-            size[target] = installed.stat().st_size
-        self.write_info(built=built, left_out=left_out, seconds=seconds, bytes=size, **builder.info)
+            said.append(f"built {target} ({size:.1f} MB, {seconds:.1f} s)")
+        self.write_info(built=built, left_out=left_out, **builder.info)
+        for why in dict.fromkeys(left_out.values()):
+            targets = [target for target, reason in left_out.items() if reason == why]
+            said.append(f"left out {', '.join(targets)}: {why}")
+        print("fusedmlp:", "; ".join(said))
 
     def install(self, library, installed):
-        """False when it is there already. By rename: who has the old file open keeps it whole."""
+        """By rename, where it is not there already: who has the old file open keeps it whole."""
         if installed.exists() and installed.stat().st_mtime_ns == library.stat().st_mtime_ns:
-            return False
+            return
         installed.parent.mkdir(parents=True, exist_ok=True)
         beside = installed.with_suffix(".new")
         shutil.copy2(library, beside)
         os.replace(beside, installed)
-        return True
-
-    def read_info(self):
-        try:
-            return json.loads((self.folder() / "_build_info.json").read_text())
-        except (OSError, ValueError):
-            return {}
 
     def write_info(self, **found):
         info = dict(version=self.distribution.get_version(), torch=None, cuda=None, archs=[])
@@ -195,14 +188,6 @@ class build_native(Command):
             info["commit"] = output_of("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
         self.folder().mkdir(parents=True, exist_ok=True)
         (self.folder() / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
-        parts = [
-            f"{t} ({info['bytes'][t] / 1e6:.1f} MB, {info['seconds'][t]} s)" for t in info["built"]
-        ]
-        parts = [f"built {', '.join(parts)}"] if parts else ["built no extension"]
-        for why in dict.fromkeys(info["left_out"].values()):
-            targets = [t for t, reason in info["left_out"].items() if reason == why]
-            parts.append(f"left out {', '.join(targets)}: {why}")
-        print("fusedmlp:", "; ".join(parts))
 
 
 class build_all(build):

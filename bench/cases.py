@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import product
 
 import torch
 
@@ -101,16 +101,18 @@ class Case:
         return row | {"dims": list(self.dims), "p": list(self.p)}
 
 
+def _passes(case: Case, forward: int, backward: int) -> int:
+    """What a mode does, of what forward and backward do."""
+    alone = {"infer": forward, "fwd": forward, "bwd": backward}
+    return alone.get(case.mode, forward + backward)
+
+
 def flops(case: Case) -> int:
     """Floating-point operations of the GEMMs; the input's gradient counts, except in a step."""
     total = 0
     for i, (k, n, _, _) in enumerate(case.layers):
-        product = 2 * case.m * k * n
-        needs_dx = i > 0 or case.mode != "step"
-        forward, backward = product, product * (1 + needs_dx)
-        total += {"infer": forward, "fwd": forward, "bwd": backward}.get(
-            case.mode, forward + backward
-        )
+        gemm, needs_dx = 2 * case.m * k * n, i > 0 or case.mode != "step"
+        total += _passes(case, gemm, gemm * (1 + needs_dx))
     return total
 
 
@@ -119,8 +121,7 @@ def bytes_moved(case: Case) -> int:
     if not case.elementwise:
         return 0
     tensor = case.m * case.dims[0] * case.torch_dtype.itemsize
-    forward, backward = 2 * tensor, (2 if case.op == "dropout" else 3) * tensor
-    return {"infer": forward, "fwd": forward, "bwd": backward}.get(case.mode, forward + backward)
+    return _passes(case, 2 * tensor, (2 if case.op == "dropout" else 3) * tensor)
 
 
 # Layers (M, K, N) of the never-slower grid: small, wide, tall, ragged, with N or K of a few.
@@ -148,95 +149,80 @@ GRID_ACTS = ("relu", "gelu", "tanh")
 def grid(device: str = "cpu", dtype: str = "fp32") -> list[Case]:
     """Where fused must never be slower than plain PyTorch."""
     common = dict(device=device, dtype=dtype)
+    modes = (("fwd+bwd", 0.0), ("fwd+bwd", 0.5), ("infer", 0.0))
     layers = [
         Case("grid", "layer", mode, m, (k, n), act, (p,), **common)
-        for m, k, n in GRID_SHAPES
-        for act in GRID_ACTS
-        for mode, p in (("fwd+bwd", 0.0), ("fwd+bwd", 0.5), ("infer", 0.0))
+        for (m, k, n), act, (mode, p) in product(GRID_SHAPES, GRID_ACTS, modes)
     ]
-    nets = [
+    return layers + [
         Case("grid", "net", "step", m, dims, act, p, **common)
-        for m, dims, p in GRID_NETS
-        for act in GRID_ACTS
+        for (m, dims, p), act in product(GRID_NETS, GRID_ACTS)
     ]
-    return layers + nets
 
 
 def cpu() -> list[Case]:
     """The figures of the README for a CPU, without the grid."""
-    sizes = (256, 1024, 4096)
-    elementwise = [
-        Case("elementwise", "bias_act_dropout", mode, n, (n,), p=(0.5,))
-        for n in sizes
-        for mode in ("fwd+bwd", "fwd", "infer", "bwd")
+
+    def elementwise(mode: str, n: int, act: str = "relu", op: str = "bias_act_dropout", **more):
+        return Case("elementwise", op, mode, n, (n,), act, (0.5,), **more)
+
+    def step(m: int, dims: tuple[int, ...], p: tuple[float, ...]):
+        return Case("step", "net", "step", m, dims, p=p)
+
+    sizes, modes = (256, 1024, 4096), ("fwd+bwd", "fwd", "infer", "bwd")
+    return [
+        *(elementwise(mode, n) for n, mode in product(sizes, modes)),
+        *(elementwise("fwd+bwd", 1024, act) for act in ("gelu", "tanh", "silu")),
+        elementwise("fwd+bwd", 1024, dtype="bf16"),
+        elementwise("infer", 1024, cache="cold"),
+        elementwise("fwd+bwd", 1024, op="dropout"),
+        step(256, (784, 256, 10), (0.0,)),
+        step(256, (784, 256, 256, 10), (0.2, 0.5)),
+        step(256, (784, 1024, 1024, 10), (0.2, 0.5)),
+        step(32, (20, 64, 64, 10), (0.2, 0.5)),
+        *(
+            Case("linear", "linear_act", mode, 256, (784, 256), act, (p,))
+            for act, p, mode in product(("relu", "gelu"), (0.0, 0.5), ("infer", "fwd+bwd"))
+        ),
     ]
-    elementwise += [
-        Case("elementwise", "bias_act_dropout", "fwd+bwd", 1024, (1024,), act, (0.5,))
-        for act in ("gelu", "tanh", "silu")
-    ]
-    elementwise += [
-        Case("elementwise", "bias_act_dropout", "fwd+bwd", 1024, (1024,), p=(0.5,), dtype="bf16"),
-        Case("elementwise", "bias_act_dropout", "infer", 1024, (1024,), p=(0.5,), cache="cold"),
-        Case("elementwise", "dropout", "fwd+bwd", 1024, (1024,), p=(0.5,)),
-    ]
-    steps = [
-        Case("step", "net", "step", 256, (784, 256, 10)),
-        Case("step", "net", "step", 256, (784, 256, 256, 10), p=(0.2, 0.5)),
-        Case("step", "net", "step", 256, (784, 1024, 1024, 10), p=(0.2, 0.5)),
-        Case("step", "net", "step", 32, (20, 64, 64, 10), p=(0.2, 0.5)),
-    ]
-    linear = [
-        Case("linear", "linear_act", mode, 256, (784, 256), act, (p,))
-        for act, p in (("relu", 0.0), ("relu", 0.5), ("gelu", 0.0), ("gelu", 0.5))
-        for mode in ("infer", "fwd+bwd")
-    ]
-    return elementwise + steps + linear
 
 
 def gpu() -> list[Case]:
     """For an NVIDIA GPU, the most wanted figures first: a run ends when its time is spent."""
-    cuda = dict(device="cuda")
-    narrow = [
-        Case("narrow", "linear_act", "fwd+bwd", m, kn, p=(p,), dtype="bf16", **cuda)
-        for p in (0.1, 0.5)
-        for m in (256, 4096, 16384, 64)
-        for kn in ((784, 256), (256, 10))
-    ]
-    blocks = [
-        Case("block", "net", "fwd+bwd", 8192, dims, p=(0.1,), dtype="bf16", **cuda)
-        for dims in ((4096, 16384, 4096), (1024, 4096, 1024))
-    ]
-    elementwise = [
-        Case("elementwise", op, mode, n, (n,), p=(0.5,), dtype=dtype, cache="cold", **cuda)
-        for op in ("dropout", "bias_act_dropout")
-        for dtype in ("bf16", "fp32")
-        for n in (16384, 4096)
-        for mode in ("infer", "fwd+bwd")
-    ]
-    steps = [
-        Case("step", "net", "step", 256, dims, p=p, dtype=dtype, **cuda)
-        for dtype in ("bf16", "tf32", "fp32")
-        for dims, p in (((784, 256, 10), (0.0,)), ((784, 256, 256, 10), (0.2, 0.5)))
-    ]
-    return elementwise + blocks + steps + narrow + _gpu_shapes()
 
+    def case(group: str, op: str, mode: str, m: int, dims, p, dtype: str, cache: str = "warm"):
+        return Case(group, op, mode, m, dims, "relu", p, dtype, "cuda", cache)
 
-def _gpu_shapes() -> list[Case]:
-    shapes = ((784, 256), (256, 10), (1024, 4096), (4096, 16384), (16384, 4096))
+    ops, modes, precisions = OPS[:2], ("infer", "fwd+bwd"), ("bf16", "tf32", "fp32")
+    blocks = ((4096, 16384, 4096), (1024, 4096, 1024))
+    nets = (((784, 256, 10), (0.0,)), ((784, 256, 256, 10), (0.2, 0.5)))
+    narrow = ((784, 256), (256, 10))
+    shapes = (*narrow, (1024, 4096), (4096, 16384), (16384, 4096))
+
+    def linear(group: str, p: float, m: int, dims, dtype: str = "bf16"):
+        return case(group, "linear_act", "fwd+bwd", m, dims, (p,), dtype)
+
     return [
-        Case("shapes", "linear_act", "fwd+bwd", m, kn, p=(p,), dtype=dtype, device="cuda")
-        for dtype in ("bf16", "tf32", "fp32")
-        for p in (0.0, 0.1, 0.5)
-        for m in (64, 256, 4096, 16384)
-        for kn in shapes
+        *(
+            case("elementwise", op, mode, n, (n,), (0.5,), dtype, "cold")
+            for op, dtype, n, mode in product(ops, ("bf16", "fp32"), (16384, 4096), modes)
+        ),
+        *(case("block", "net", "fwd+bwd", 8192, dims, (0.1,), "bf16") for dims in blocks),
+        *(
+            case("step", "net", "step", 256, dims, p, dtype)
+            for dtype, (dims, p) in product(precisions, nets)
+        ),
+        *(
+            linear("narrow", p, m, dims)
+            for p, m, dims in product((0.1, 0.5), (256, 4096, 16384, 64), narrow)
+        ),
+        *(
+            linear("shapes", p, m, dims, dtype)
+            for dtype, p, m, dims in product(
+                precisions, (0.0, 0.1, 0.5), (64, 256, 4096, 16384), shapes
+            )
+        ),
     ]
-
-
-def suite(name: str) -> list[Case]:
-    """The cases of a suite; raises ValueError for an unknown one."""
-    if name not in SUITES:
-        raise ValueError(f"bench: unknown suite {name!r}; known: {', '.join(SUITES)}")
-    return SUITES[name]()
 
 
 SUITES = {
@@ -246,9 +232,3 @@ SUITES = {
     "gpu": lambda: [*gpu(), *grid("cuda", "bf16")],
     "gpu-grid": lambda: grid("cuda", "bf16"),
 }
-
-
-def select(cases: Iterable[Case], groups: Iterable[str] | None) -> list[Case]:
-    """The cases of some groups, all when none is named."""
-    wanted = set(groups or ())
-    return [case for case in cases if not wanted or case.group in wanted]

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import random
-import time
+import statistics
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +27,7 @@ from fusedmlp.train import Data, TrainConfig, build, crossval, fit
 from fusedmlp.train.crossvalidation import candidate_configs, splits_of
 from fusedmlp.train.data import datasets
 
-from . import record
-from .timing import spread
+from . import record, timing
 
 FOLDS = 5
 COMPARED = {"hidden": [64, 128], "dropout": [0.0, 0.2], "weight_decay": [0.0, 1e-4, 1e-3]}
@@ -45,22 +44,17 @@ def together(config: TrainConfig) -> list[float]:
 def one_by_one(config: TrainConfig) -> list[float]:
     """The same by a loop of fit, the last network on all rows included."""
     loaded = datasets.load(config)
-    errors = []
-    candidates = candidate_configs(config, COMPARED)
+    whole = replace(loaded, x_test=None, y_test=None)
+    x, y = loaded.x_train, loaded.y_train
+    errors, candidates = [], candidate_configs(config, COMPARED)
     for candidate in candidates:
-        wrong = []
-        for kept, held in splits_of(loaded, FOLDS)[0]:
-            part = replace(
-                loaded,
-                x_train=loaded.x_train[kept],
-                y_train=loaded.y_train[kept],
-                x_test=None,
-                y_test=None,
-            )
-            wrong.append(_error(candidate, part, loaded.x_train[held], loaded.y_train[held]))
+        parts = splits_of(loaded, FOLDS)[0]
+        wrong = [
+            _error(candidate, replace(whole, x_train=x[kept], y_train=y[kept]), x[held], y[held])
+            for kept, held in parts
+        ]
         errors.append(sum(wrong) / len(wrong))
     best = candidates[min(range(len(errors)), key=errors.__getitem__)]
-    whole = replace(loaded, x_test=None, y_test=None)
     _error(best, whole, loaded.x_test, loaded.y_test)
     return errors
 
@@ -72,56 +66,32 @@ def _error(config: TrainConfig, part: Data, x, y) -> float:
     return 1 - build.evaluate(net, x, y, part.scaling, "cross_entropy")[1]
 
 
-def searches(x, y, x_test, y_test, epochs: int) -> dict:
-    """{way: function of a seed that returns the test score of the best of the grid}."""
+def search(kind, x, y, x_test, y_test, epochs: int):
+    """A function of a seed that returns the test score of the best of the grid."""
 
-    def search(kind):
-        def run(seed: int) -> float:
+    def run(seed: int) -> float:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
             estimator = kind(max_iter=epochs, random_state=seed)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)
-                found = GridSearchCV(estimator, GRID, cv=FOLDS).fit(x, y)
-            return found.score(x_test, y_test)
+            return GridSearchCV(estimator, GRID, cv=FOLDS).fit(x, y).score(x_test, y_test)
 
-        return run
-
-    return {
-        "FusedMLPClassifier": search(FusedMLPClassifier),
-        "MLPClassifier": search(MLPClassifier),
-    }
+    return run
 
 
 def rows_of(what: str, ways: dict, rounds: int, score: str) -> list[dict]:
     """Time each way once a round, the first being ours."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    scores: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds):
-        order = list(ways)
-        random.Random(number).shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            value = ways[name](number)
-            seconds[name].append(time.perf_counter() - start)
-            scores[name].append(value)
-            print(f"{what}  {name:<24} {seconds[name][-1]:8.2f} s  {value:.4f}", flush=True)
-    ours = next(iter(ways))
-    return [
-        {
-            "what": what,
-            "way": name,
-            "seconds": list(spread(seconds[name])),
-            "time over fusedmlp's": list(
-                spread([a / b for a, b in zip(seconds[name], seconds[ours], strict=True)])
-            ),
-            "score": sum(scores[name]) / rounds,
-            "score is": score,
-            "rounds": rounds,
-        }
-        for name in ways
-    ]
+    found = timing.rounds(ways, rounds)
+    ours = next(iter(found.values()))[0]
+    rows = []
+    for name, (seconds, scores) in found.items():
+        row = {"what": what, "way": name, "seconds": timing.spread(seconds)}
+        row["time over fusedmlp's"] = timing.over(seconds, ours)
+        row |= {"score": statistics.mean(scores), "score is": score}
+        rows.append(row | {"rounds": rounds})
+    return rows
 
 
-def _folds(config: TrainConfig, rounds: int) -> list[dict]:
+def fold_rows(config: TrainConfig, rounds: int) -> list[dict]:
     first, second = together(config), one_by_one(config)  # warms both as well
     if any(abs(a - b) > 1e-9 for a, b in zip(first, second, strict=True)):
         raise SystemExit(f"together and one by one must agree, got {first} and {second}")
@@ -135,7 +105,7 @@ def _folds(config: TrainConfig, rounds: int) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="bench.crossval", description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, help="folder of Fashion-MNIST; else digits only")
     parser.add_argument("--out", type=Path, default=Path("bench/results/crossval.json"))
     parser.add_argument("--rounds", type=int, default=3, help="of the cross-validation")
@@ -148,24 +118,23 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
+    results = record.Results(record.header("crossval", "bench.crossval", argv), args.out)
     config = TrainConfig(dataset="digits", device="cpu", epochs=args.epochs)
-    rows = _folds(config, args.rounds) if "crossval" in args.parts else []
+    if "crossval" in args.parts:
+        results.add(*fold_rows(config, args.rounds))
     for name, epochs in (("digits", args.grid_epochs), ("fashion_mnist", IMAGE_EPOCHS)):
         if name not in args.parts or (name != "digits" and args.data_dir is None):
             continue
         loaded = datasets.load(config.replace(dataset=name, data_dir=args.data_dir))
         top = float(loaded.scaling.divisor)
-        parts = [
-            loaded.x_train[:IMAGES].flatten(1).numpy() / top,
-            loaded.y_train[:IMAGES].numpy(),
-            loaded.x_test.flatten(1).numpy() / top,
-            loaded.y_test.numpy(),
-        ]
-        what = f"GridSearchCV 3 x 3 x {FOLDS}, {name}, {len(parts[0])} rows"
-        rows += rows_of(what, searches(*parts, epochs), args.grid_rounds, "test accuracy")
-    record.write(args.out, record.header("crossval", "bench.crossval", argv) | {"rows": rows})
+        x, x_test = (t.flatten(1).numpy() / top for t in (loaded.x_train[:IMAGES], loaded.x_test))
+        parts = x, loaded.y_train[:IMAGES].numpy(), x_test, loaded.y_test.numpy(), epochs
+        kinds = (FusedMLPClassifier, MLPClassifier)
+        ways = {kind.__name__: search(kind, *parts) for kind in kinds}
+        what = f"GridSearchCV 3 x 3 x {FOLDS}, {name}, {len(x)} rows"
+        results.add(*rows_of(what, ways, args.grid_rounds, "test accuracy"))
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -2,11 +2,10 @@
 # Everything that needs an NVIDIA GPU: bash bench/gpu.sh [all|build|test|sanitize|bench|tune] (make gpu).
 # Runs with $PYTHON as it is: installs nothing and needs no network; a missing package skips what
 # needs it. Leaves 9 files in $RESULTS: machine.json, build.txt, test.txt, junit.xml, sanitize.txt,
-# bench.txt, steps.json, ops.json and summary.tsv, which the closing table is made from; what lies there
-# from an earlier call stays. Each part ends within
-# 8 minutes and can be called alone; 1 is returned when one of those called failed. Not in `all`, as it
-# takes several calls: `tune` times tiles for the layers that bench.run times, which then takes them;
-# each call goes on where the last one was cut off.
+# bench.txt, steps.json, ops.json and summary.tsv, which the closing table is made from; what an
+# earlier call left stays. Each part ends within 8 minutes and can be called alone; 1 is returned when
+# one of those called failed. Not in `all`, as it takes several calls: `tune` times tiles for the
+# layers that bench.run times, which then takes them; each call goes on where the last was cut off.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 
@@ -17,45 +16,6 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 stop() { echo "gpu: $*" >&2; exit 1; }
 has() { "$PYTHON" -c "import $1" 2>/dev/null; }
-
-machine() {  # machine.json: what ran here, and the clocks around each part
-    "$PYTHON" - "$RESULTS/machine.json" "$1" <<'EOF'
-import datetime, json, pathlib, platform, subprocess, sys
-import torch
-
-def said(*command):
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-
-def version(name):
-    try:
-        return __import__(name).__version__
-    except ImportError:
-        return None
-
-def smi(*fields):
-    asked = said("nvidia-smi", "--query-gpu=" + ",".join(fields), "--format=csv,noheader", "-i", "0")
-    return dict(zip(fields, [value.strip() for value in asked.split(",")]))
-
-path, moment = pathlib.Path(sys.argv[1]), sys.argv[2]
-record = json.loads(path.read_text()) if path.exists() else {"clocks": {}}
-gpu = torch.cuda.get_device_properties(0)
-record.update(
-    gpu=gpu.name, capability=f"{gpu.major}.{gpu.minor}", multiprocessors=gpu.multi_processor_count,
-    memory_bytes=gpu.total_memory, driver=smi("driver_version").get("driver_version"),
-    python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda,
-    triton=version("triton"), nvcc=" ".join(said("nvcc", "--version").splitlines()[-2:-1]) or None,
-    commit=said("git", "rev-parse", "HEAD") or None,
-    changed_files=len(said("git", "status", "--porcelain", "-uno").splitlines()),
-    date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-)
-record["clocks"][moment] = smi("clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw",
-                               "power.limit", "temperature.gpu", "clocks_throttle_reasons.active")
-path.write_text(json.dumps(record, indent=2) + "\n")
-EOF
-}
 
 limited() {  # limited SECONDS COMMAND...: a command that is cut off says so
     local seconds=$1; shift
@@ -110,7 +70,7 @@ part_sanitize() {  # the tests marked sanitize: one small case a kernel
 
 part_bench() {  # whole training steps and epochs, then ops and networks
     local status=0
-    limited 180 "$PYTHON" -m bench.gpu_step --seconds 150 --out "$RESULTS/steps.json" || status=1
+    limited 180 "$PYTHON" -m bench.steps --device cuda --seconds 150 --out "$RESULTS/steps.json" || status=1
     limited 290 "$PYTHON" -m bench.run --suite gpu --seconds 250 --resume --out "$RESULTS/ops.json" ||
         status=1
     return $status
@@ -125,10 +85,10 @@ part_tune() {
 run_part() {
     local part=$1 log=$RESULTS/$1.txt start=$SECONDS status word note
     echo "== gpu: $part"
-    machine "$part before"
+    "$PYTHON" -m bench.record "$RESULTS/machine.json" "$part before"
     "part_$part" 2>&1 | tee "$log"
     status=${PIPESTATUS[0]}
-    machine "$part after"
+    "$PYTHON" -m bench.record "$RESULTS/machine.json" "$part after"
     case $status in 0) word=ok ;; 3) word=skipped ;; *) word=FAILED ;; esac
     note=$(grep -aE '^gpu: |^fusedmlp: | (passed|failed|error).* in [0-9.]+s' "$log" | tail -n 1)
     [ -n "$note" ] || note=$(tail -n 1 "$log")

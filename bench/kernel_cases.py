@@ -11,13 +11,14 @@ import torch
 from fusedmlp.spec import activations, philox
 from fusedmlp.spec.layers import Epilogue
 
+from .cases import DTYPES
+
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One thing to compile. tile: fields of configs.Tile, () where the op has its own."""
+    """One thing to compile. tile: fields of tiles.Tile, () where the op has its own."""
 
     op: str
     target: str
@@ -33,41 +34,35 @@ class Kernel:
     def call(self) -> None:
         """Calls the op on meta tensors."""
         from fusedmlp.backends.triton import bias_act_dropout as epilogue
-        from fusedmlp.backends.triton import linear_act
-        from fusedmlp.backends.triton import tiles as configs
+        from fusedmlp.backends.triton import linear_act, tiles
         from fusedmlp.backends.triton.cross_entropy import cross_entropy
         from fusedmlp.backends.triton.dgrad_act import dgrad_act
 
         # Sizes: multiples of every tile, or odd ones, whose rows no vector instruction can load.
         m, n, k = (4096, 4096, 4096) if self.aligned else (4095, 4093, 4091)
-        dtype = _DTYPES[self.dtype]
+        dtype, act = DTYPES[self.dtype], activations.IDS[self.act]
 
         def empty(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=kind, device="meta")
 
-        act = activations.IDS[self.act]
-        threshold, scale = philox.threshold_and_scale(self.p)
-        slope = empty(n) if self.act == "prelu" else None
-        state = empty(2, kind=torch.int64)
-        numbers = act, 0.01, threshold, scale, 0, 0
+        slope, state = empty(n) if self.act == "prelu" else None, empty(2, kind=torch.int64)
+        drop = *philox.threshold_and_scale(self.p), 0, 0
         saves = activations.saves(act, 0.01, dtype, self.p > 0)
-        sums = True, slope is not None
-        tile = configs.Tile(*self.tile) if self.tile else None
-        e = Epilogue(empty(n), slope, state, *numbers)
+        back = empty(m, n) if saves else None, Epilogue(empty(n), slope, state, act, 0.01, *drop)
+        back += saves, True, slope is not None
+        e, tile = back[1], tiles.Tile(*self.tile) if self.tile else None
         if self.op == "linear_act":
             w = empty(n, k) if self.descriptors < 2 else empty(k, n).t()
             linear_act.run(empty(m, k), w, e, keep_preact=True, tile=tile)
         elif self.op == "dgrad_act":
-            saved = empty(m, n) if saves else None
-            dgrad_act(empty(m, k), empty(k, n), saved, e, saves, *sums, tile=tile)
+            dgrad_act(empty(m, k), empty(k, n), *back, tile=tile)
         elif self.op == "bias_act_dropout_fwd":
             epilogue.bias_act_dropout_fwd(empty(m, n), e)
         elif self.op == "bias_act_dropout_bwd":
-            saved = empty(m, n) if saves else None
-            epilogue.bias_act_dropout_bwd(empty(m, n), saved, e, saves, *sums)
+            epilogue.bias_act_dropout_bwd(empty(m, n), *back)
         elif self.op == "dropout":
-            e = Epilogue(None, None, state, 0, 0.0, *numbers[2:])
-            epilogue.bias_act_dropout_fwd(empty(m, n), e)
+            alone = Epilogue(None, None, state, 0, 0.0, *drop)
+            epilogue.bias_act_dropout_fwd(empty(m, n), alone)
         else:
             columns = 10 if self.op == "cross_entropy" else 50_257
             cross_entropy(empty(m, columns), empty(m, kind=torch.int64), 0.1)
@@ -90,29 +85,27 @@ class Kernel:
         return "HMMA"
 
 
-def _products(target: str, quick: bool) -> Iterator[Kernel]:
+def _products(target: str) -> Iterator[Kernel]:
     """Every tile that can be chosen: heaviest epilogue, backward, splits, odd rows."""
-    from fusedmlp.backends.triton import tiles as configs
+    from fusedmlp.backends.triton import tiles as choices
 
     from .triton_build import tile_target
 
-    full = target == "sm_90" and not quick
+    full, device = target == "sm_90", tile_target(target)
     for kind, dtype in (("half", "bf16"), ("half", "fp16"), ("tf32", "fp32"), ("ieee", "fp32")):
-        tiles = configs.fitting(kind, 2 if kind == "half" else 4, tile_target(target))
+        tiles = choices.fitting(kind, 2 if kind == "half" else 4, device)
         plain = [t for t in tiles if not t.descriptors]
         if dtype == "fp16":
             # The same code as bf16 but for the conversions.
             tiles = tiles[::4] if full else ()
-        elif quick:
-            tiles = tiles[:: len(tiles) // 2]
         for tile in tiles:
             made = dict(target=target, dtype=dtype, kind=kind, tile=tuple(tile))
             yield Kernel("linear_act", **made, descriptors=int(tile.descriptors))
             yield Kernel("dgrad_act", **made, descriptors=2 * tile.descriptors)
-            if not quick and configs.for_odd_rows(tile, kind, tile_target(target)):
+            if choices.for_odd_rows(tile, kind, device):
                 yield Kernel("linear_act", **made, aligned=False)
                 yield Kernel("dgrad_act", **made, aligned=False)
-            if not quick and configs.can_split(tile, tile_target(target)):
+            if choices.can_split(tile, device):
                 yield Kernel("linear_act", **made | {"tile": tuple(tile._replace(splits=4))})
         if dtype == "bf16":
             split = tuple(plain[0]._replace(splits=4))
@@ -124,46 +117,40 @@ def _products(target: str, quick: bool) -> Iterator[Kernel]:
                 yield Kernel("dgrad_act", target, dtype, act, p, kind, tile)
 
 
-def _elementwise(target: str, quick: bool) -> Iterator[Kernel]:
-    for dtype in _DTYPES if target == "sm_90" and not quick else ("bf16",):
+def _elementwise(target: str) -> Iterator[Kernel]:
+    for dtype in ("fp32", "fp16", "bf16") if target == "sm_90" else ("bf16",):
         for op in ("dropout", "cross_entropy", "cross_entropy of long rows"):
             yield Kernel(op, target, dtype)
         yield Kernel("bias_act_dropout_bwd", target, dtype, part=1)  # the second stage of its sums
         for op in ("bias_act_dropout_fwd", "bias_act_dropout_bwd"):
-            for act in ("gelu",) if quick else activations.NAMES:
+            for act in activations.NAMES:
                 yield Kernel(op, target, dtype, act)
-            if not quick:
-                yield Kernel(op, target, dtype, "gelu", aligned=False)
+            yield Kernel(op, target, dtype, "gelu", aligned=False)
 
 
-def sample() -> tuple[Kernel, ...]:
-    """What the test suite compiles: every kernel once, every target, each kind of product."""
+def sample() -> list[Kernel]:
+    """Every kernel once, every target, each kind of product: --quick, and the test suite."""
     small = (64, 32, 64, 4, 4)
-    return (
+    half = dict(kind="half", tile=small)
+    return [
         Kernel("linear_act", "sm_90", "bf16", kind="half", tile=(64, 64, 64, 4, 4)),
-        Kernel(
-            "linear_act", "sm_90", "bf16", "relu", kind="half", tile=(*small, True), descriptors=1
-        ),
-        Kernel("linear_act", "sm_90", "fp16", "silu", kind="half", tile=small, aligned=False),
+        Kernel("linear_act", "sm_90", "bf16", "relu", 0.1, "half", (*small, True), descriptors=1),
+        Kernel("linear_act", "sm_90", "fp16", "silu", **half, aligned=False),
         Kernel("linear_act", "sm_90", "fp32", "tanh", kind="tf32", tile=(64, 32, 32, 4, 4)),
         Kernel("linear_act", "sm_90", "fp32", "elu", kind="ieee", tile=(64, 16, 32, 4, 3)),
         Kernel("linear_act", "sm_90", "bf16", kind="half", tile=(*small, False, 4)),
         Kernel("linear_act", "sm_90", "bf16", kind="half", tile=(*small, False, 4), part=1),
-        Kernel("dgrad_act", "sm_90", "bf16", kind="half", tile=small),
+        Kernel("dgrad_act", "sm_90", "bf16", **half),
         Kernel("bias_act_dropout_fwd", "sm_90", "fp32", "softplus"),
         Kernel("bias_act_dropout_bwd", "sm_90", "bf16", "prelu"),
         Kernel("bias_act_dropout_bwd", "sm_90", "bf16", part=1),
         Kernel("dropout", "sm_90", "bf16"),
         Kernel("cross_entropy", "sm_90", "bf16"),
-        *(
-            Kernel("linear_act", t, "bf16", kind="half", tile=small)
-            for t in TARGETS
-            if t != "sm_90"
-        ),
-    )
+        *(Kernel("linear_act", t, "bf16", **half) for t in TARGETS if t != "sm_90"),
+    ]
 
 
-def kernels(targets: tuple[str, ...], quick: bool) -> list[Kernel]:
-    """What is compiled, each once."""
-    made = [k for t in targets for k in (*_products(t, quick), *_elementwise(t, quick))]
+def kernels(targets: tuple[str, ...] = TARGETS) -> list[Kernel]:
+    """Everything, each once."""
+    made = (k for t in targets for k in (*_products(t), *_elementwise(t)))
     return list(dict.fromkeys(made))

@@ -9,7 +9,6 @@ implementation can do without: copies of the tensors, or the bare GEMMs through 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from fusedmlp.spec import activations, philox
 
 from .cases import Case
 from .saved_bytes import saved_bytes
+from .timing import captured
 
 _EPS_TF32 = 2.0**-10
 
@@ -65,11 +65,10 @@ def default_names(case: Case) -> list[str]:
         names += ["graph", "auto graph"]
     if case.mode == "infer":
         names += ["addmm"] * (case.op == "linear_act") + ["op"] * (not modules)
-    ours = [name for name in registry.list_backends() if name != route(case)]
     # The reference is there to be right; where it takes seconds a call it is left out.
-    if cuda or modules or case.m * case.dims[-1] > 1 << 21:
-        ours = [name for name in ours if name != "reference"]
-    return [*names, "auto", *ours, "floor"]
+    too_slow = cuda or modules or case.m * case.dims[-1] > 1 << 21
+    left_out = {route(case), "reference" if too_slow else ""}
+    return [*names, "auto", *(n for n in registry.list_backends() if n not in left_out), "floor"]
 
 
 def route(case: Case) -> str:
@@ -128,8 +127,6 @@ class Problem:
         """Of the arithmetic that is timed."""
         return _EPS_TF32 if self.case.dtype == "tf32" else torch.finfo(self.dy.dtype).eps
 
-    # --- providers -------------------------------------------------------------------------------
-
     def provider(self, name: str) -> Provider:
         """The provider of that name, not warmed up; raises Unavailable."""
         case = self.case
@@ -137,7 +134,7 @@ class Problem:
             return Provider(name, self._floor(), dict)
         if name.endswith("graph"):
             inner = self.provider("auto" if name.startswith("auto") else "eager")
-            return Provider(name, _captured(inner.run), inner.results, inner.ours)
+            return Provider(name, captured(inner.run), inner.results, inner.ours)
         if name in ("op", "addmm") and case.mode != "infer":
             raise Unavailable("it has no gradient")
         backend, ours = None, name not in ("eager", "compile", "max-autotune", "addmm")
@@ -150,10 +147,9 @@ class Problem:
             forward, parameters = self._module(name, ours)
         else:
             forward, parameters = self._functional(name, backend, ours), None
-        scope = contextlib.nullcontext
-        if backend and case.op in ("layer", "net"):
-            scope = lambda: fusedmlp.use_backend(backend)  # noqa: E731
-        run, results = self._timed(forward, parameters, scope)
+        run, results = self._timed(forward, parameters)
+        if backend and parameters is not None:
+            run, results = (_on_backend(backend, function) for function in (run, results))
         saved = None
         if name not in ("compile", "max-autotune") and case.mode != "infer":
             kept = [*self.leaves.values(), *(parameters or ())]
@@ -215,15 +211,13 @@ class Problem:
             linear = nn.Linear(k, n, device=self.case.device, dtype=self.case.torch_dtype)
             linear.weight = nn.Parameter(self.leaves[f"w{i}"].detach().clone())
             linear.bias = nn.Parameter(self.leaves[f"b{i}"].detach().clone())
-            modules += (
-                [linear]
-                + [activation_module(activations.IDS[act], None, None)] * (act != "none")
-                + [nn.Dropout(p)] * (p > 0)
-            )
+            modules.append(linear)
+            if act != "none":
+                modules.append(activation_module(activations.IDS[act], None, None))
+            if p > 0:
+                modules.append(nn.Dropout(p))
         net: nn.Module = nn.Sequential(*modules)
         if ours:
-            if not hasattr(fusedmlp, "fuse"):
-                raise Unavailable("this version has no fuse()")
             net = fusedmlp.fuse(copy.deepcopy(net))
         x, targets, parameters = self.leaves["x"], self.targets, list(net.parameters())
         if self.case.mode != "step":
@@ -232,61 +226,40 @@ class Problem:
         loss = _compiled(name, lambda x, t: F.cross_entropy(net(x).float(), t))
         return (lambda: loss(x, targets)), parameters
 
-    def _timed(self, forward, parameters, scope):
-        """(run, results) of a mode. wanted: x if it needs a gradient, then weights and biases."""
+    def _timed(self, forward, parameters):
+        """(run, results) of a mode; gradients are of x, if it needs one, weights and biases."""
         mode, dy = self.case.mode, self.dy
         leaves = [self.leaves[n] for n in self.wanted]
         if parameters is not None:
             leaves = [t for t in leaves if t is self.leaves["x"]] + parameters
-
-        def with_grads():
-            with scope():
-                y = forward()
-                return y, torch.autograd.grad(y, leaves, dy)
-
+        if mode == "infer":
+            infer = torch.no_grad()(forward)
+            return infer, lambda: {"y": infer().clone()}
         if mode == "step":
             # A step so small that thousands of them leave the values as they are.
             optimizer = torch.optim.SGD(parameters, lr=1e-6)
 
             def step():
-                with scope():
-                    optimizer.zero_grad()
-                    loss = forward()
-                    loss.backward()
-                    optimizer.step()
+                optimizer.zero_grad()
+                loss = forward()
+                loss.backward()
+                optimizer.step()
                 return loss
 
-            def step_results():
-                loss = step().detach()
-                return self.named(loss, [p.grad for p in parameters])
+            return step, lambda: self.named(step(), [p.grad for p in parameters])
+        made = []
 
-            return step, step_results
-        if mode == "infer":
+        def forward_backward():
+            y = forward()
+            return y, torch.autograd.grad(y, leaves, dy)
 
-            def infer():
-                with torch.no_grad(), scope():
-                    return forward()
+        def backward():
+            if not made:
+                made.append(forward())
+            return torch.autograd.grad(made[0], leaves, dy, retain_graph=True)
 
-            return infer, lambda: {"y": infer().clone()}
-        results = lambda: self.named(*with_grads())  # noqa: E731
-        if mode == "fwd":
-
-            def fwd():
-                with scope():
-                    return forward()
-
-            return fwd, results
-        if mode == "bwd":
-            made = []
-
-            def bwd():
-                if not made:
-                    made.append(forward())
-                with scope():
-                    return torch.autograd.grad(made[0], leaves, dy, retain_graph=True)
-
-            return bwd, results
-        return with_grads, results
+        run = {"fwd": forward, "bwd": backward, "fwd+bwd": forward_backward}[mode]
+        return run, lambda: self.named(*forward_backward())
 
     def named(self, y: Tensor, grads) -> dict[str, Tensor]:
         names = [f"d{n}" for n in self.wanted]
@@ -297,36 +270,39 @@ class Problem:
         case, mode = self.case, self.case.mode
         forward, backward = mode != "bwd", mode not in ("infer", "fwd")
         calls: list[Callable[[], object]] = []
-        with torch.no_grad():
-            x = self.leaves["x"].detach()
-            if case.elementwise:
-                saved = x.clone()
-                calls += [lambda: torch.clone(x)] * forward
-                calls += [lambda: torch.mul(self.dy, saved)] * backward
+        x = self.leaves["x"].detach()
+        if case.elementwise:
+            saved = x.clone()
+            calls += [lambda: torch.clone(x)] * forward
+            calls += [lambda: torch.mul(self.dy, saved)] * backward
+        else:
             for i, (k, n, _, _) in enumerate(case.layers):
-                if k:
-                    calls += self._gemms(i, k, n, forward, backward)
+                calls += self._gemms(i, k, n, forward, backward)
 
         def run():
-            with torch.no_grad():
-                for call in calls:
-                    call()
+            for call in calls:
+                call()
 
         return run
 
     def _gemms(self, i: int, k: int, n: int, forward: bool, backward: bool):
         """The bare products of layer i: z = x w^T, dx = dz w, dw = dz^T x, into given memory."""
-        like = self.dy
-        m = self.case.m
+        like, m = self.dy, self.case.m
         x = self.leaves["x"].detach() if i == 0 else torch.randn_like(like.new_empty(m, k))
         w, dz = self.leaves[f"w{i}"].detach(), torch.randn_like(like.new_empty(m, n))
         z, dx, dw = torch.empty_like(dz), torch.empty_like(x), torch.empty_like(w)
+        needs_dx = backward and (i > 0 or self.case.mode != "step")
         calls = [lambda: torch.mm(x, w.t(), out=z)] * forward
-        if backward:
-            if i > 0 or self.case.mode != "step":
-                calls.append(lambda: torch.mm(dz, w, out=dx))
-            calls.append(lambda: torch.mm(dz.t(), x, out=dw))
-        return calls
+        calls += [lambda: torch.mm(dz, w, out=dx)] * needs_dx
+        return calls + [lambda: torch.mm(dz.t(), x, out=dw)] * backward
+
+
+def _on_backend(backend: str, function: Callable[[], object]) -> Callable[[], object]:
+    def run():
+        with fusedmlp.use_backend(backend):
+            return function()
+
+    return run
 
 
 def _compiled(name: str, function):
@@ -342,22 +318,3 @@ def _compiled(name: str, function):
         return compiled(*args)
 
     return run
-
-
-def _captured(run: Callable[[], object]) -> Callable[[], object]:
-    """A replay of `run` as one CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = run()
-
-    def replay():
-        graph.replay()
-        return kept
-
-    return replay

@@ -1,4 +1,5 @@
-"""What stands beside every figure: machine, versions, commit, date, command. Measures nothing."""
+"""Results files: the rows that a script finds, and what stands beside every figure. Measures
+nothing. `python -m bench.record FILE MOMENT` is how gpu.sh writes down its machine and clocks."""
 
 from __future__ import annotations
 
@@ -10,11 +11,13 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+_NEEDED = ("name", "machine", "versions", "commit", "date", "rows")
 
 
 def _said(*command: str) -> str:
@@ -28,8 +31,8 @@ def _said(*command: str) -> str:
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    pairs = (line.split(":", 1) for line in lines if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in pairs}
     flags = fields.get("flags", "").split()
     isa = "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else platform.machine()
     return f"{fields.get('model name') or platform.processor() or 'CPU'}, {isa}"
@@ -40,11 +43,8 @@ def machine(device: str = "cpu") -> dict:
     found = {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if device == "cuda":
         gpu = torch.cuda.get_device_properties(0)
-        found |= {
-            "gpu": gpu.name,
-            "capability": f"{gpu.major}.{gpu.minor}",
-            "driver": gpu_state("driver_version").get("driver_version"),
-        }
+        found |= {"gpu": gpu.name, "capability": f"{gpu.major}.{gpu.minor}"}
+        found |= {"driver": gpu_state("driver_version").get("driver_version")}
     return found
 
 
@@ -70,11 +70,11 @@ def commit() -> str | None:
 
 def gpu_state(*fields: str) -> dict[str, str]:
     """What nvidia-smi says of the first GPU; {} without it."""
-    asked = _said(
-        "nvidia-smi", "--query-gpu=" + ",".join(fields), "--format=csv,noheader", "-i", "0"
+    query = "--query-gpu=" + ",".join(fields)
+    values = _said("nvidia-smi", query, "--format=csv,noheader", "-i", "0").split(",")
+    return (
+        dict(zip(fields, map(str.strip, values), strict=True)) if len(values) == len(fields) else {}
     )
-    values = [value.strip() for value in asked.split(",")]
-    return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
 
 
 def clocks() -> dict[str, str]:
@@ -122,9 +122,70 @@ def write(path: Path, found: dict) -> None:
 def read(path: Path) -> dict:
     """A results file; raises ValueError that names what is missing."""
     found = json.loads(path.read_text())
-    missing = [
-        key for key in ("name", "machine", "versions", "commit", "date", "rows") if key not in found
-    ]
-    if missing:
+    if missing := [key for key in _NEEDED if key not in found]:
         raise ValueError(f"bench: {path} must hold {', '.join(missing)}")
     return found
+
+
+def kept(path: Path | None, is_valid: Callable[[dict], bool] = lambda row: True) -> list[dict]:
+    """Valid rows of an earlier run; none where there is no file or it is damaged."""
+    try:
+        return [row for row in read(path)["rows"] if is_valid(row)] if path else []
+    except (OSError, ValueError):
+        return []
+
+
+class Results:
+    """The rows of one run: each is printed as it is found, and the file is written anew, so that
+    a stop loses nothing.
+
+    head  what header() returns; keys that are added to it are written too
+    out   None: the rows are only printed
+    """
+
+    def __init__(self, head: dict, out: Path | None, rows: list[dict] | None = None):
+        self.head, self.out, self.rows = head, out, rows or []
+
+    def add(self, *rows: dict, columns: tuple[str, ...] = ()) -> None:
+        """columns: those that are printed, in this order; all when none is named."""
+        self.rows += rows
+        for row in rows:
+            print(line(row, columns), flush=True)
+        self.write()
+
+    def write(self) -> None:
+        if self.out:
+            write(self.out, self.head | {"rows": self.rows})
+
+
+def line(row: dict, columns: tuple[str, ...] = ()) -> str:
+    """A row for the terminal: texts as they are, numbers with their names, three numbers as
+    median [p20, p80]."""
+    cells = []
+    for name in columns or row:
+        value = _rounded(row.get(name))
+        if isinstance(value, str):
+            cells.append(value)
+        elif isinstance(value, list) and len(value) == 3 and isinstance(value[0], float):
+            cells.append("{} {:.4g} [{:.4g}, {:.4g}]".format(name, *value))
+        elif value is not None:
+            cells.append(f"{name} {value}")
+    return "  ".join(cell for cell in cells if cell)
+
+
+def main(argv: list[str]) -> int:
+    """Adds to a file what is run here, and the clocks at a moment."""
+    path, moment = Path(argv[0]), argv[1]
+    found = json.loads(path.read_text()) if path.exists() else {"clocks": {}}
+    gpu = torch.cuda.get_device_properties(0)
+    found |= header("machine", "bench.record", argv, "cuda")
+    found |= {"multiprocessors": gpu.multi_processor_count, "memory_bytes": gpu.total_memory}
+    found["nvcc"] = " ".join(_said("nvcc", "--version").splitlines()[-2:-1]) or None
+    more = ("clocks.max.sm", "power.limit", "clocks_throttle_reasons.active")
+    found["clocks"][moment] = clocks() | gpu_state(*more)
+    path.write_text(json.dumps(found, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

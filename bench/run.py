@@ -11,7 +11,6 @@ Never the place of a claim: tables come from the results file through report.py.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import sys
 import time
@@ -23,14 +22,13 @@ import torch._functorch.config as functorch_config
 
 from fusedmlp.backends import registry
 
-from . import cases, record, timing
+from . import cases, record, tables, timing
 from .cases import Case
 from .check import wrong
 from .providers import Problem, Provider, Unavailable, default_names, route
 
 # A cell of the grid below this is measured again, longer, and the new figure replaces the old one.
 REMEASURE_BELOW = 0.98
-NEVER_BELOW = 0.97
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -54,7 +52,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--seconds", type=float, help="start no new case after this many")
     p.add_argument("--resume", action="store_true", help="keep the rows that --out already has")
     p.add_argument(
-        "--fail-below", type=float, help=f"exit 1 if the grid goes below, as {NEVER_BELOW}"
+        "--fail-below", type=float, help=f"exit 1 if the grid goes below, as {tables.NEVER_BELOW}"
     )
     p.add_argument("--out", type=Path, help="results file (JSON); none: only print")
     args = p.parse_args(argv)
@@ -72,7 +70,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def wanted(args: argparse.Namespace) -> list[Case]:
     """The cases that the arguments ask for."""
     if args.suite:
-        return cases.select(cases.suite(args.suite), args.group)
+        found = cases.SUITES[args.suite]()
+        return [case for case in found if not args.group or case.group in args.group]
     modes = args.mode or (["step"] if args.op == "net" else ["infer", "fwd", "bwd", "fwd+bwd"])
     dims = tuple(int(n) for n in args.dims.split("-"))
     p = tuple(args.p)
@@ -87,44 +86,32 @@ def wanted(args: argparse.Namespace) -> list[Case]:
     ]
 
 
-@contextlib.contextmanager
-def _settings(case: Case):
-    """What a case needs of torch's global state."""
-    precision = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if case.dtype == "tf32" else "ieee"
-    # `bwd` runs backward many times on one graph; compiled backwards then may not reuse its memory.
-    donated = functorch_config.patch(donated_buffer=case.mode != "bwd")
-    try:
-        with donated:
-            yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = precision
-
-
 def run_case(case: Case, names: list[str] | None, budget_s: float) -> list[dict]:
     """The rows of one case: a figure for each provider, or the reason why there is none."""
     torch.manual_seed(0)
-    with _settings(case), warnings.catch_warnings():
+    names = names or default_names(case)
+    usable, rows = {}, []
+    # `bwd` runs backward many times on one graph; compiled backwards then may not reuse its memory.
+    donated = functorch_config.patch(donated_buffer=case.mode != "bwd")
+    with timing.products(case.dtype), donated, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         problem = Problem(case)
-        usable, rows = {}, []
-        names = names or default_names(case)
         for name in names:
-            reason = None
+            row = case.columns() | {"provider": name}
             try:
                 provider = problem.provider(name)
                 reason = wrong(problem, provider)
             except (Unavailable, registry.BackendError) as refusal:
-                rows.append(case.columns() | {"provider": name, "unavailable": str(refusal)})
+                rows.append(row | {"unavailable": str(refusal)})
                 continue
             except Exception as error:  # a baseline that cannot run is a row, not the end
                 told = str(error).strip().splitlines() or [""]
                 reason = f"{type(error).__name__}: {told[0]}"
             if reason:
-                rows.append(case.columns() | {"provider": name, "error": reason})
+                rows.append(row | {"error": reason})
             else:
                 usable[name] = provider
-        made = _timed(case, usable, budget_s)
+        made = _timed(case, usable, budget_s) if usable else []
         del problem, usable
     if {"compile", "max-autotune"} & set(names):
         torch.compiler.reset()
@@ -133,24 +120,22 @@ def run_case(case: Case, names: list[str] | None, budget_s: float) -> list[dict]
 
 
 def _timed(case: Case, usable: dict[str, Provider], budget_s: float) -> list[dict]:
-    if not usable:
-        return []
     runs = {name: provider.run for name, provider in usable.items()}
-    cold = case.cache == "cold"
-    timings = {"device": timing.measure(runs, timing.timer(case.device, cold), budget_s=budget_s)}
-    state = record.clocks() if case.device == "cuda" else {}
-    if case.device == "cuda" and case.mode == "step":
+    cold, cuda = case.cache == "cold", case.device == "cuda"
+    clock = "device" if cuda else "wall"
+    timings = {clock: timing.measure(runs, timing.timer(case.device, cold), budget_s=budget_s)}
+    state = record.clocks() if cuda else {}
+    if cuda and case.mode == "step":
         wall = timing.timer(case.device, cold, wall=True)
         timings["wall"] = timing.measure(runs, wall, budget_s=budget_s / 2)
     made = []
     for clock, measured in timings.items():
         for name, t in measured.items():
-            row = case.columns() | {"provider": name}
-            row["clock"] = "wall" if case.device == "cpu" else clock
+            row = case.columns() | {"provider": name, "clock": clock}
             ms, p20, p80 = timing.spread(t.ms)
             row |= {"ms": ms, "ms_p20": p20, "ms_p80": p80, "rounds": len(t.ms)}
             row["rounds_left_out"] = t.left_out
-            if case.device == "cuda":
+            if cuda:
                 row |= {"host_ms": timing.spread(t.host_ms)[0], "peak_mb": _peak(name, runs[name])}
             row |= _counted(case, ms)
             if "eager" in measured:
@@ -185,82 +170,30 @@ def _peak(name: str, run) -> float | None:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def _line(row: dict) -> str:
-    if "ms" not in row:
-        return f"    {row['provider']:13} {row.get('unavailable') or 'WRONG: ' + row['error']}"
-    parts = [f"    {row['provider']:13} {row['ms']:10.4f} ms"]
-    if "eager_over_this" in row:
-        parts.append("eager/this {:6.2f} [{:.2f}, {:.2f}]".format(*row["eager_over_this"]))
-    if "over_floor" in row:
-        parts.append("this/floor {:6.2f} [{:.2f}, {:.2f}]".format(*row["over_floor"]))
-    if row.get("clock") == "wall" and row["device"] == "cuda":
-        parts.append("wall clock")
-    return "  ".join(parts + ([row["route"]] if "route" in row else []))
+_SHOWN = ("provider", "ms", "eager_over_this", "over_floor", "clock", "route", "unavailable")
+_SHOWN += ("error",)
 
 
-def grid_row(rows: list[dict]) -> dict | None:
-    """The row of automatic choice in one cell of the grid."""
-    return next((r for r in rows if r["provider"] == "auto" and "eager_over_this" in r), None)
-
-
-def grid_summary(rows: list[dict]) -> tuple[str, float]:
-    """One line on the lowest cell of the grid, and its ratio."""
-    cells = [r for r in rows if r["group"] == "grid" and r["provider"] == "auto"]
-    timed = sorted((r for r in cells if "ms" in r), key=lambda r: r["eager_over_this"][0])
-    if not timed:
-        return "grid: no cell was timed", float("nan")
-    low, mid = timed[0], timed[len(timed) // 2]
-    lowest = low["eager_over_this"][0]
-    below = sum(r["eager_over_this"][0] < NEVER_BELOW for r in timed)
-    return (
-        f"grid: eager / fused over {len(timed)} cells: lowest {lowest:.3f} at {describe(low)}, "
-        f"median {mid['eager_over_this'][0]:.2f}, highest {timed[-1]['eager_over_this'][0]:.2f}; "
-        f"{below} below {NEVER_BELOW}; {len(cells) - len(timed)} without a figure"
-    ), lowest
-
-
-def describe(row: dict) -> str:
-    """A row's case in a few words."""
-    p = "/".join(f"{p:g}" for p in row["p"])
-    dims = "-".join(map(str, row["dims"]))
-    return (
-        f"{row['op']} {row['M']} x {dims} {row.get('act', '')} p={p} {row['dtype']} {row['mode']}"
-    )
-
-
-_CASE_COLUMNS = ("group", "op", "mode", "M", "dims", "act", "p", "dtype", "device", "cache")
-
-
-def key(columns: dict) -> tuple:
-    """What tells a case from another in a results file."""
-    return tuple(str(columns.get(name)) for name in _CASE_COLUMNS)
-
-
-def measure_all(args: argparse.Namespace, todo: list[Case], found: dict) -> list[Case]:
-    """Adds the rows of each case to `found`, writing as it goes; returns what was left out."""
+def measure_all(args: argparse.Namespace, todo: list[Case], results: record.Results) -> list[Case]:
+    """Adds the rows of each case; returns the cases that there was no time for."""
     started = time.monotonic()
-    done = {key(row) for row in found["rows"]}
-    todo = [case for case in todo if key(case.columns()) not in done]
+    done = {tables.key(row) for row in results.rows}
+    todo = [case for case in todo if tables.key(case.columns()) not in done]
     for i, case in enumerate(todo):
         if args.seconds is not None and time.monotonic() - started > args.seconds:
             return todo[i:]
-        budget = args.budget * (0.15 if case.group == "grid" else 1.0)
-        names = args.providers or default_names(case)
-        rows = run_case(case, args.providers, budget * len(names))
-        cell = grid_row(rows) if case.group == "grid" else None
-        if cell and cell["eager_over_this"][0] < REMEASURE_BELOW:
-            rows = run_case(case, args.providers, 4 * budget * len(names))
+        is_grid = case.group == "grid"
+        budget = args.budget * (0.15 if is_grid else 1.0)
+        budget *= len(args.providers or default_names(case))
+        rows = run_case(case, args.providers, budget)
+        ratios = [r["eager_over_this"][0] for r in rows if r["provider"] == "auto" and "ms" in r]
+        if is_grid and any(ratio < REMEASURE_BELOW for ratio in ratios):
+            rows = run_case(case, args.providers, 4 * budget)
             rows = [row | {"remeasured": True} for row in rows]
-        if case.group == "grid" and args.suite:
-            cell = grid_row(rows)
-            ratio = "{:.3f} [{:.3f}, {:.3f}]".format(*cell["eager_over_this"]) if cell else "none"
-            print(f"[{i + 1}/{len(todo)}] {case}: eager/auto {ratio}", flush=True)
+        if is_grid and args.suite:
             rows = [r for r in rows if "unavailable" not in r]
-        else:
-            print(f"[{i + 1}/{len(todo)}] {case}", *map(_line, rows), sep="\n", flush=True)
-        found["rows"] += rows
-        if args.out and (case.group != "grid" or i % 20 == 0):
-            record.write(args.out, found)
+        print(f"[{i + 1}/{len(todo)}] {case}", flush=True)
+        results.add(*rows, columns=_SHOWN)
     return []
 
 
@@ -269,33 +202,28 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     todo = wanted(args)
-    device = args.device
-    if device == "cuda" and not torch.cuda.is_available():
-        print(
-            "bench: --device cuda was asked for, but no GPU is available to torch", file=sys.stderr
-        )
+    if args.device == "cuda" and not torch.cuda.is_available():
+        told = "--device cuda was asked for, but no GPU is available to torch"
+        print(f"bench: {told}", file=sys.stderr)
         return 2
-    found = record.header(args.suite or args.op, "bench.run", argv, device) | {"rows": []}
+    head = record.header(args.suite or args.op, "bench.run", argv, args.device)
+    results = record.Results(head, args.out)
     if args.resume and args.out and args.out.exists():
         before = record.read(args.out)
-        if (before["commit"], before["machine"]) == (found["commit"], found["machine"]):
-            found["rows"] = before["rows"]
-    left = measure_all(args, todo, found)
-    found["left_out"] = [str(case) for case in left]
+        if (before["commit"], before["machine"]) == (head["commit"], head["machine"]):
+            results.rows = before["rows"]
+    left = measure_all(args, todo, results)
+    head["left_out"] = [str(case) for case in left]
+    results.write()
     if left:
         print(f"bench: time was spent; {len(left)} cases left, first: {left[0]}")
-    for row in (row for row in found["rows"] if "error" in row):
-        print(f"bench: no figure for {row['provider']}, {describe(row)}: {row['error']}")
-    status = 0
-    if any(row["group"] == "grid" for row in found["rows"]):
-        summary, lowest = grid_summary(found["rows"])
-        print(summary)
-        if args.fail_below is not None and not lowest >= args.fail_below:
-            status = 1
-    if args.out:
-        record.write(args.out, found)
-        print(f"bench: {len(found['rows'])} rows in {args.out}")
-    return status
+    for row in (row for row in results.rows if "error" in row):
+        print(f"bench: no figure for {row['provider']}, {tables.describe(row)}: {row['error']}")
+    if not any(row["group"] == "grid" for row in results.rows):
+        return 0
+    summary, lowest = tables.grid_summary(results.rows)
+    print(summary)
+    return 0 if args.fail_below is None or lowest >= args.fail_below else 1
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ noise tensor). docs/kernels.md gets its table from the JSON through bench.report
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,10 +25,11 @@ from fusedmlp import functional
 from fusedmlp.spec import activations, philox
 from fusedmlp.spec.layers import Epilogue
 
+from . import record
 from .cases import DTYPES
-from .record import header, write
 
 M, K, N = 256, 784, 512  # the figures per element do not depend on them
+REF = "reference"  # stands for all backends: they save the same, and it runs on any device
 
 
 @dataclass(frozen=True)
@@ -65,36 +66,26 @@ def saved_bytes(function: Callable[..., Tensor], *inputs: Tensor) -> int:
 
 def _layer(act: str, p: float, fused: bool) -> Callable[..., Tensor]:
     """Linear + act + dropout of (x, w, b, slope)."""
-    if fused:
+    number = activations.IDS[act]
+
+    def fused_layer(x, w, b, slope):
         # The entry behind the argument checks, which read numbers off tensors; fakes have none.
-        numbers = (activations.IDS[act], 0.01, *philox.threshold_and_scale(p), 0, 0)
+        state = functional.draw_state(x)[0] if p else None
+        drop = *philox.threshold_and_scale(p), 0, 0
+        return functional.run_linear_act(x, w, Epilogue(b, slope, state, number, 0.01, *drop), REF)
 
-        def layer(x, w, b, slope):
-            state = functional.draw_state(x)[0] if p else None
-            e = Epilogue(b, slope, state, *numbers)
-            return functional.run_linear_act(x, w, e, "reference")
+    def eager_layer(x, w, b, slope):
+        z = F.linear(x, w, b)
+        # The table's own leaky_relu and prelu are compositions, which keep more.
+        own = {"prelu": F.prelu, "leaky_relu": F.leaky_relu}
+        y = own.get(act, activations.TABLE[number].forward)(z, 0.01 if slope is None else slope)
+        return F.dropout(y, p) if p else y
 
-    else:
-        forward = activations.TABLE[activations.IDS[act]].forward
-
-        def layer(x, w, b, slope):
-            z = F.linear(x, w, b)
-            if act == "prelu":
-                y = F.prelu(z, slope)
-            elif act == "leaky_relu":
-                y = F.leaky_relu(z)
-            else:
-                y = forward(z, None)
-            return F.dropout(y, p) if p else y
-
-    return layer
+    return fused_layer if fused else eager_layer
 
 
 def of_layer(act: str, p: float, dtype: torch.dtype, device: str, fused: bool) -> int:
-    """Bytes that Linear + act + dropout keeps, its output included, x and parameters not.
-
-    Every backend saves the same tensors; `reference` stands for them, as it runs on any device.
-    """
+    """Bytes that Linear + act + dropout keeps, its output included, x and parameters not."""
     layer = _layer(act, p, fused)
 
     def with_next(x, w, b, slope, w_next):
@@ -108,30 +99,20 @@ def of_layer(act: str, p: float, dtype: torch.dtype, device: str, fused: bool) -
         return saved_bytes(lambda *_: with_next(x, w, b, slope, w_next), *given)
 
 
-def rows() -> list[dict]:
-    """One row for each activation, p, dtype and device; bytes per element of the output."""
-    made = []
-    for act in activations.NAMES:
-        for p in (0.0, 0.5):
-            for dtype in ("fp32", "bf16", "fp16"):
-                row = {"act": act, "p": p, "dtype": dtype, "elements": M * N}
-                for device in ("cpu", "cuda"):
-                    for provider in ("eager", "fused"):
-                        row[f"{provider}_{device}"] = of_layer(
-                            act, p, DTYPES[dtype], device, provider == "fused"
-                        )
-                made.append(row)
-    return made
+def row(act: str, p: float, dtype: str) -> dict:
+    found = {"act": act, "p": p, "dtype": dtype, "elements": M * N}
+    for device, way in itertools.product(("cpu", "cuda"), ("eager", "fused")):
+        found[f"{way}_{device}"] = of_layer(act, p, DTYPES[dtype], device, way == "fused")
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="bench.saved_bytes", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("bench/results/saved_bytes.json"))
     args = parser.parse_args(argv)
-    found = header("saved_bytes", "bench.saved_bytes", argv) | {"rows": rows()}
-    write(args.out, found)
-    print(json.dumps(found["rows"][0]))
-    print(f"{len(found['rows'])} rows to {args.out}; python -m bench.report writes the table")
+    results = record.Results(record.header("saved_bytes", "bench.saved_bytes", argv), args.out)
+    cases = itertools.product(activations.NAMES, (0.0, 0.5), ("fp32", "bf16", "fp16"))
+    results.add(*(row(*case) for case in cases))
     return 0
 
 

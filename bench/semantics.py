@@ -269,11 +269,8 @@ def kept(path: Path) -> dict[str, dict[str, Any]]:
     """Rows of an earlier run about the present kernels that were right."""
     sources = sources_hash()
     codes = {piece.case: piece.code(sources) for piece in PIECES}
-    try:
-        rows = record.read(path)["rows"]
-    except (OSError, ValueError):
-        return {}
-    return {r["case"]: r for r in rows if r["code"] == codes.get(r["case"]) and not r["wrong"]}
+    rows = record.kept(path, lambda r: r["code"] == codes.get(r["case"]) and not r["wrong"])
+    return {row["case"]: row for row in rows}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -288,8 +285,8 @@ def main(argv: list[str] | None = None) -> int:
     found = kept(args.out)
     for piece in PIECES:
         if piece.case in (args.only or [p.case for p in PIECES if p.case not in found]):
-            found[piece.case] = row = run(piece, python)
-            print(f"{piece.case}: {row['seconds']:.0f} s, {row['wrong'] or 'right'}", flush=True)
+            found[piece.case] = run(piece, python)
+            print(record.line(found[piece.case], ("case", "seconds", "wrong")), flush=True)
             rows = [found[p.case] for p in PIECES if p.case in found]
             record.write(args.out, head | {"left": len(PIECES) - len(rows), "rows": rows})
     wrong = [row["case"] for row in found.values() if row["wrong"]]

@@ -25,11 +25,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import itertools
+import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -43,20 +45,10 @@ except ImportError:  # not on Windows
 _PATIENCE = 4
 
 
-def percentile(values: Sequence[float], q: float) -> float:
-    """The q-th percentile, 0 <= q <= 100, linear between neighbours."""
-    if not values:
-        raise ValueError("percentile: values must not be empty")
-    ordered = sorted(values)
-    at = (len(ordered) - 1) * q / 100
-    low = int(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
-
-
-def spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """(median, p20, p80)."""
-    return percentile(values, 50), percentile(values, 20), percentile(values, 80)
+def spread(values: Sequence[float]) -> list[float]:
+    """[median, p20, p80], linear between neighbours."""
+    shares = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64).quantile(shares).tolist()
 
 
 @dataclass
@@ -71,9 +63,15 @@ class Timing:
     left_out: int = 0
 
 
-def ratio(above: Timing, below: Timing) -> tuple[float, float, float]:
-    """(median, p20, p80) of time of `above` over time of `below`, taken round by round."""
-    return spread([a / b for a, b in zip(above.ms, below.ms, strict=True)])
+def over(times: Sequence[float], base: Sequence[float]) -> list[float]:
+    """[median, p20, p80] of times over those of `base`, taken round by round; where there were
+    fewer rounds of one, over the first."""
+    return spread([a / b for a, b in zip(times, base, strict=False)])
+
+
+def ratio(above: Timing, below: Timing) -> list[float]:
+    """[median, p20, p80] of the time of `above` over that of `below`, taken round by round."""
+    return over(above.ms, below.ms)
 
 
 class CpuTimer:
@@ -124,17 +122,20 @@ class CudaTimer:
 
     def sample(self, function: Callable[[], object], calls: int) -> tuple[float, float]:
         """(ms, host ms) per call."""
+        event = functools.partial(torch.cuda.Event, enable_timing=True)
         for _ in range(6):
-            pairs = self._events(calls)
+            # One pair of events around all calls; where the cache is cold, a pair a call.
+            pairs = [(event(), event()) for _ in range(1 if self._flush is None else calls)]
             torch.cuda.synchronize()
             torch.cuda._sleep(self._sleep)
             host = time.perf_counter()
-            if self._flush is None:
-                self._between(*pairs[0], function, calls)
-            else:
-                for pair in pairs:
+            for start, end in pairs:
+                if self._flush is not None:
                     self._flush.zero_()
-                    self._between(*pair, function, 1)
+                start.record()
+                for _ in range(calls // len(pairs)):
+                    function()
+                end.record()
             host = time.perf_counter() - host
             host_was_ahead = not pairs[0][0].query()
             torch.cuda.synchronize()
@@ -150,26 +151,42 @@ class CudaTimer:
         """The device does not mind what the host is doing."""
         return 0
 
-    def _events(self, calls: int):
-        n = 1 if self._flush is None else calls
-        return [
-            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            for _ in range(n)
-        ]
-
-    @staticmethod
-    def _between(start, end, function, calls):
-        start.record()
-        for _ in range(calls):
-            function()
-        end.record()
-
 
 def timer(device: str, cold: bool = False, wall: bool = False) -> CpuTimer | CudaTimer:
     """The timer for a device; `wall` times CUDA work as its user waits for it."""
     if device == "cpu":
         return CpuTimer(cold)
     return CpuTimer(cold, torch.cuda.synchronize) if wall else CudaTimer(cold)
+
+
+@contextlib.contextmanager
+def products(dtype: str) -> Iterator[None]:
+    """Inside, fp32 products on a GPU are made in tf32 or, for any other dtype, in full."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def captured(run: Callable[[], object]) -> Callable[[], object]:
+    """A replay of `run` as one CUDA graph, which returns what the captured call did."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = run()
+
+    def replay():
+        graph.replay()
+        return kept
+
+    return replay
 
 
 @contextlib.contextmanager
@@ -233,3 +250,35 @@ def _calls(function: Callable[[], object], timer: CpuTimer | CudaTimer) -> int:
         function()
     fastest = min(timer.sample(function, 1)[0] for _ in range(3))
     return max(1, min(timer.max_calls, round(timer.sample_ms / max(fastest, 1e-6))))
+
+
+def rounds(
+    ways: dict[str, Callable[[int], float]],
+    count: int,
+    device: str = "cpu",
+    *,
+    only_first: dict[str, int] | None = None,
+    until: float = math.inf,
+) -> dict[str, tuple[list[float], list[float]]]:
+    """For what takes seconds: runs every way once a round, in random order, with the number of the
+    round as its seed, and prints each; {name: (seconds, what it returned)}.
+
+    only_first  ways that run in so many rounds only
+    until       no further round begins after this time of time.perf_counter()
+    """
+    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in ways}
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    for seed in range(count):
+        if seed and time.perf_counter() > until:
+            break
+        now = [name for name in ways if seed < (only_first or {}).get(name, count)]
+        random.Random(seed).shuffle(now)
+        for name in now:
+            wait()
+            start = time.perf_counter()
+            value = ways[name](seed)
+            wait()
+            found[name][0].append(time.perf_counter() - start)
+            found[name][1].append(value)
+            print(f"{name:<34} {found[name][0][-1]:8.2f} s  {value:.4f}", flush=True)
+    return found

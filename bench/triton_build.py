@@ -14,7 +14,6 @@ import hashlib
 import importlib
 import os
 import re
-import subprocess
 import tempfile
 import time
 from collections import Counter
@@ -32,19 +31,12 @@ from triton.runtime.jit import JITFunction
 
 from fusedmlp.backends.triton import tiles
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "sm_120": GPUTarget("cuda", 120, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-_SHORT = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.int64: "i64",
-}
+from . import machine_code
+from .cases import DTYPES
+
+TARGETS = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 90, 100, 120)}
+TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
+_SHORT = {DTYPES[name]: name for name in ("fp32", "fp16", "bf16")} | {torch.int64: "i64"}
 # By path: the package's own names of some are functions.
 _MODULES = ("bias_act_dropout", "cross_entropy", "dgrad_act", "linear_act")
 
@@ -144,34 +136,20 @@ def code_hash(launch: Launch, target: str) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-@functools.cache
-def _tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
-def _run(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", re.M)
-
-
 def _read_nvidia(cubin: bytes) -> dict[str, Any]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(cubin)
-        f.flush()
-        usage = _run(_tool("cuobjdump"), "-res-usage", f.name)
-        sass = _run(_tool("nvdisasm"), "-c", f.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    assert found, f"cuobjdump says nothing of registers:\n{usage}"
-    names = [name.split(".")[0] for name in _INSTRUCTION.findall(sass)]
-    counts = Counter(names)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        (made,) = machine_code.functions(file.name)
+    counts: Counter[str] = Counter()
+    for name, count in made.counts.items():
+        counts[name.split(".")[0]] += count
     return {
-        "registers": int(found[1]),
+        "registers": made.registers,
         # Local memory: a frame on the stack, or an instruction that reads or writes it.
-        "local_bytes": int(found[2]) + int(found[3]),
-        "local_accesses": counts["LDL"] + counts["STL"],
-        "instructions": len(names),
+        "local_bytes": made.stack + made.local,
+        "local_accesses": made.spills,
+        "instructions": counts.total(),
         "tensor_core": ", ".join(sorted(n for n in counts if n.endswith("MMA"))),
         "counts": dict(counts),
     }
@@ -182,13 +160,12 @@ def _read_amd(assembly: str) -> dict[str, Any]:
         return int(re.search(rf"\.{key}:\s+(\d+)", assembly)[1])
 
     names = re.findall(r"^\s+([vs]_[a-z0-9_]+|ds_\w+|global_\w+|buffer_\w+)", assembly, re.M)
-    counts = Counter(names)
     return {
         "registers": number("vgpr_count"),
         "local_bytes": number("private_segment_fixed_size"),
         "local_accesses": number("vgpr_spill_count"),
         "instructions": len(names),
-        "tensor_core": ", ".join(sorted({"MFMA" for n in counts if n.startswith("v_mfma")})),
+        "tensor_core": "MFMA" if any(n.startswith("v_mfma") for n in names) else "",
         "counts": {},
     }
 
@@ -196,20 +173,11 @@ def _read_amd(assembly: str) -> dict[str, Any]:
 def build(launch: Launch, target: str) -> dict[str, Any]:
     """Compiles one launch for a target; what its machine code needs and holds."""
     start = time.perf_counter()
-    compiled = triton.compile(
-        source(launch),
-        target=TARGETS[target],
-        options={
-            "num_warps": launch.warps,
-            "num_stages": launch.stages,
-            "enable_fp_fusion": True,
-        },
-    )
+    options = dict(num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=True)
+    compiled = triton.compile(source(launch), target=TARGETS[target], options=options)
     seconds = time.perf_counter() - start
-    if target.startswith("sm_"):
-        read = _read_nvidia(compiled.asm["cubin"])
-    else:
-        read = _read_amd(compiled.asm["amdgcn"])
+    is_nvidia = target.startswith("sm_")
+    read = _read_nvidia(compiled.asm["cubin"]) if is_nvidia else _read_amd(compiled.asm["amdgcn"])
     return {
         "kernel": launch.kernel.__name__,
         "target": target,
@@ -225,9 +193,7 @@ def build(launch: Launch, target: str) -> dict[str, Any]:
 def launches_of(target: str, call: Callable[[], Any]) -> list[Launch]:
     """The launches that a call of an op would make on a target."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        raise RuntimeError(
-            "TRITON_INTERPRET must not be set: the interpreter has nothing to compile"
-        )
+        raise RuntimeError("TRITON_INTERPRET must not be set: it leaves nothing to compile")
     with recording(target) as launches:
         call()
     return launches

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import cases, check, providers, record, report, run, timing, train_proof
+from bench import cases, check, providers, record, report, run, tables, timing, train
 from bench.cases import Case
 
 SMALL = Case("t", "bias_act_dropout", "fwd+bwd", 64, (48,), p=(0.5,))
@@ -47,20 +47,18 @@ class CountingTimer:
         return self.ms[function], self.ms[function] / 2
 
 
-def test_percentiles_are_linear_between_neighbours():
-    assert timing.percentile([3.0, 1.0, 2.0], 50) == 2.0
-    assert timing.percentile([0.0, 10.0], 20) == 2.0
-    assert timing.spread(list(range(11))) == (5, 2, 8)
-    assert timing.spread([7.0]) == (7, 7, 7)
-    with pytest.raises(ValueError, match="must not be empty"):
-        timing.percentile([], 50)
+def test_a_spread_is_linear_between_neighbours():
+    assert timing.spread([3.0, 1.0, 2.0])[0] == 2.0
+    assert timing.spread([0.0, 10.0]) == [5.0, 2.0, 8.0]
+    assert timing.spread(list(range(11))) == [5, 2, 8]
+    assert timing.spread([7.0]) == [7, 7, 7]
 
 
 def test_a_ratio_is_taken_round_by_round():
     """The machine slows down tenfold half-way; both functions do, so the ratio does not move."""
     slow = timing.Timing(ms=[2.0, 2.0, 20.0, 20.0])
     fast = timing.Timing(ms=[1.0, 1.0, 10.0, 10.0])
-    assert timing.ratio(slow, fast) == (2.0, 2.0, 2.0)
+    assert timing.ratio(slow, fast) == [2.0, 2.0, 2.0]
 
 
 def test_every_round_times_every_function_once_in_changing_order():
@@ -130,7 +128,7 @@ def test_right_providers_get_a_number(case):
         row = by_name[name]
         assert row["ms_p20"] <= row["ms"] <= row["ms_p80"] and row["rounds"] >= 10
         assert len(row["eager_over_this"]) == 3
-    assert by_name["eager"]["eager_over_this"] == (1.0, 1.0, 1.0)
+    assert by_name["eager"]["eager_over_this"] == [1.0, 1.0, 1.0]
     assert "over_floor" in by_name["auto"]
 
 
@@ -186,6 +184,18 @@ def test_a_provider_that_raises_is_a_row_and_not_the_end(monkeypatch):
     assert "AttributeError" in rows["auto"]["error"] and "ms" in rows["eager"]
 
 
+def test_rounds_run_every_way_once_with_the_seed_of_the_round():
+    seen: dict[str, list[int]] = {"a": [], "b": []}
+    ways = {name: lambda seed, name=name: seen[name].append(seed) or seed for name in seen}
+    found = timing.rounds(ways, 3, only_first={"b": 2})
+    assert seen == {"a": [0, 1, 2], "b": [0, 1]}
+    assert [(len(seconds), values) for seconds, values in found.values()] == [
+        (3, [0, 1, 2]), (2, [0, 1]),
+    ]  # fmt: skip
+    found = timing.rounds(ways, 3, until=-math.inf)
+    assert found["a"][1] == [0], "the first round is always made"
+
+
 def test_work_is_counted_once():
     assert cases.bytes_moved(SMALL) == 5 * 64 * 48 * 4
     assert cases.flops(LINEAR) == 3 * 2 * 64 * 24 * 48
@@ -199,9 +209,9 @@ def test_the_suites_hold_what_the_claims_need():
     assert {c.act for c in grid} == {"relu", "gelu", "tanh"}
     wanted = {("bias_act_dropout", "fwd+bwd", n, (n,)) for n in (256, 1024, 4096)}
     wanted |= {("net", "step", 256, (784, 256, 10)), ("net", "step", 256, (784, 256, 256, 10))}
-    assert wanted <= {(c.op, c.mode, c.m, c.dims) for c in cases.suite("cpu")}
+    assert wanted <= {(c.op, c.mode, c.m, c.dims) for c in cases.SUITES["cpu"]()}
     for name in cases.SUITES:
-        found = [run.key(case.columns()) for case in cases.suite(name)]
+        found = [tables.key(case.columns()) for case in cases.SUITES[name]()]
         assert len(found) == len(set(found)), f"a case is twice in {name}"
 
 
@@ -287,7 +297,7 @@ def test_seeds_are_compared_in_standard_errors():
         {"network": "n", "way": "fusedmlp", "mean": 0.84, "deviation": 0.03, "seeds": 9},
         {"network": "n", "way": "other", "mean": 0.85, "deviation": 0.04, "seeds": 16},
     ]
-    train_proof._compare(rows, "fusedmlp")
+    train.compare(rows)
     assert "ours off by" not in rows[0]
     assert rows[1]["ours off by"] == pytest.approx(-0.01 / math.hypot(0.01, 0.01))
 
@@ -298,7 +308,7 @@ def test_the_engines_results_become_a_table_a_group(checkout):
     step |= {"over_gemms": [1.25, 1.2, 1.3], "over_eager": [3.0, 2.9, 3.1]}
     many = {"group": "ensemble", "case": "20-64-64-10 batch 32", "threads": 2, "members": 4}
     many |= {"native_us": [40, 39, 41], "over_one": [2.0, 1.8, 2.2]}
-    header = record.header("engine_step", "bench.engine_step", [])
+    header = record.header("engine_step", "bench.steps", [])
     path = checkout / "bench" / "results" / "engine_step.json"
     record.write(path, header | {"rows": [step, many]})
     names = ["batch", "ensemble", "width"]
@@ -370,5 +380,5 @@ def test_run_names_what_it_had_no_time_for(tmp_path, capsys):
 def test_the_grid_fails_below_its_bound():
     cell = Case("grid", "layer", "infer", 8, (8, 8)).columns() | {"provider": "auto", "ms": 1.0}
     rows = [cell | {"eager_over_this": [r, r, r]} for r in (1.3, 0.955, 1.1)]
-    text, lowest = run.grid_summary(rows)
+    text, lowest = tables.grid_summary(rows)
     assert lowest == 0.955 and "lowest 0.955 at layer 8 x 8-8" in text and "1 below 0.97" in text

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import fusedmlp.functional as FF
-from bench import cuda_kernels
+from bench import cuda_kernels, machine_code
 from fusedmlp import ops
 from fusedmlp.backends import native
 from fusedmlp.spec import activations, philox
@@ -106,21 +106,23 @@ with FakeTensorMode():
 
 
 def test_no_kernel_spills_and_products_run_on_tensor_cores(library):
-    cuobjdump = cuda_kernels.tool("cuobjdump")
-    if cuobjdump is None:
+    if machine_code.cuobjdump() is None:
         pytest.skip("no cuobjdump: neither a CUDA toolkit's nor Triton's")
-    found = list(cuda_kernels.kernels(library, cuobjdump))
-    assert {k.name for k in found} >= {
+    found = list(machine_code.functions(library))
+    rows = [cuda_kernels.row(function) for function in found]
+    assert {row["kernel"] for row in rows} >= {
         "bias_act_dropout_fwd", "bias_act_dropout_bwd", "linear_act", "cross_entropy", "add_rows"
     }  # fmt: skip
-    assert not [f"{k.arch} {k.name} {k.variant}: {k.wrong()}" for k in found if k.wrong()]
+    assert not [row for row in rows if row["wrong"]]
     built_for = json.loads((LIBRARY.parent / "_build_info.json").read_text())["archs"]
-    assert {k.arch for k in found} == {f"sm_{a.split('+')[0].replace('.', '')}" for a in built_for}
-    for k in found:
-        if "vector" in k.variant:
-            assert k.found.get("LDG.E.128", 0) >= 1 and k.found.get("STG.E.128", 0) >= 1, k
-        if k.name == "linear_act" and k.arch != "sm_75":
-            assert k.found.get("LDGSTS", 0) >= 1 and k.found.get("LDSM", 0) >= 1, k
+    assert {row["arch"] for row in rows} == {
+        f"sm_{a.split('+')[0].replace('.', '')}" for a in built_for
+    }
+    for function, row in zip(found, rows, strict=True):
+        if "vector" in row["variant"]:
+            assert function.count("LDG.E.128") and function.count("STG.E.128"), row
+        if row["kernel"] == "linear_act" and row["arch"] != "sm_75":
+            assert function.count("LDGSTS") and function.count("LDSM"), row
 
 
 # --- on a GPU -----------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
 """bench/gpu.sh with a Python that only writes down what it is asked to run."""
 
+import json
 import os
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 
-from bench import record
+from bench import record, run, steps
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 
@@ -14,6 +16,7 @@ PYTHON = """#!/usr/bin/env bash
 case $1 in
     -c) name=${2#import }; [[ " $MISSING " != *" $name "* ]] ;;
     -) cat >/dev/null ;;
+    -m) [ "$2" = bench.record ] || { echo "$*" >>"$CALLS"; echo "3 passed in 1.0s"; } ;;
     *) echo "$*" >>"$CALLS"; echo "3 passed in 1.0s" ;;
 esac
 """
@@ -77,3 +80,28 @@ def test_results_of_an_earlier_call_stay(gpu):
     summary = (gpu.results / "summary.tsv").read_text().splitlines()
     assert [line.split("\t")[:2] for line in summary] == [["build", "ok"], ["test", "ok"]]
     assert "build" in done.stdout
+
+
+def test_benchmarks_are_called_with_arguments_that_they_know(gpu):
+    done, (first, second) = gpu("bench")
+    assert done.returncode == 0, done.stderr
+    assert (first[:2], second[:2]) == (["-m", "bench.steps"], ["-m", "bench.run"])
+    asked = steps.parse(first[2:])
+    assert (asked.device, asked.group, asked.seconds) == ("cuda", ["ways", "epochs"], 150)
+    assert str(asked.out) == f"{gpu.results}/steps.json"
+    asked = run.parse(second[2:])
+    assert (asked.suite, asked.device, asked.resume) == ("gpu", "cuda", True)
+
+
+def test_the_machine_is_written_down_around_each_part(tmp_path, monkeypatch):
+    gpu = SimpleNamespace(name="A GPU", major=9, minor=0, multi_processor_count=132, total_memory=8)
+    monkeypatch.setattr(record.torch.cuda, "get_device_properties", lambda number: gpu)
+    answers = {"clocks.sm": "1980 MHz"}
+    monkeypatch.setattr(record, "gpu_state", lambda *names: {n: answers.get(n) for n in names})
+    path = tmp_path / "machine.json"
+    for moment in ("build before", "build after"):
+        assert record.main([str(path), moment]) == 0
+    found = json.loads(path.read_text())
+    assert found["machine"]["gpu"] == "A GPU" and found["multiprocessors"] == 132
+    assert list(found["clocks"]) == ["build before", "build after"]
+    assert found["clocks"]["build after"]["clocks.sm"] == "1980 MHz"

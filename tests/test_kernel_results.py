@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from bench import cuda_kernels, kernel_cases, kernel_tables, record, report
+from bench import cuda_kernels, kernel_cases, machine_code, record, report, tables
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -25,49 +25,67 @@ def _code(monkeypatch):
     monkeypatch.setattr(kernels, "code_of", lambda kernel: "abc")
 
 
-def _results(out, resume, count=3):
-    todo = kernel_cases.sample()[:count]
-    head = record.header("kernels", "bench.kernels", [])
-    return kernels.Results(out, head, list(todo), resume), [k.case for k in todo]
+TODO = kernel_cases.sample()[:3]
+CASES = [kernel.case for kernel in TODO]
+
+
+def _write(out, rows):
+    record.write(out, record.header("kernels", "bench.kernels", []) | {"rows": rows})
 
 
 def test_every_case_has_a_name_of_its_own():
-    cases = kernel_cases.kernels(kernel_cases.TARGETS, quick=False)
+    cases = kernel_cases.kernels()
     assert len({k.case for k in cases}) == len(cases) > 700
     assert {k.target for k in cases} == set(kernel_cases.TARGETS)
 
 
-def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path):
-    out = tmp_path / "kernels.json"
-    results, cases = _results(out, resume=False)
-    # Written after a while without being asked to: here at once.
-    results._written = -kernels._PARTIAL_EVERY * 2
-    results.add(_row(cases[1]))
+def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
+    out, made = tmp_path / "kernels.json", []
+
+    class Pool:
+        """Compiles in this process, and is stopped in the second kernel of the first run."""
+
+        def __init__(self, workers, mp_context):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exc):
+            pass
+
+        def map(self, function, todo):
+            for kernel in todo:
+                made.append(kernel.case)
+                if len(made) == 2:
+                    raise KeyboardInterrupt
+                yield _row(kernel.case)
+
+    monkeypatch.setattr(kernels, "ProcessPoolExecutor", Pool)
+
+    def run(todo, rows=()):
+        head = record.header("kernels", "bench.kernels", [])
+        kernels.compile_all(record.Results(head, out, list(rows)), todo, 1)
+
+    with pytest.raises(KeyboardInterrupt):
+        run([TODO[1], TODO[0], TODO[2]])
     assert record.read(out)["left"] == 2
-    again, _ = _results(out, resume=True)
-    assert set(again.found) == {cases[1]}
-    again.add(_row(cases[2]))
-    again.add(_row(cases[0]))
-    again.write()
+    run(TODO, kernels.kept(out, TODO))
     found = record.read(out)
-    assert [r["case"] for r in found["rows"]] == cases and found["left"] == 0
+    assert [r["case"] for r in found["rows"]] == CASES and found["left"] == 0
+    assert made == [CASES[1], CASES[0], CASES[0], CASES[2]]
 
 
 @pytest.mark.parametrize("why", ["other code", "wrong before", "no longer a case", "damaged"])
 def test_what_cannot_be_kept_is_made_again(why, tmp_path, monkeypatch):
     out = tmp_path / "kernels.json"
-    results, cases = _results(out, resume=False)
-    results.add(_row(cases[0], wrong="8 bytes of local memory" if why == "wrong before" else ""))
-    if why == "no longer a case":
-        results.found = {}
-        results.cases, results.found = ["gone"], {"gone": _row("gone")}
-    results.write()
+    wrong = "8 bytes of local memory" if why == "wrong before" else ""
+    _write(out, [_row("gone" if why == "no longer a case" else CASES[0], wrong=wrong)])
     if why == "damaged":
         out.write_text(out.read_text()[:50])
     if why == "other code":
         monkeypatch.setattr(kernels, "code_of", lambda kernel: "xyz")
-    again, _ = _results(out, resume=True)
-    assert again.found == {}
+    assert kernels.kept(out, TODO) == []
 
 
 def test_the_hash_follows_the_kernels_and_what_they_are_launched_with():
@@ -142,29 +160,39 @@ def test_the_cuda_results_have_no_local_memory():
 # --- tables -------------------------------------------------------------------------------------
 
 
+def _cells(text):
+    """The lines of a table below its head, as cells."""
+    return [line.strip("| ").split(" | ") for line in text.splitlines()[2:]]
+
+
 def test_tables_count_what_is_wrong():
     made = _row(
         "a", target="sm_90", op="linear_act", kind="half", local_bytes=0, tensor_core="HGMMA"
     )
     made |= {"shared_bytes": 2048}
     failed = {"case": "b", "target": "sm_90", "op": "linear_act", "kind": "half", "wrong": "no"}
-    head, lines, left = kernel_tables.triton({"rows": [made, failed]})
-    assert lines == [
+    assert _cells(tables.of_file("kernels", [made, failed])) == [
         ["sm_90", "linear\\_act", "16-bit", "2", "40", "0", "2", "HGMMA", "1"]
-    ] and len(head) == len(lines[0])  # fmt: skip
-    _, lines, _ = kernel_tables.triton({"rows": [failed | {"kind": "tf32"}]})
-    assert lines[0][-2:] == ["–", "1"]
+    ]
+    (line,) = _cells(tables.of_file("kernels", [failed | {"kind": "tf32"}]))
+    assert line[-2:] == ["–", "1"]
 
 
 def test_the_table_of_cuda_kernels_has_a_line_for_each_architecture():
-    rows = [
-        cuda_kernels.Kernel("linear_act", v, arch, registers=r, found={"HMMA": 8}).row()
-        for v, arch, r in (("bf16", "sm_100", 90), ("bf16", "sm_80", 80), ("fp16", "sm_80", 82))
+    symbol = "_Z17linear_act_kernelI{}4TileILi64ELi64ELi32ELi3ELi2ELi2EE"
+    rows = []
+    for dtype, arch, registers in (
+        ("BFloat", "sm_100", 90), ("BFloat", "sm_80", 80), ("Half", "sm_80", 82)
+    ):  # fmt: skip
+        made = machine_code.Function(symbol.format(dtype), arch, registers, 0, 0, 0)
+        made.counts["HMMA.16816.F32"] = 8
+        rows.append(cuda_kernels.row(made))
+    assert [row["variant"] for row in rows][1:] == [
+        f"{dtype} 64x64x32 3 stages 4 warps" for dtype in ("bf16", "fp16")
     ]
-    assert all(row["wrong"] == "" for row in rows)
-    head, lines, _ = kernel_tables.cuda({"rows": rows})
+    assert all(row["wrong"] == "" and row["tensor_core"] == 8 for row in rows)
+    lines = _cells(tables.of_file("cuda_kernels", rows))
     assert [line[1:4] for line in lines] == [["sm_80", "2", "80–82"], ["sm_100", "1", "90"]]
-    assert all(len(line) == len(head) for line in lines)
 
 
 def test_the_report_writes_each_table_from_its_file(tmp_path):

@@ -159,7 +159,7 @@ def test_wheel_holds_the_libraries_and_no_source(tree, stand_in_torch):
     assert not [member for member in inside if member.startswith(("tests", "bench", "build_tools"))]
     assert info["built"] == ["cpu"] and info["torch"] == "2.12.0"
     assert info["left_out"] == {"cuda": "FUSEDMLP_BUILD=cpu"}
-    assert info["bytes"]["cpu"] > 0 and info["seconds"]["cpu"] >= 0 and info["compiler"]
+    assert info["compiler"]
 
 
 def test_build_none_gives_a_pure_wheel(tree):

@@ -26,7 +26,7 @@ def _run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def _bench_kernels(out: Path, *arguments: str) -> dict:
-    done = _run("bench.kernels", "--sample", "--out", str(out), *arguments)
+    done = _run("bench.kernels", "--quick", "--out", str(out), *arguments)
     assert out.exists(), done.stderr
     return record.read(out)
 

@@ -1,10 +1,10 @@
-"""bench.engine_step: its tables come out whole, on networks small enough for a test."""
+"""bench.steps on a CPU: its groups come out whole, on networks small enough for a test."""
 
 from __future__ import annotations
 
 import json
 
-from bench import engine_step
+from bench import steps
 
 from .engines import need_native
 
@@ -12,19 +12,19 @@ need_native()
 
 
 def test_every_group_of_scaling_has_its_rows(tmp_path, monkeypatch):
-    small = engine_step.network("5-4-3", batch=1024)
-    monkeypatch.setattr(engine_step, "MAIN", (small,))
-    monkeypatch.setattr(engine_step, "ENSEMBLE", (small,))
-    monkeypatch.setattr(engine_step, "MEMBERS", (1, 4))
-    monkeypatch.setattr(engine_step, "SCALING", {name: [small] for name in engine_step.SCALING})
+    small = steps.network("5-4-3", batch=1024)
+    monkeypatch.setattr(steps, "MAIN", (small,))
+    monkeypatch.setattr(steps, "ENSEMBLE", (small,))
+    monkeypatch.setattr(steps, "MEMBERS", (1, 4))
+    monkeypatch.setattr(steps, "SCALING", {name: [small] for name in steps.SCALING})
     out = tmp_path / "step.json"
     groups = ["batch", "width", "depth", "threads", "ensemble"]
-    before = engine_step.torch.get_num_threads()
-    arguments = ["--scaling", *groups, "--threads", "1", "2", "--budget", "0.001"]
+    before = steps.torch.get_num_threads()
+    arguments = ["--group", *groups, "--threads", "1", "2", "--budget", "0.001"]
     try:
-        assert engine_step.main([*arguments, "--out", str(out)]) == 0
+        assert steps.main([*arguments, "--out", str(out)]) == 0
     finally:
-        engine_step.torch.set_num_threads(before)
+        steps.torch.set_num_threads(before)
     rows = json.loads(out.read_text())["rows"]
     found = [(row["group"], row["threads"], row.get("members")) for row in rows]
     each = [("batch", None), ("width", None), ("depth", None), ("ensemble", 1), ("ensemble", 4)]
