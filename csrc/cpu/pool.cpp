@@ -20,8 +20,12 @@ namespace {
 
 // A little longer than waking a thread that sleeps takes.
 constexpr auto kAwake = std::chrono::microseconds(60);
-constexpr int64_t kMostGrains = int64_t(1) << 30;
-constexpr int kLeftBits = 32;  // of the published number; the rest is the turn
+constexpr int64_t kMostGrains = 0xffff;
+
+// 32 bits of a turn, 16 of the first grain, 16 of the end.
+uint64_t published(uint64_t turn, uint64_t first, uint64_t end) {
+    return turn << 32 | first << 16 | end;
+}
 
 void relax() {
 #ifdef FUSEDMLP_X86
@@ -63,10 +67,10 @@ class Pool {
         threads_.store(threads, std::memory_order_relaxed);
         failed_.store(0, std::memory_order_relaxed);
         undone_.store(int(grains), std::memory_order_relaxed);
-        next_.store(++turn_ << kLeftBits | uint64_t(grains), std::memory_order_release);
+        next_.store(published(++turn_, 0, uint64_t(grains)), std::memory_order_release);
         signal_.fetch_add(1, std::memory_order_release);
         signal_.notify_all();
-        take();
+        take(true);
         for (int undone; (undone = undone_.load(std::memory_order_acquire)) != 0;)
             wait_while(undone_, undone);
         return failed_.load(std::memory_order_relaxed);
@@ -88,33 +92,38 @@ class Pool {
             wait_while(signal_, seen);
             seen = signal_.load(std::memory_order_acquire);
             if (number + 1 < threads_.load(std::memory_order_relaxed))
-                take();
+                take(false);
         }
     }
 
     // Pieces get smaller towards the end of the loop: threads then end at about the same time.
-    void take() {
+    void take(bool from_front) {
         uint64_t next = next_.load(std::memory_order_acquire);
-        while (const int64_t left = int64_t(uint32_t(next))) {
+        for (;;) {
+            const uint64_t front = next >> 16 & 0xffff, back = next & 0xffff;
+            if (front == back)
+                return;
             const int64_t n = n_.load(std::memory_order_relaxed);
             const int64_t grain = grain_.load(std::memory_order_relaxed);
-            const int64_t threads = threads_.load(std::memory_order_relaxed);
+            const uint64_t threads = uint64_t(threads_.load(std::memory_order_relaxed));
             const auto body = body_.load(std::memory_order_relaxed);
             const auto context = context_.load(std::memory_order_relaxed);
             const int64_t begin = begin_.load(std::memory_order_relaxed);
-            const int64_t taken = std::max<int64_t>(1, left / (2 * threads));
+            const uint64_t taken = std::max<uint64_t>(1, (back - front) / (2 * threads));
+            const uint64_t rest = from_front ? published(next >> 32, front + taken, back)
+                                             : published(next >> 32, front, back - taken);
             if (!next_.compare_exchange_weak(
-                    next, next - uint64_t(taken), std::memory_order_acq_rel,
-                    std::memory_order_acquire
+                    next, rest, std::memory_order_acq_rel, std::memory_order_acquire
                 ))
                 continue;
-            const int64_t first = (ceil_div(n, grain) - left) * grain;
+            const int64_t first = int64_t(from_front ? front : back - taken) * grain;
+            const int64_t end = std::min(n, first + int64_t(taken) * grain);
             try {
-                body(begin + first, begin + std::min(n, first + taken * grain), context);
+                body(begin + first, begin + end, context);
             } catch (...) {
                 failed_.store(1, std::memory_order_relaxed);
             }
-            if (undone_.fetch_sub(int(taken), std::memory_order_acq_rel) == taken)
+            if (undone_.fetch_sub(int(taken), std::memory_order_acq_rel) == int(taken))
                 undone_.notify_all();
             next = next_.load(std::memory_order_acquire);
         }
