@@ -7,8 +7,8 @@ does, in every call.
 
 from __future__ import annotations
 
-import functools
 import types
+import warnings
 
 import torch
 from torch import nn
@@ -19,15 +19,16 @@ from ..nn.groups import LayerGroup, find_groups, is_fused_module, reasons_agains
 from ..nn.modules import ColumnPReLU
 from ..nn.sequential import activation_module
 from ..spec import activations, checks
-from .tracing import TracedForward, class_of
 
+# What is said of layers_in_code.
+FUSES_CODE = "torch.compile(model, backend=fusedmlp.compile_backend) fuses what is written as code"
 # Wrappers stay bound to the very module that they were given: a copy would not be fused.
 _WRAPPERS = frozenset(
     {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "OptimizedModule"}
 )
 
 
-def fuse(module: nn.Module, *, inplace: bool = False, trace: bool = False) -> nn.Module:
+def fuse(module: nn.Module, *, inplace: bool = False) -> nn.Module:
     """The model with every nn.Sequential in it, at any depth, as a FusedSequential.
 
     Same values, gradients and state_dict; dropout masks are this package's. The children of a
@@ -40,19 +41,33 @@ def fuse(module: nn.Module, *, inplace: bool = False, trace: bool = False) -> nn
              that has an nn.Sequential somewhere below is copied too, but for its attributes: the
              copy shares parameters, buffers and hooks with the original.
              True: the containers themselves change their class, and `module` is returned
-    trace    True: modules written as classes too, `F.relu(self.fc1(x))`, through torch.fx; Net
-             becomes a FusedNet, a subclass of it. What torch.fx cannot trace, or would get wrong,
-             is left alone and reported
     returns  a module of the same class, or a FusedSequential for an nn.Sequential
     raises   TypeError if it is no module; ValueError for a wrapped or compiled one, if not inplace
 
-    Left alone: subclasses of nn.Sequential (what is inside them is looked at), and Linear layers
-    outside of any nn.Sequential. If what follows writes into the result of a fused container
-    (`out += x`), write `out = out + x`.
+    Left alone: subclasses of nn.Sequential (what is inside them is looked at), and what a class has
+    as code, `F.relu(self.fc1(x))`: torch.compile(model, backend=fusedmlp.compile_backend) fuses
+    that. A UserWarning says so where nothing was fused. If what follows writes into the result of a
+    fused container (`out += x`), write `out = out + x`.
     """
-    fused = _convert("fuse", module, inplace, _to_fused_or_traced() if trace else _to_fused)
+    fused = _convert("fuse", module, inplace, _to_fused)
+    if layers_in_code(fused) and not any(map(is_fused_module, fused.modules())):
+        name = type(module).__name__
+        message = f"fuse: nothing in {name} was fused; {FUSES_CODE}"
+        warnings.warn(message, stacklevel=2)
     _number(fused, 0, leaves=False)
     return fused
+
+
+def layers_in_code(module: nn.Module) -> list[str]:
+    """Names of the nn.Linear layers that are no children of an nn.Sequential, so that code calls
+    them."""
+    return [
+        f"{name}.{key}" if name else key
+        for name, m in module.named_modules()
+        if not isinstance(m, nn.Sequential)
+        for key, child in m._modules.items()
+        if type(child) is nn.Linear
+    ]
 
 
 def unfuse(module: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -62,7 +77,6 @@ def unfuse(module: nn.Module, *, inplace: bool = False) -> nn.Module:
     FusedLinear                nn.Sequential(nn.Linear, activation, nn.Dropout), without those that
                                do nothing; if only the nn.Linear is left, that itself
     FusedDropout               nn.Dropout
-    what fuse(trace=True) made its class as it was written
 
     ReLUSquared stays, and a prelu with a slope for each column becomes nn.layers.ColumnPReLU: torch
     has no such modules, and these are made of its functions.
@@ -97,9 +111,7 @@ def _number(module: nn.Module, first: int, leaves: bool) -> int:
     def number(m: nn.Module, first: int) -> int:
         """As MaskState counts in one forward of m."""
         seen.add(id(m))
-        if isinstance(m, TracedForward):
-            m._stream_offset = first
-        elif leaves or isinstance(m, FusedSequential):
+        if leaves or isinstance(m, FusedSequential):
             m.stream_offset = first
         if not isinstance(m, FusedSequential):
             return first + m._layer_count()
@@ -112,7 +124,7 @@ def _number(module: nn.Module, first: int, leaves: bool) -> int:
 
     for m in module.modules():
         if is_fused_module(m) and id(m) not in seen:
-            if leaves or isinstance(m, FusedSequential | TracedForward):
+            if leaves or isinstance(m, FusedSequential):
                 first = number(m, first)
     return first
 
@@ -126,19 +138,10 @@ def _to_fused(m: nn.Module) -> type | None:
     return None
 
 
-def _to_fused_or_traced():
-    @functools.cache  # a module is asked about once for each one that it is in
-    def new_class(m: nn.Module) -> type | None:
-        return _to_fused(m) or class_of(m)
-
-    return new_class
-
-
 def _to_plain(m: nn.Module) -> type | None:
-    traced = isinstance(m, TracedForward)
     if not isinstance(m, FusedSequential | FusedLinear | FusedDropout):
-        return type(m).plain_class if traced else None
-    if traced or not is_fused_module(m) or "forward" in m.__dict__:
+        return None
+    if not is_fused_module(m) or "forward" in m.__dict__:
         raise ValueError(
             f"unfuse: {type(m).__name__} must have the forward of this package to have a plain "
             "form, got one with a forward of its own; let that hold a fused module instead"
@@ -165,10 +168,7 @@ def _convert(op: str, module: nn.Module, inplace: bool, new_class) -> nn.Module:
 
 def _forget(m: nn.Module, old: type, new: type) -> None:
     """What modules of this package remember; other classes may use these names themselves."""
-    if issubclass(old, TracedForward):
-        m.__dict__.pop("_traces", None)
-        m.__dict__.pop("_stream_offset", None)
-    elif hasattr(old, "_fused_forward"):
+    if hasattr(old, "_fused_forward"):
         for name in ("_plan", "_chosen"):
             m.__dict__.pop(name, None)
         if not hasattr(new, "_fused_forward"):
