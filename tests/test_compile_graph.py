@@ -374,4 +374,7 @@ def test_fuse_and_the_report_name_the_line():
     assert line in str(found[0].message) and found[0].filename == __file__
     said = str(fusedmlp.report(fused))
     assert line in said and "lin1, lin2, lin3" in said
-    assert line not in str(fusedmlp.report(fuse(as_sequential(Net()))))
+    assert "torch.compile" not in str(fusedmlp.report(fuse(as_sequential(Net()))))
+    both = fuse(nn.ModuleList([Net(), as_sequential(Net())]))
+    line = "torch.compile(fusedmlp.unfuse(model), backend=fusedmlp.compile_backend)"
+    assert line in str(fusedmlp.report(both))

@@ -20,8 +20,6 @@ from ..nn.modules import ColumnPReLU
 from ..nn.sequential import activation_module
 from ..spec import activations, checks
 
-# What is said of layers_in_code.
-FUSES_CODE = "torch.compile(model, backend=fusedmlp.compile_backend) fuses what is written as code"
 # Wrappers stay bound to the very module that they were given: a copy would not be fused.
 _WRAPPERS = frozenset(
     {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "OptimizedModule"}
@@ -50,24 +48,21 @@ def fuse(module: nn.Module, *, inplace: bool = False) -> nn.Module:
     fused container (`out += x`), write `out = out + x`.
     """
     fused = _convert("fuse", module, inplace, _to_fused)
-    if layers_in_code(fused) and not any(map(is_fused_module, fused.modules())):
-        name = type(module).__name__
-        message = f"fuse: nothing in {name} was fused; {FUSES_CODE}"
-        warnings.warn(message, stacklevel=2)
+    if not any(map(is_fused_module, fused.modules())) and (hint := hint_on_code(fused)):
+        warnings.warn(f"fuse: nothing in {type(module).__name__} was fused; {hint}", stacklevel=2)
     _number(fused, 0, leaves=False)
     return fused
 
 
-def layers_in_code(module: nn.Module) -> list[str]:
-    """Names of the nn.Linear layers that are no children of an nn.Sequential, so that code calls
-    them."""
-    return [
-        f"{name}.{key}" if name else key
-        for name, m in module.named_modules()
-        if not isinstance(m, nn.Sequential)
-        for key, child in m._modules.items()
-        if type(child) is nn.Linear
-    ]
+def hint_on_code(module: nn.Module) -> str:
+    """What fuses the Linear layers that are called by code, being no children of an nn.Sequential;
+    '' where there are none."""
+    owners = [m for m in module.modules() if not isinstance(m, nn.Sequential)]
+    if not any(type(child) is nn.Linear for m in owners for child in m.children()):
+        return ""
+    # Under Dynamo the ops of a fused module cost more than they gain.
+    plain = "fusedmlp.unfuse(model)" if any(map(is_fused_module, module.modules())) else "model"
+    return f"torch.compile({plain}, backend=fusedmlp.compile_backend) fuses what is written as code"
 
 
 def unfuse(module: nn.Module, *, inplace: bool = False) -> nn.Module:
