@@ -77,8 +77,10 @@ def put_chains(graph: fx.Graph) -> list[Chain]:
             stream_offset += len(groups)
     if not found:
         return []
-    *_, last = [next(iter(graph.nodes)), *graph.find_nodes(op="placeholder")]
-    with graph.inserting_after(last):
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    for node in [node for node in graph.nodes if node.op == "placeholder"]:
+        first.prepend(node)  # Dynamo puts some where they are first used.
+    with graph.inserting_before(first):
         masks = graph.placeholder("masks")
     chains = [_put(graph, steps, masks, offset) for steps, offset in found]
     graph.lint()
