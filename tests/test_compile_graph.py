@@ -16,8 +16,6 @@ from fusedmlp import fuse
 from .class_nets import Functional, Net, as_sequential, compiled, outputs_and_gradients
 from .nets import in_state, ops_called
 
-THEN = ["eager", "aot_eager"]
-
 
 class Odd(nn.Module):
     """Layers that could be fused, and something done between or after them."""
@@ -214,11 +212,20 @@ def _a_hook_of_a_tensor(self, x):
 
 ODD = [f for name, f in list(globals().items()) if name.startswith("_") and callable(f)]
 ODD = [f for f in ODD if f is not _layers and f.__module__ == __name__]
+# What another compiler traces differs in how a chain runs, not in what is found.
+TRACED = [
+    _autocast_from_the_second_layer_on,
+    _works_in_place,
+    _weights_made_in_between,
+    _one_layer_twice,
+    _three_dimensions,
+    _inside_grad,
+]
+CASES = [(odd, "eager") for odd in ODD] + [(odd, "aot_eager") for odd in TRACED]
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.compile.*:UserWarning")
-@pytest.mark.parametrize("then", THEN)
-@pytest.mark.parametrize("odd", ODD, ids=lambda f: f.__name__[1:])
+@pytest.mark.parametrize("odd, then", CASES, ids=lambda v: getattr(v, "__name__", f"_{v}")[1:])
 def test_the_compiled_model_does_what_the_model_does(odd, then, capsys):
     def run(wrap):
         torch.manual_seed(1)
@@ -378,3 +385,13 @@ def test_fuse_and_the_report_name_the_line():
     both = fuse(nn.ModuleList([Net(), as_sequential(Net())]))
     line = "torch.compile(fusedmlp.unfuse(model), backend=fusedmlp.compile_backend)"
     assert line in str(fusedmlp.report(both))
+    for model in (compiled(Net()), Net()):
+        model.compile(backend=fusedmlp.compile_backend)
+        said = str(fusedmlp.report(model))
+        assert "the model is compiled" in said and "torch.compile(" not in said
+
+
+def test_the_log_says_what_was_fused(caplog):
+    with caplog.at_level("INFO", "fusedmlp"):
+        compiled(Functional())(torch.randn(4, 6))
+    assert "compile_backend: one call for Linear, ReLU, Dropout, Linear" in caplog.text

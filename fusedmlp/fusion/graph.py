@@ -103,7 +103,7 @@ def _put(graph: fx.Graph, steps: list[_Step], masks: fx.Node, stream_offset: int
 
     first, last = steps[0].node, steps[-1].node
     params = [p for step in steps for p in step.params]
-    # Where the chain begins: its input may be written to later. Parameters may stand below.
+    # Where the chain begins: its input may be written to later.
     with graph.inserting_before(first):
         call = graph.call_function(fused_chain, (first.args[0], masks, *params))
     call.meta = dict(last.meta)

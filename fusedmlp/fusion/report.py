@@ -21,7 +21,7 @@ from ..nn.mask_state import MaskState
 from ..nn.steps import mlp_step
 from ..spec import activations, checks, dtypes
 from .measure import Measured, measure
-from .surgery import hint_on_code, unfuse
+from .surgery import hint_on_code, is_compiled, unfuse
 
 _ROWS = 256
 _ALONE = "by itself it is what PyTorch has"
@@ -117,6 +117,8 @@ def report(module: nn.Module, input=None) -> Report:
         shown = ", ".join(name or "the module itself" for name in outside[:4])
         more = f" and {len(outside) - 4} more" if len(outside) > 4 else ""
         notes.append(f"not in a fused container, so not fused: {shown}{more}")
+    if is_compiled(module):
+        notes.append("the model is compiled: what its compiler fuses is not in this report")
     notes += filter(None, [hint_on_code(module)])
     measured = None if input is None else measure(unfuse(module), module, input)
     return Report(containers, notes, measured)

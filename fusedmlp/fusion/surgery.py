@@ -55,14 +55,25 @@ def fuse(module: nn.Module, *, inplace: bool = False) -> nn.Module:
 
 
 def hint_on_code(module: nn.Module) -> str:
-    """What fuses the Linear layers that are called by code, being no children of an nn.Sequential;
-    '' where there are none."""
+    """What fuses the Linear layers that code calls, which are no children of an nn.Sequential.
+
+    '' where there are none, or where the module is compiled already.
+    """
     owners = [m for m in module.modules() if not isinstance(m, nn.Sequential)]
-    if not any(type(child) is nn.Linear for m in owners for child in m.children()):
+    found = any(type(child) is nn.Linear for m in owners for child in m.children())
+    if not found or is_compiled(module):
         return ""
     # Under Dynamo the ops of a fused module cost more than they gain.
     plain = "fusedmlp.unfuse(model)" if any(map(is_fused_module, module.modules())) else "model"
-    return f"torch.compile({plain}, backend=fusedmlp.compile_backend) fuses what is written as code"
+    return (
+        f"torch.compile({plain}, backend=fusedmlp.compile_backend), or "
+        f"{plain}.compile(backend=fusedmlp.compile_backend), fuses what is written as code"
+    )
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """True for what torch.compile gave, and where module.compile() was called."""
+    return type(module).__name__ == "OptimizedModule" or compat.is_compiled(module)
 
 
 def unfuse(module: nn.Module, *, inplace: bool = False) -> nn.Module:
