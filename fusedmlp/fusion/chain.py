@@ -56,10 +56,10 @@ class Chain:
             x = step(x, masks, params)
         return x
 
-    def in_trace(self, x: Tensor, state: Tensor | None, *params: Tensor) -> Tensor:
+    def in_trace(self, x: Tensor, state: Tensor, *params: Tensor) -> Tensor:
         """The same where another compiler traces the call: state (2,) int64 is an input of it."""
         masks = MaskState(self.stream_offset, True)
-        masks.state = state if state is None else state.to(x.device)
+        masks.state = state.to(x.device)
         return run_groups(self._groups_with(params), x, masks)
 
     def _groups_with(self, params: tuple[Tensor, ...]) -> list[LayerGroup]:
