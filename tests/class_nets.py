@@ -1,11 +1,11 @@
-"""Models written as classes, which the tests of tracing share, and what fuse says of them."""
+"""Models written as classes, which tests of compile_backend share."""
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import nn
 
 import fusedmlp
-from fusedmlp import fuse
 
 
 class Net(nn.Module):
@@ -51,9 +51,13 @@ def as_sequential(net):
     )
 
 
-def parts(model):
-    return [part.modules for part in fusedmlp.report(model).fused]
+def compiled(model, **options):
+    """The model by compile_backend, with nothing left of what was compiled before."""
+    torch._dynamo.reset()
+    return torch.compile(model, backend=fusedmlp.compile_backend, options=options or None)
 
 
-def reasons(model):
-    return "\n".join(fusedmlp.report(fuse(model, trace=True)).notes)
+def outputs_and_gradients(model, x, leaves):
+    torch.manual_seed(3)
+    y = model(x)
+    return [y, *torch.autograd.grad(y.square().sum(), leaves)]

@@ -106,37 +106,6 @@ def test_a_container_that_is_the_root_is_traced_through(make):
     torch.testing.assert_close(traced(x), net(x))
 
 
-class Written(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first_layer, self.second = nn.Linear(6, 6), nn.Linear(6, 3)
-
-    def forward(self, x, scale=None):
-        x = self.second(torch.relu(self.first_layer(x)))
-        return x if scale is None else x * scale
-
-
-def test_a_model_fused_by_its_trace_is_traced_as_it_is_written():
-    model, x = Written(), torch.randn(8, 6)
-    fused = fuse(model, trace=True)
-    assert type(fused) is not Written
-    traced = fx.symbolic_trace(fused, concrete_args={"scale": None})
-    assert calls(traced.graph, "call_module") == ["first_layer", "second"]
-    torch.testing.assert_close(traced(x), model(x))
-    inside = fx.symbolic_trace(nn.Sequential(fused))
-    torch.testing.assert_close(inside(x), model(x))
-
-
-def test_a_name_of_ours_may_be_a_child_of_the_users():
-    """fuse(trace=True) wrote a number into `first_layer`."""
-    model, x = Written(), torch.randn(8, 6)
-    fused = fuse(nn.ModuleList([model, Written()]), trace=True)
-    assert fused[0].first_layer is model.first_layer
-    torch.testing.assert_close(fused[0](x), model(x))
-    plain = unfuse(fused)
-    assert type(plain[0]) is Written and vars(plain[0]).keys() == vars(model).keys()
-
-
 def test_a_traced_model_is_unfused_with_its_graph():
     model = nn.Sequential(FusedLinear(6, 9, activation="relu"), nn.Linear(9, 3))
     traced, x = fx.symbolic_trace(model), torch.randn(8, 6)

@@ -291,21 +291,11 @@ def test_lora_finds_plain_layers_only():
         assert count == wanted and change < 1e-4
 
 
-class Written(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(6, 6)
-
-    def forward(self, x):
-        return torch.relu(self.fc(x))
-
-
 IN_TORCHSCRIPT = {
     "FusedLinear": lambda: FusedLinear(6, 6),
     "FusedDropout": FusedDropout,
     "FusedMLP": lambda: FusedMLP(6, [4], 3),
     "FusedSequential": lambda: fuse(nn.Sequential(nn.Linear(6, 6), nn.ReLU())),
-    "FusedWritten": lambda: fuse(Written(), trace=True),
 }
 
 

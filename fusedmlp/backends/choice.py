@@ -191,7 +191,7 @@ def select(
     raises        BackendError if a backend was named that cannot run the call
     """
     named = registry.explicit(backend)
-    if named is not None or torch.compiler.is_compiling():
+    if named is not None or torch.compiler.is_compiling() or isinstance(rows, torch.SymInt):
         # Compiled, sizes may be symbolic: choosing by them would compile once per size class.
         order = _NATIVE if device_type == "cpu" else _UNMEASURED
     else:

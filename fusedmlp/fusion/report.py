@@ -20,9 +20,8 @@ from ..nn.groups import (
 from ..nn.mask_state import MaskState
 from ..nn.steps import mlp_step
 from ..spec import activations, checks, dtypes
-from . import tracing
 from .measure import Measured, measure
-from .surgery import unfuse
+from .surgery import hint_on_code, is_compiled, unfuse
 
 _ROWS = 256
 _ALONE = "by itself it is what PyTorch has"
@@ -111,12 +110,6 @@ def report(module: nn.Module, input=None) -> Report:
                 notes.append(
                     f"{name or 'the module itself'}: {'; '.join(reasons) or 'call fusedmlp.fuse'}"
                 )
-        elif hasattr(type(m), "_fused_parts"):
-            containers[name], offset = [], m._stream_offset
-            for container in m._fused_parts():
-                containers[name] += _parts(name, container, offset)
-                covered.update(id(child) for child in container.children())
-                offset += container._layer_count()
     outside = [
         name for name, m in module.named_modules() if type(m) is nn.Linear and id(m) not in covered
     ]
@@ -124,26 +117,17 @@ def report(module: nn.Module, input=None) -> Report:
         shown = ", ".join(name or "the module itself" for name in outside[:4])
         more = f" and {len(outside) - 4} more" if len(outside) > 4 else ""
         notes.append(f"not in a fused container, so not fused: {shown}{more}")
-        notes += _why_not_traced(module, {name.rpartition(".")[0] for name in outside})
+    if is_compiled(module):
+        notes.append("the model is compiled: what its compiler fuses is not in this report")
+    notes += filter(None, [hint_on_code(module)])
     measured = None if input is None else measure(unfuse(module), module, input)
     return Report(containers, notes, measured)
 
 
-def _why_not_traced(module: nn.Module, names: set[str]) -> list[str]:
-    """For modules written as classes: what fuse(trace=True) says of each."""
-    notes = []
-    for name in sorted(names):
-        m = module.get_submodule(name)
-        if not is_fused_module(m) and not type(m).__module__.startswith("torch."):
-            reason = tracing.why_not(m) or "call fusedmlp.fuse with trace=True"
-            notes.append(f"{name or 'the module itself'} {type(m).__name__}: {reason}")
-    return notes
-
-
-def _parts(name: str, container: nn.Sequential, offset: int | None = None) -> list[Part]:
+def _parts(name: str, container: nn.Sequential) -> list[Part]:
     names = [f"{name}.{key}" if name else key for key in container._modules]
     children = list(container._modules.values())
-    parts, offset = [], container.stream_offset if offset is None else offset
+    parts, offset = [], container.stream_offset
     groups = find_groups(children)
     together = _together(groups)
     for group in groups:

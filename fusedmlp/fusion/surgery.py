@@ -7,8 +7,8 @@ does, in every call.
 
 from __future__ import annotations
 
-import functools
 import types
+import warnings
 
 import torch
 from torch import nn
@@ -19,7 +19,6 @@ from ..nn.groups import LayerGroup, find_groups, is_fused_module, reasons_agains
 from ..nn.modules import ColumnPReLU
 from ..nn.sequential import activation_module
 from ..spec import activations, checks
-from .tracing import TracedForward, class_of
 
 # Wrappers stay bound to the very module that they were given: a copy would not be fused.
 _WRAPPERS = frozenset(
@@ -27,7 +26,7 @@ _WRAPPERS = frozenset(
 )
 
 
-def fuse(module: nn.Module, *, inplace: bool = False, trace: bool = False) -> nn.Module:
+def fuse(module: nn.Module, *, inplace: bool = False) -> nn.Module:
     """The model with every nn.Sequential in it, at any depth, as a FusedSequential.
 
     Same values, gradients and state_dict; dropout masks are this package's. The children of a
@@ -40,19 +39,41 @@ def fuse(module: nn.Module, *, inplace: bool = False, trace: bool = False) -> nn
              that has an nn.Sequential somewhere below is copied too, but for its attributes: the
              copy shares parameters, buffers and hooks with the original.
              True: the containers themselves change their class, and `module` is returned
-    trace    True: modules written as classes too, `F.relu(self.fc1(x))`, through torch.fx; Net
-             becomes a FusedNet, a subclass of it. What torch.fx cannot trace, or would get wrong,
-             is left alone and reported
     returns  a module of the same class, or a FusedSequential for an nn.Sequential
     raises   TypeError if it is no module; ValueError for a wrapped or compiled one, if not inplace
 
-    Left alone: subclasses of nn.Sequential (what is inside them is looked at), and Linear layers
-    outside of any nn.Sequential. If what follows writes into the result of a fused container
-    (`out += x`), write `out = out + x`.
+    Left alone: subclasses of nn.Sequential (what is inside them is looked at), and what a class has
+    as code, `F.relu(self.fc1(x))`: torch.compile(model, backend=fusedmlp.compile_backend) fuses
+    that. A UserWarning says so where nothing was fused. If what follows writes into the result of a
+    fused container (`out += x`), write `out = out + x`.
     """
-    fused = _convert("fuse", module, inplace, _to_fused_or_traced() if trace else _to_fused)
+    fused = _convert("fuse", module, inplace, _to_fused)
+    if not any(map(is_fused_module, fused.modules())) and (hint := hint_on_code(fused)):
+        warnings.warn(f"fuse: nothing in {type(module).__name__} was fused; {hint}", stacklevel=2)
     _number(fused, 0, leaves=False)
     return fused
+
+
+def hint_on_code(module: nn.Module) -> str:
+    """What fuses the Linear layers that code calls, which are no children of an nn.Sequential.
+
+    '' where there are none, or where the module is compiled already.
+    """
+    owners = [m for m in module.modules() if not isinstance(m, nn.Sequential)]
+    found = any(type(child) is nn.Linear for m in owners for child in m.children())
+    if not found or is_compiled(module):
+        return ""
+    # Under Dynamo the ops of a fused module cost more than they gain.
+    plain = "fusedmlp.unfuse(model)" if any(map(is_fused_module, module.modules())) else "model"
+    return (
+        f"torch.compile({plain}, backend=fusedmlp.compile_backend), or "
+        f"{plain}.compile(backend=fusedmlp.compile_backend), fuses what is written as code"
+    )
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """True for what torch.compile gave, and where module.compile() was called."""
+    return type(module).__name__ == "OptimizedModule" or compat.is_compiled(module)
 
 
 def unfuse(module: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -62,7 +83,6 @@ def unfuse(module: nn.Module, *, inplace: bool = False) -> nn.Module:
     FusedLinear                nn.Sequential(nn.Linear, activation, nn.Dropout), without those that
                                do nothing; if only the nn.Linear is left, that itself
     FusedDropout               nn.Dropout
-    what fuse(trace=True) made its class as it was written
 
     ReLUSquared stays, and a prelu with a slope for each column becomes nn.layers.ColumnPReLU: torch
     has no such modules, and these are made of its functions.
@@ -97,9 +117,7 @@ def _number(module: nn.Module, first: int, leaves: bool) -> int:
     def number(m: nn.Module, first: int) -> int:
         """As MaskState counts in one forward of m."""
         seen.add(id(m))
-        if isinstance(m, TracedForward):
-            m._stream_offset = first
-        elif leaves or isinstance(m, FusedSequential):
+        if leaves or isinstance(m, FusedSequential):
             m.stream_offset = first
         if not isinstance(m, FusedSequential):
             return first + m._layer_count()
@@ -112,7 +130,7 @@ def _number(module: nn.Module, first: int, leaves: bool) -> int:
 
     for m in module.modules():
         if is_fused_module(m) and id(m) not in seen:
-            if leaves or isinstance(m, FusedSequential | TracedForward):
+            if leaves or isinstance(m, FusedSequential):
                 first = number(m, first)
     return first
 
@@ -126,19 +144,10 @@ def _to_fused(m: nn.Module) -> type | None:
     return None
 
 
-def _to_fused_or_traced():
-    @functools.cache  # a module is asked about once for each one that it is in
-    def new_class(m: nn.Module) -> type | None:
-        return _to_fused(m) or class_of(m)
-
-    return new_class
-
-
 def _to_plain(m: nn.Module) -> type | None:
-    traced = isinstance(m, TracedForward)
     if not isinstance(m, FusedSequential | FusedLinear | FusedDropout):
-        return type(m).plain_class if traced else None
-    if traced or not is_fused_module(m) or "forward" in m.__dict__:
+        return None
+    if not is_fused_module(m) or "forward" in m.__dict__:
         raise ValueError(
             f"unfuse: {type(m).__name__} must have the forward of this package to have a plain "
             "form, got one with a forward of its own; let that hold a fused module instead"
@@ -165,10 +174,7 @@ def _convert(op: str, module: nn.Module, inplace: bool, new_class) -> nn.Module:
 
 def _forget(m: nn.Module, old: type, new: type) -> None:
     """What modules of this package remember; other classes may use these names themselves."""
-    if issubclass(old, TracedForward):
-        m.__dict__.pop("_traces", None)
-        m.__dict__.pop("_stream_offset", None)
-    elif hasattr(old, "_fused_forward"):
+    if hasattr(old, "_fused_forward"):
         for name in ("_plan", "_chosen"):
             m.__dict__.pop(name, None)
         if not hasattr(new, "_fused_forward"):

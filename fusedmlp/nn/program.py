@@ -16,7 +16,7 @@ from .. import context
 from ..backends import registry
 from .groups import Opaque, find_groups, is_candidate, is_tampered
 from .mask_state import MaskState, must_trace
-from .steps import GroupStep, as_function, mlp_step
+from .steps import GroupStep, as_function, mlp_step, plain_functions
 
 _HOOKS = itemgetter(
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
@@ -27,7 +27,7 @@ _MAX_PROGRAMS = 8  # kept at once: training and evaluation, whole and last batch
 
 
 def run_groups(groups: list, x, masks: MaskState, steps: list | None = None):
-    """The groups one after the other; each call goes to `steps`, as (takes masks, callable)."""
+    """The groups one after the other; each goes to `steps`, as (takes masks, callable)."""
     at = 0
     while at < len(groups):
         group, offset = groups[at], masks.stream_offset
@@ -43,12 +43,8 @@ def run_groups(groups: list, x, masks: MaskState, steps: list | None = None):
             step = GroupStep(group, offset)
             masks.take()
         x = step(x, masks)
-        if steps is None:
-            continue
-        if step.backend is not None:
-            steps.append((True, step))
-        else:
-            steps += [(False, as_function(m)) for m in group.modules if not _does_nothing(m)]
+        if steps is not None:
+            steps.append((step.backend is not None, step))
     return x
 
 
@@ -69,10 +65,6 @@ def _run_opaque(group: Opaque, x, masks: MaskState, steps: list | None):
     return module._run_fused(x, masks)
 
 
-def _does_nothing(m: nn.Module) -> bool:
-    return type(m) is nn.Dropout and not (m.training and m.p)
-
-
 class Program:
     """The steps for inputs of one kind.
 
@@ -85,9 +77,14 @@ class Program:
     __slots__ = ("functions", "key", "layers", "steps")
 
     def __init__(self, key: tuple, steps: list[tuple[bool, Callable]], layers: int):
-        self.key, self.steps, self.layers = key, steps, layers
-        plain = not any(takes_masks for takes_masks, _ in steps)
-        self.functions = [call for _, call in steps] if plain else None
+        self.key, self.steps, self.layers = key, [], layers
+        for takes_masks, step in steps:
+            if takes_masks or type(step) is not GroupStep:
+                self.steps.append((takes_masks, step))
+            else:
+                self.steps += [(False, call) for call in plain_functions(step.group.modules)]
+        plain = not any(takes_masks for takes_masks, _ in self.steps)
+        self.functions = [call for _, call in self.steps] if plain else None
 
     def replay(self, x, masks: MaskState):
         offset = masks.stream_offset

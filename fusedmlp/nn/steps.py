@@ -62,13 +62,18 @@ class GroupStep:
         state = masks.draw(x) if threshold else None
         drop = threshold, scale, self.stream_offset, masks.row_offset
         e = Epilogue(b, slope, state, group.act, group.alpha, *drop)
-        if masks.traced or masks.row_offset:
-            if w is None:
-                return functional.run_bias_act_dropout(x, e, named)
-            return functional.run_linear_act(x, w, e, named)
+        return run_op(self.backend, x, w, e, masks)
+
+
+def run_op(backend: str | None, x: Tensor, w: Tensor | None, e: Epilogue, masks: MaskState):
+    """The op of one group, on a backend that was chosen for inputs like x."""
+    if masks.traced or masks.row_offset:
         if w is None:
-            return functional.bias_act_dropout_on(self.backend, x, e)
-        return functional.linear_act_on(self.backend, x, w, e)
+            return functional.run_bias_act_dropout(x, e, masks.named)
+        return functional.run_linear_act(x, w, e, masks.named)
+    if w is None:
+        return functional.bias_act_dropout_on(backend, x, e)
+    return functional.linear_act_on(backend, x, w, e)
 
 
 def _choose(group: LayerGroup, x, w, b, slope, drops: bool, named: str | None) -> str | None:
@@ -247,23 +252,29 @@ class MlpStep:
         except KeyError:
             # Something has put a plain attribute in the place of a parameter.
             return self._one_by_one(x, masks)
-        state = masks.draw(x) if self.drops else None
         if (
             [*map(id, params)] != self.ids
-            or masks.row_offset
             or type(x) is not Tensor
             or (x.shape, x.dtype, x.device) != self.key
         ):
             return self._one_by_one(x, masks)
-        if self.records and _any_requires_grad(x, params):
-            return Mlp.apply(x, state, 0, self.net, *params)
-        return self.net.infer(x, state, 0, params)
+        return run_mlp(self.net, self.drops, self.records, x, masks, params)
 
     def _one_by_one(self, x, masks: MaskState):
         """What no longer is what it was, or has what the op does not take."""
         for step in self.steps:
             x = step(x, masks)
         return x
+
+
+def run_mlp(net: Net, drops: bool, records: bool, x: Tensor, masks: MaskState, params):
+    """The op of several groups. records: whether autograd is on; params as in spec/layers.py."""
+    state = masks.draw(x) if drops else None
+    if masks.row_offset:
+        checks.row_range("mlp", checks.rows(x), 0, masks.row_offset)
+    if records and _any_requires_grad(x, params):
+        return Mlp.apply(x, state, masks.row_offset, net, *params)
+    return net.infer(x, state, masks.row_offset, params)
 
 
 def _any_requires_grad(x: Tensor, params: list[Tensor]) -> bool:
@@ -291,6 +302,11 @@ def as_function(m: nn.Module) -> Callable[[Tensor], Tensor]:
     if cls is nn.ReLU:
         return torch.relu_ if m.inplace else torch.relu
     return _FUNCTIONS.get(cls, m.forward)
+
+
+def plain_functions(modules: list[nn.Module]) -> list[Callable[[Tensor], Tensor]]:
+    """The modules as functions, without a Dropout that drops nothing now."""
+    return [as_function(m) for m in modules if type(m) is not nn.Dropout or (m.training and m.p)]
 
 
 def _linear(m: nn.Linear) -> Callable[[Tensor], Tensor]:
