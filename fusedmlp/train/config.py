@@ -27,7 +27,7 @@ class TrainConfig:
     """
 
     dataset: str = "auto"
-    """auto, fashion_mnist, mnist, kmnist, digits, synthetic, or a FILE.npz, FILE.csv (.tsv, .txt) or
+    """auto, fashion_mnist, mnist, kmnist, digits, synthetic, or a FILE.npz, FILE.csv (.tsv, .txt),
     FILE.parquet"""
     data_dir: Path | None = None
     """folder of the image sets; default $FUSEDMLP_DATA, else a cache folder"""

@@ -113,7 +113,8 @@ def crossval(
     options   where the run folder is written; None: nothing is written
     folds     parts of the training rows, each held out once; with classes each has the same share
               of every class. The same rows whatever the seed, so that runs can be compared
-    data      (x, y) or (x, y, x_test, y_test) or a Data or a DataFrame, as for `fit`; None: the config's data set
+    data      (x, y) or (x, y, x_test, y_test) or a Data or a DataFrame, as for `fit`; None: the
+              config's data set
     progress  a crossval_report.Report, or None for silence
     raises    UsageError (a ValueError), TrainError (a RuntimeError)
 

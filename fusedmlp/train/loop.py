@@ -79,8 +79,8 @@ def fit(
     model    any nn.Module that maps (B, ...) inputs to (B, classes), or to the targets' shape
     data     (x, y) or (x, y, x_test, y_test): tensors of n rows, integer classes or float targets;
              or a Data (`load_data` makes one of a table, with its width); or a DataFrame, with
-             config.target; or, for data larger than memory, a loader of (x, y) batches (any iterable,
-             gone through once an epoch) or a pair (loader, test_loader)
+             config.target; or, for data larger than memory, a loader of (x, y) batches (any
+             iterable, gone through once an epoch) or a pair (loader, test_loader)
     config   a TrainConfig. Its dataset, hidden, activation, dropout and init describe what is
              here already and are not read. What it leaves to the data is as for image sets: SGD,
              no scaling

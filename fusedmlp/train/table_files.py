@@ -1,5 +1,5 @@
-"""Files of tables and the network of a run: predicting their rows, testing it on them. Rows are read
-in blocks, so that memory does not grow with the file."""
+"""Files of tables and the network of a run: predicting their rows, testing it on them. Rows are
+read in blocks, so that memory does not grow with the file."""
 
 import os
 import sys

@@ -83,7 +83,8 @@ def text_of(series, missing: Sequence[str] = MISSING) -> Text:
         first, distinct = pd.factorize(values.map(str, na_action="ignore"))
     if not len(distinct):
         return Text(np.full(len(series), -1), [])
-    codes, texts = pd.factorize(np.array([_written(value) for value in distinct], dtype=object))
+    written = [v.strip() if type(v) is str else _written(v) for v in distinct]
+    codes, texts = pd.factorize(np.array(written, dtype=object))
     texts = list(texts)
     absent = set(missing)
     kept = [place for place, text in enumerate(texts) if text not in absent]
@@ -96,7 +97,10 @@ def _written(value) -> str:
     """As a csv file would have it: whole numbers without a point."""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    return str(value).strip()
+    try:
+        return str(value).strip()
+    except ValueError:  # an integer of more digits than Python writes
+        return "inf"
 
 
 def is_number(text: str) -> bool:
@@ -192,8 +196,11 @@ def number_column(name: str, texts: Sequence[str], where: str) -> Column | None:
 
     raises  TrainError where 1,234 may be two numbers
     """
-    if all(is_number(t) for t in texts):
-        return Column(name, "number")
+    import numpy as np
+
+    column = Column(name, "number")
+    if not np.isnan(parse_numbers(column, texts)).any():
+        return column
     commas = [t for t in texts if "," in t]
     if not commas:
         return None
@@ -210,8 +217,8 @@ def number_column(name: str, texts: Sequence[str], where: str) -> Column | None:
                 "under --leave-out"
             )
     if could_be_comma:
-        return Column(name, "number", style="decimal comma")
-    return Column(name, "number", style="thousands") if could_be_group else None
+        return column.replace(style="decimal comma")
+    return column.replace(style="thousands") if could_be_group else None
 
 
 def _date_column(name: str, texts: Sequence[str]) -> tuple[Column | None, str]:
@@ -296,7 +303,7 @@ def _numbers(column: Column, series, where: str):
                 f"({len(infinite)} in all); fill or drop such rows"
             )
     else:
-        values = _numbers_of_text(column, series, where)
+        values = numbers_of_text(column, text_of(series, (*MISSING, *column.blanks)), where)
     if column.kind == "truth":
         odd = np.flatnonzero(~np.isnan(values) & (values != 0) & (values != 1))
         if len(odd):
@@ -305,14 +312,14 @@ def _numbers(column: Column, series, where: str):
     return values
 
 
-def _numbers_of_text(column: Column, series, where: str):
+def numbers_of_text(column: Column, text: Text, where: str):
+    """(n,) fp64, as encode has them."""
     import numpy as np
 
-    text = text_of(series, (*MISSING, *column.blanks))
     found = parse_numbers(column, text.texts)
-    large = [place for place, value in enumerate(found) if abs(value) > _LARGEST]
-    if large:
-        _fail(where, column, "finite fp32 numbers", text, large[0])
+    large = np.flatnonzero(np.abs(found) > _LARGEST)
+    if len(large):
+        _fail(where, column, "finite fp32 numbers", text, int(large[0]))
     bad = np.flatnonzero(np.isnan(found))
     if len(bad):
         wanted = "true or false" if column.kind == "truth" else "numbers"
@@ -342,6 +349,6 @@ def parse_numbers(column: Column, texts: Sequence[str]):
 
 def _fail(where: str, column: Column, wanted: str, text: Text, place: int):
     raise TrainError(
-        f"{where}: column {column.name!r} must hold {wanted}, got {shown(text.texts[place])} in row "
-        f"{text.row(place)}"
+        f"{where}: column {column.name!r} must hold {wanted}, got {shown(text.texts[place])} in "
+        f"row {text.row(place)}"
     )

@@ -6,8 +6,8 @@ frame_data.py.
 
 import torch
 
-from ..errors import TrainError, UsageError
 from ..config import FRAME, TABLE_FILES, TrainConfig, is_table_file
+from ..errors import TrainError, UsageError
 from . import images, tables
 from .frame_data import read_table
 from .scaling import Scaling

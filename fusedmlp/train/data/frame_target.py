@@ -15,6 +15,7 @@ from .columns import (
     encode,
     is_number,
     number_column,
+    numbers_of_text,
     parse_numbers,
     shown,
     text_of,
@@ -61,29 +62,32 @@ def read_target(series, name: str, loss: str, where: str) -> Target:
         # pandas makes floats of integers where one is missing.
         is_float = loss == "mse" or not (whole and is_missing.any())
         if is_float and not is_missing.all():
-            return _numbers(Column(name, "number"), series, where)
+            return _numbers(Column(name, "number"), encode(Column(name, "number"), series, where))
     text = text_of(series, MISSING_TARGET)
-    if all(t == "None" or is_number(t) for t in text.texts):
+    if "None" in text.texts and all(t == "None" or is_number(t) for t in text.texts):
         text = text_of(series)  # a missing number, written as Python does
     if not text.texts:
         raise TrainError(f"{where}: column {name!r} must hold values to predict, got none")
-    return _from_text(text, series, name, loss, where)
+    return _from_text(text, name, loss, where)
 
 
-def _from_text(text: Text, series, name: str, loss: str, where: str) -> Target:
+def _from_text(text: Text, name: str, loss: str, where: str) -> Target:
     import numpy as np
 
     kept = torch.from_numpy(text.codes >= 0)
     as_number = number_column(name, text.texts, where)
-    is_whole = all(map(_INTEGER.fullmatch, text.texts))
+    # Python makes no integer of more digits than some thousands, and fp32 none of that size.
+    is_whole = all(map(_INTEGER.fullmatch, text.texts)) and max(map(len, text.texts)) < 1000
     is_spelled = is_whole and all(str(int(t)) == t for t in text.texts)
     if loss == "mse" or (as_number is not None and not is_whole):
-        return _numbers(as_number or Column(name, "number"), series, where)
+        column = as_number or Column(name, "number")
+        return _numbers(column, numbers_of_text(column, text, where))
     rows, count = text.present, len(text.texts)
     notes = ()
     if is_spelled:
         if _is_counted(sorted(map(int, text.texts)), rows, loss):
-            target = _numbers(Column(name, "number"), series, where)
+            column = Column(name, "number")
+            target = _numbers(column, numbers_of_text(column, text, where))
             note = f"{name} has {count} different integers and is predicted as a number"
             return replace(target, notes=(note, *target.notes))
         levels = [str(value) for value in sorted(map(int, text.texts))]
@@ -118,8 +122,8 @@ def _from_text(text: Text, series, name: str, loss: str, where: str) -> Target:
     )
 
 
-def _numbers(column: Column, series, where: str) -> Target:
-    values = torch.from_numpy(encode(column, series, where))
+def _numbers(column: Column, values) -> Target:
+    values = torch.from_numpy(values)
     kept = ~values.isnan()
     y = values[kept].reshape(-1, 1)
     return Target(column, y, kept, _about_missing(column.name, kept))

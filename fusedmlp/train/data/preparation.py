@@ -16,7 +16,6 @@ Values are fp64 until they are scaled.
 """
 
 import math
-import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 
@@ -227,22 +226,20 @@ def _fit_words(
 def _fit_target(
     column: Column, codes: Tensor, y: Tensor, classes: int | None, is_scaled: bool, seed: int
 ) -> tuple[Part, Tensor]:
-    places = _places(codes, len(column.levels)).numpy()[:, None]
-    kind = "continuous" if classes is None else "binary" if len(y.unique()) == 2 else "multiclass"
-    encoder = _sklearn("preprocessing").TargetEncoder(
-        target_type=kind, smooth="auto", cv=5, shuffle=True, random_state=seed
-    )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The least populated class")
-        found = encoder.fit_transform(places, y.reshape(-1).numpy())
-    found = torch.from_numpy(found)
-    outputs = found.shape[1]
-    mean = torch.as_tensor(encoder.target_mean_, dtype=torch.float64).reshape(outputs)
-    statistics = mean.repeat(len(column.levels) + 2, 1)
-    for output, values in enumerate(encoder.encodings_):
-        statistics[torch.from_numpy(encoder.categories_[0]), output] = torch.from_numpy(values)
+    """A row does not see its own target: its statistics are those of the other four fifths."""
+    places = _places(codes, len(column.levels))
+    if classes is None:
+        targets = y.double().reshape(len(y), -1)
+    else:  # of two classes one says it all
+        distinct = y.unique()
+        targets = (y.unsqueeze(1) == distinct[1 if len(distinct) == 2 else 0 :]).double()
+    folds = _sklearn("model_selection").KFold(5, shuffle=True, random_state=seed)
+    found = torch.empty_like(targets)
+    for rest, held in folds.split(places):
+        found[held] = _statistics(places[rest], targets[rest], len(column.levels))[places[held]]
+    statistics = _statistics(places, targets, len(column.levels))
     center, scale = _robust(found)
-    ends = [""] if outputs == 1 else [f" {i}" for i in range(outputs)]
+    ends = [""] if targets.shape[1] == 1 else [f" {int(c)}" for c in distinct]
     part = Part(
         column,
         "target",
@@ -252,6 +249,18 @@ def _fit_target(
         statistics=tuple(map(tuple, statistics.tolist())),
     )
     return part, _scaled(part, found, is_scaled)
+
+
+def _statistics(places: Tensor, targets: Tensor, levels: int) -> Tensor:
+    """(levels + 2, k): the mean of the targets (n, k) at each place, drawn towards that of all."""
+    found = targets.mean(0).repeat(levels + 2, 1)
+    for output, target in enumerate(targets.T):
+        encoder = _sklearn("preprocessing").TargetEncoder(target_type="continuous")
+        encoder.fit(places.numpy()[:, None], target.numpy())
+        found[torch.from_numpy(encoder.categories_[0]), output] = torch.from_numpy(
+            encoder.encodings_[0]
+        )
+    return found
 
 
 def _recoded(values: Tensor, was: Column, now: Column) -> Tensor:
