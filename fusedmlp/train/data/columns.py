@@ -274,7 +274,7 @@ def _encode_date(column: Column, series, where: str):
     import pandas as pd
 
     if pd.api.types.is_datetime64_any_dtype(series.dtype):
-        return _seconds(series, None).to_numpy(dtype=np.float64)
+        return _seconds(series, None).to_numpy(dtype=np.float64, copy=True)
     text = text_of(series)
     found = _seconds(text.texts, column.format or "ISO8601").to_numpy(dtype=np.float64)
     bad = np.flatnonzero(np.isnan(found))

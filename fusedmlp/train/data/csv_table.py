@@ -8,7 +8,7 @@ import codecs
 import csv
 import warnings
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -112,9 +112,10 @@ class CsvTable:
                     chunksize=rows,
                 )
                 found = 0
-                for block in [reader] if rows is None else reader:
-                    found += len(block)
-                    yield self._checked(block)
+                with nullcontext([reader]) if rows is None else reader as frames:
+                    for block in frames:
+                        found += len(block)
+                        yield self._checked(block)
             except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
                 self.check_lengths()
                 raise TrainError(f"{self.path} is no csv text file ({error})") from error

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..config import FRAME, TrainConfig
+from ..config import FRAME, TrainConfig, is_table_file
 from ..errors import TrainError, UsageError
 from . import datasets
 from .frames import is_frame
@@ -27,8 +27,12 @@ from .types import Data, Scaling, in_fp32, prepared, standardized, with_validati
 
 
 def config_for(data, config: TrainConfig | None) -> TrainConfig | None:
-    """The config of a run on these data: what it says of columns belongs to a DataFrame."""
-    return config.replace(dataset=FRAME) if is_frame(data) and config is not None else config
+    """The config of a run on these data: what it says of columns may belong to a DataFrame, or to
+    the table that a Data was made of."""
+    made = isinstance(data, Data) and (data.schema or data.preparation) is not None
+    if config is None or not (is_frame(data) or (made and not is_table_file(config.dataset))):
+        return config
+    return config.replace(dataset=FRAME)
 
 
 def as_data(data, config: TrainConfig) -> Data | Loaders:

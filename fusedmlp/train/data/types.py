@@ -171,19 +171,8 @@ def with_test(data: Data) -> Data:
         return data
     kept, held = _held_out(data, TEST_SHARE)
     note = f"{data.name} brings no test rows: {len(held)} of its {len(data.x_train)} are held out"
-    found = replace(kept, x_test=data.x_train[held], y_test=data.y_train[held])
-    return replace(found, notes=(*data.notes, note, *_about_unlearned(found)))
-
-
-def _about_unlearned(data: Data) -> tuple[str, ...]:
-    """A note of classes that only the test rows have."""
-    if not data.is_classes:
-        return ()
-    only = sorted(set(data.y_test.unique().tolist()) - set(data.y_train.unique().tolist()))
-    names = ", ".join(data.classes[number] for number in only[:5])
-    more = ", ..." if len(only) > 5 else ""
-    note = f"{names}{more}: no training row has such a class, so that the network cannot learn it"
-    return (note,) if only else ()
+    x, y = data.x_train[held], data.y_train[held]
+    return replace(kept, x_test=x, y_test=y, notes=(*data.notes, note))
 
 
 def standardized(data: Data, rows: Tensor | None = None) -> Data:
