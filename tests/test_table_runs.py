@@ -366,3 +366,31 @@ def test_every_class_has_training_rows_where_the_test_rows_are_held_out(rows):
     kind = ["x", "y"] * 30 + [f"rare {i // rows}" for i in range(12)]
     data = load_data(TrainConfig(target="kind"), pd.DataFrame({"a": [1, 2, 3] * 24, "kind": kind}))
     assert len(data.y_train.unique()) == len(data.classes) == 2 + 12 // rows
+
+
+def test_a_column_of_weights_is_no_feature_and_weighs_the_rows(capsys):
+    rows = 600
+    random = np.random.default_rng(0)
+    size = random.normal(size=rows)
+    # Half of the rows are wrong, and weigh nothing.
+    wrong = np.arange(rows) % 2 == 1
+    kind = np.where((size > 0) ^ wrong, "large", "small")
+    found = pd.DataFrame({"size": size, "weight": np.where(wrong, 0, 2), "kind": kind})
+    found.to_csv("t.csv", index=False)
+    flags = ("--dataset", "t.csv", "--weight-column", "weight", "--device", "cpu")
+    assert command("train", *flags, "--epochs", 20, "--out", "run") == 0
+    assert "native is passed over: rows have weights" in capsys.readouterr().out
+    about = load("run").about["data"]
+    assert about["features"] == ["size"]
+    new = pd.DataFrame({"size": [-1.0, 1.0]})
+    assert list(load("run").predict(new).prediction) == ["small", "large"]
+    config = TrainConfig(dataset="t.csv", weight_column="weight", val_split=0.25)
+    data = load_data(config)
+    assert len(data.weights) == len(data.x_train) == 360
+    # The weights stay with their rows.
+    center = data.preparation.parts[0].center[0]
+    scale = data.preparation.parts[0].scale[0]
+    is_large = data.x_train[:, 0].numpy() > -center * scale
+    is_wrong = is_large ^ (data.y_train.numpy() == data.classes.index("large"))
+    z = np.abs(data.x_train[:, 0].numpy() + center * scale) > 0.01
+    assert (is_wrong == (data.weights.numpy() == 0))[z].all()
