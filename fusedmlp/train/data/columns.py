@@ -112,6 +112,7 @@ def is_number(text: str) -> bool:
 
 
 def shown(text: str) -> str:
+    text = text if text.isprintable() else repr(text)[1:-1]
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 
