@@ -1,22 +1,20 @@
-"""Tables of words and missing cells from the command line and from Python: train, predict,
-evaluate, and what every bad one is told."""
+"""Tables of words and missing cells from the command line and from Python: train, predict and
+evaluate. test_bad_tables.py has what is wrong with a table."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
+from pathlib import Path
 
 import pytest
 import torch
 
 import fusedmlp
-from fusedmlp import cli
 from fusedmlp.train import (
     RunOptions,
     TrainConfig,
     TrainError,
-    UsageError,
     crossval,
     fit,
     inference,
@@ -38,37 +36,7 @@ def _here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def command(*arguments) -> int:
-    try:
-        return cli.main([str(a) for a in arguments])
-    except SystemExit as stop:  # of tyro
-        return stop.code
-
-
-def frame(rows: int = 400, seed: int = 0) -> pd.DataFrame:
-    """A table of every kind of column, of which `kind` and `price` can be predicted."""
-    random = np.random.default_rng(seed)
-    size = random.normal(10, 3, rows)
-    colour = random.choice(["red", "green", "blue"], rows)
-    new = random.random(rows) < 0.5
-    price = 3 * size + 10 * (colour == "red") + 5 * new + random.normal(0, 1, rows)
-    found = pd.DataFrame(
-        {
-            "id": np.arange(rows),
-            "size": np.where(random.random(rows) < 0.1, np.nan, size),
-            "colour": np.where(random.random(rows) < 0.1, None, colour),
-            "new": new,
-            "day": pd.Timestamp("2020-01-01") + pd.to_timedelta(random.integers(0, 700, rows), "D"),
-            "same": 7,
-            "name": [f"item {i}" for i in range(rows)],
-            "weight": random.integers(0, 3, rows),
-            "price": price.round(2),
-        }
-    )
-    found["kind"] = np.where(price > np.median(price), "dear", "cheap")
-    return found
-
-
+frame, command = made_data.mixed_table, made_data.command
 CLASSES = ("--target", "kind", "--leave-out", "price", "weight", "--device", "cpu")
 
 
@@ -148,7 +116,7 @@ def test_evaluate_of_the_test_rows_and_of_their_file_are_one(trained, capsys):
         rows = [int((whole["size"] - float(v)).abs().argmin()) for v in raw if not math.isnan(v)]
         assert len(held) == 80 and len(set(rows)) == len(rows) > 60
         whole.iloc[rows].to_csv("held.csv", index=False)
-        found = table_files.evaluate_file(run_folder, table_files.Path("held.csv"), print)
+        found = table_files.evaluate_file(run_folder, Path("held.csv"), print)
         mine = run_folder.predict(whole.iloc[rows])["prediction"]
         if name == "classes":
             assert found["test_accuracy"] == (mine == whole.iloc[rows]["kind"]).mean()
@@ -163,12 +131,12 @@ def test_blocks_of_rows_give_what_the_whole_gives(trained, monkeypatch, capsys):
     new = frame(300, seed=3)
     new.to_csv("new.csv", index=False)
     assert command("predict", trained / "classes", "new.csv", "--out", "whole.csv") == 0
-    whole = table_files.evaluate_file(load(trained / "number"), table_files.Path("new.csv"), print)
+    whole = table_files.evaluate_file(load(trained / "number"), Path("new.csv"), print)
     for module in (table_files, inference):
         monkeypatch.setattr(module, "BLOCK_ROWS", 7)
     assert command("predict", trained / "classes", "new.csv", "--out", "parts.csv") == 0
     assert open("whole.csv").read() == open("parts.csv").read()
-    parts = table_files.evaluate_file(load(trained / "number"), table_files.Path("new.csv"), print)
+    parts = table_files.evaluate_file(load(trained / "number"), Path("new.csv"), print)
     for name in ("rows", "test_loss", "test_rmse", "test_r2"):
         assert parts[name] == pytest.approx(whole[name], rel=1e-6)
     found = load(trained / "number").predict(new)
@@ -179,9 +147,7 @@ def test_blocks_of_rows_give_what_the_whole_gives(trained, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert "new.csv, counted from row 197: column 'size' must hold finite" in said
     assert "got inf in row 5" in said
-    assert not table_files.Path("bad.csv").exists() and not list(
-        table_files.Path().glob(".bad.csv-*")
-    )
+    assert not Path("bad.csv").exists() and not list(Path().glob(".bad.csv-*"))
 
 
 def test_a_frame_is_trained_as_its_file_is(trained):
@@ -220,7 +186,7 @@ def test_parquet_is_read_as_csv_is(trained):
     assert (pd.read_csv("p.csv").prediction == run_folder.predict(new).prediction).all()
     data = load_data(TrainConfig(dataset="t.parquet", target="kind"))
     assert torch.equal(data.x_train, load_data(TrainConfig(target="kind"), frame()).x_train)
-    table_files.Path("cut.parquet").write_bytes(table_files.Path("t.parquet").read_bytes()[:-9])
+    Path("cut.parquet").write_bytes(Path("t.parquet").read_bytes()[:-9])
     with pytest.raises(TrainError, match="cut.parquet is truncated, corrupted or no Parquet"):
         load_data(TrainConfig(dataset="cut.parquet"))
 
@@ -237,7 +203,7 @@ def test_a_run_folder_of_a_table_holds_no_pickle_and_damage_is_named(trained):
     assert columns == ["size", "colour", "new", "day"]
 
     def damaged(change) -> str:
-        folder = table_files.Path("damaged")
+        folder = Path("damaged")
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_bytes((trained / "classes" / "config.json").read_bytes())
         bad = json.loads(json.dumps(about))
@@ -255,110 +221,20 @@ def test_a_run_folder_of_a_table_holds_no_pickle_and_damage_is_named(trained):
 def test_a_run_that_was_stopped_predicts_from_its_checkpoint(trained, capsys):
     file = trained / "table.csv"
     assert command("train", "--dataset", file, *CLASSES, "--epochs", 2, "--out", "r") == 0
-    (table_files.Path("r") / "model.safetensors").unlink()
+    (Path("r") / "model.safetensors").unlink()
     assert len(load("r").predict(frame(5))) == 5
     assert command("train", "--resume", "r", "--epochs", 3) == 0
 
 
-BAD = {
-    "empty": ("", (), 1, "must start with a header line, but it is empty"),
-    "only_a_header": ("a,b\n", (), 1, "must have rows below its header line"),
-    "no_target": ("a,b\n1,x\n2,y\n", ("--target", "c"), 2, "must be a column of .*: a, b; got 'c'"),
-    "twice": ("a,a,b\n1,2,x\n", (), 1, "must name each column once, got 'a' twice"),
-    "one_class": ("a,b\n1,x\n2,x\n3,x\n", (), 1, "at least two classes, got only x"),
-    "nothing_to_predict": ("a,b\n1,\n2,NA\n", (), 1, "'b' must hold values to predict, got none"),
-    "nothing_left": ("a,b\n7,x\n7,y\n7,x\n7,y\n7,x\n", (), 1, "no column is left to predict b"),
-    "all_left_out": ("a,b\n1,x\n2,y\n", ("--leave-out", "a"), 1, "must have a column besides"),
-    "unknown_left_out": ("a,b\n1,x\n", ("--leave-out", "c"), 2, "--leave-out must be a column of"),
-    "target_left_out": ("a,b\n1,x\n", ("--leave-out", "b"), 2, "other columns than the target"),
-    "unknown_weight": ("a,b\n1,x\n", ("--weight-column", "w"), 2, "--weight-column must be a col"),
-    "weight_below_0": (
-        "a,w,b\n1,1,x\n2,-3,y\n",
-        ("--weight-column", "w"),
-        1,
-        "'w' must hold weights of at least 0, got -3 in row 2",
-    ),
-    "no_weight": (
-        "a,w,b\n1,1,x\n2,,y\n",
-        ("--weight-column", "w"),
-        1,
-        "'w' must hold weights of at least 0, got an empty cell in row 2",
-    ),
-    "weights_of_0": (
-        "a,w,b\n1,0,x\n2,0,y\n",
-        ("--weight-column", "w"),
-        1,
-        "'w' must hold a weight above 0, got only 0",
-    ),
-    "class_weight_of_numbers": (
-        "a,b\n" + "".join(f"{i % 7},{i}.5\n" for i in range(30)),
-        ("--class-weight", "balanced"),
-        2,
-        "--class-weight needs classes, but the target of bad.csv is a number",
-    ),
-}
+def test_a_frame_of_another_library_becomes_one_of_pandas():
+    class Other:
+        columns = ["size", "kind"]
 
+        def to_pandas(self):
+            return pd.DataFrame({"size": [1.0, 2.0] * 20, "kind": ["a", "b"] * 20})
 
-@pytest.mark.parametrize("case", BAD)
-def test_a_bad_table_is_one_message_an_exit_code_and_no_folder(case, tmp_path, capsys):
-    text, flags, code, message = BAD[case]
-    (tmp_path / "bad.csv").write_text(text)
-    assert command("train", "--dataset", "bad.csv", "--device", "cpu", *flags) == code
-    said = capsys.readouterr().err
-    assert len(said.strip().splitlines()) == 1
-    assert re.search(message, said), said
-    assert not any((tmp_path / "runs").glob("*")) if (tmp_path / "runs").exists() else True
-
-
-BAD_NEW = {
-    "missing_column": (lambda f: f.drop(columns=["size", "new"]), "missing: size, new; got: id,"),
-    "words_for_numbers": (lambda f: f.assign(size="large"), "'size' must hold numbers, got large"),
-    "numbers_for_words": (
-        lambda f: f.assign(colour=range(len(f))),
-        "'colour' must hold words as in training .blue, green, red., got 0 in row 1",
-    ),
-    "no_date": (lambda f: f.assign(day="soon"), "'day' must hold dates, got soon in row 1"),
-    "no_truth": (lambda f: f.assign(new="perhaps"), "'new' must hold true or false, got perhaps"),
-    "no_rows": (lambda f: f[:0], "must have rows below its header line"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_NEW)
-def test_a_bad_new_table_writes_nothing(trained, case, tmp_path, capsys):
-    change, message = BAD_NEW[case]
-    change(frame(30)).to_csv("new.csv", index=False)
-    assert command("predict", trained / "classes", "new.csv", "--out", "p.csv") == 1
-    said = capsys.readouterr().err
-    assert re.search(message, said) and len(said.splitlines()) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["new.csv"]
-
-
-def test_what_cannot_be_evaluated_or_predicted_is_said(trained, capsys):
-    def said(*arguments) -> str:
-        assert command(*arguments) in (1, 2)
-        return capsys.readouterr().err
-
-    frame(30).drop(columns="kind").to_csv("no.csv", index=False)
-    assert "must have the target 'kind' to test on" in said(
-        "evaluate", trained / "classes", "no.csv"
-    )
-    other = frame(30)
-    other.loc[4, "kind"] = "free"
-    other.to_csv("other.csv", index=False)
-    message = said("evaluate", trained / "classes", "other.csv")
-    assert "'kind' must hold classes that " in message and "got free in row 5" in message
-    frame(30).assign(kind="").to_csv("none.csv", index=False)
-    message = said("evaluate", trained / "classes", "none.csv")
-    assert "'kind' must hold values to test on, got none" in message
-    new = trained / "table.csv"
-    assert "--proba needs a run with classes" in said("predict", trained / "number", new, "--proba")
-    assert "--out belongs to a table" in said("predict", trained / "classes", "--out", "p.csv")
-    assert "--out must be a file, but" in said("predict", trained / "classes", new, "--out", ".")
-    assert "does not exist" in said("predict", trained / "classes", "gone.csv")
-    assert command("train", "--dataset", "synthetic", "--epochs", 1, "--out", "s") == 0
-    assert "a table needs a run on a table with named columns" in said("predict", "s", new)
-    with pytest.raises(UsageError, match="--target names a column of a table"):
-        TrainConfig(dataset="digits", target="x").check()
+    data = load_data(TrainConfig(target="kind"), Other())
+    assert data.classes == ("a", "b") and data.x_train.shape == (32, 1)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])

@@ -72,7 +72,8 @@ class TrainConfig:
     """share of the training rows held out for validation"""
     standardize: bool | None = None
     """--standardize or --no-standardize: scale inputs, and a float target, to mean 0 and deviation
-    1 over the training rows; default: tables are scaled"""
+    1 over the training rows, columns of a csv or Parquet file robustly; default: tables are
+    scaled"""
     epochs: int | None = None
     """passes over the training rows; default 10, for digits 30, for tables 50, and 30 from 10,000
     rows on"""
@@ -226,6 +227,8 @@ def _check_contradictions(config: TrainConfig) -> None:
         )
     if config.init == "default" and config.init_std is not None:
         raise UsageError("--init-std belongs to --init normal; --init default is PyTorch's own")
+    if isinstance(config.leave_out, str):
+        raise UsageError(f"--leave-out must be a tuple of names, got {config.leave_out!r}")
     for name in ("target", "leave_out", "weight_column"):
         if getattr(config, name) and config.dataset != FRAME and not is_table_file(config.dataset):
             raise UsageError(

@@ -65,6 +65,8 @@ def predict_file(
     not at all; to standard output where `out` is None. Returns the number of rows."""
     if out is not None and out.suffix.lower() == ".parquet":
         raise UsageError(f"--out must name a csv file, got {out}")
+    if out is not None and out.exists() and path.exists() and out.samefile(path):
+        raise UsageError(f"--out must be another file than the table to predict, got {out}")
     if proba and trained.classes is None:
         raise UsageError(
             f"--proba needs a run with classes, but {trained.folder} predicts a number"
