@@ -16,8 +16,8 @@ USAGE = """usage: fusedmlp COMMAND [...]
 
   train      train an MLP: fusedmlp train --dataset fashion_mnist --hidden 256
   crossval   compare settings by cross-validation: fusedmlp crossval --hidden 64 / 128 64
-  evaluate   test the network of a run folder again
-  predict    name what is on pictures, or on the test rows, with the network of a run folder
+  evaluate   test the network of a run folder again, or on a table of yours
+  predict    predict the rows of a table, name what is on pictures or on the test rows
   info       versions, devices, and what each backend can run here
   verify     check every backend of this machine against fp64
   tune       time the tiles of the Triton kernels on this machine's GPU, and keep the fastest

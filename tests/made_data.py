@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fusedmlp import cli
 from fusedmlp.train.data.types import Data, Scaling
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,6 +78,33 @@ def labels(rows: int = 200, features: int = 12, outputs: int = 3, seed: int = 0)
     return Data("labels", x[:cut], y[:cut], x[cut:], y[cut:])
 
 
+def mixed_table(rows: int = 400, seed: int = 0):
+    """A DataFrame of every kind of column, of which `kind` and `price` can be predicted."""
+    import numpy as np
+    import pandas as pd
+
+    random = np.random.default_rng(seed)
+    size = random.normal(10, 3, rows)
+    colour = random.choice(["red", "green", "blue"], rows)
+    new = random.random(rows) < 0.5
+    price = 3 * size + 10 * (colour == "red") + 5 * new + random.normal(0, 1, rows)
+    found = pd.DataFrame(
+        {
+            "id": np.arange(rows),
+            "size": np.where(random.random(rows) < 0.1, np.nan, size),
+            "colour": np.where(random.random(rows) < 0.1, None, colour),
+            "new": new,
+            "day": pd.Timestamp("2020-01-01") + pd.to_timedelta(random.integers(0, 700, rows), "D"),
+            "same": 7,
+            "name": [f"item {i}" for i in range(rows)],
+            "weight": random.integers(0, 3, rows),
+            "price": price.round(2),
+        }
+    )
+    found["kind"] = np.where(price > np.median(price), "dear", "cheap")
+    return found
+
+
 def idx_bytes(values: torch.Tensor, sizes=None, magic: int | None = None) -> bytes:
     """An IDX file of uint8 values; sizes and magic can lie."""
     sizes = list(values.shape) if sizes is None else sizes
@@ -128,6 +156,14 @@ def fusedmlp(*arguments, cwd: Path, **changes: str) -> subprocess.CompletedProce
         text=True,
         timeout=120,
     )
+
+
+def command(*arguments) -> int:
+    """The exit code of the command in this process."""
+    try:
+        return cli.main([str(a) for a in arguments])
+    except SystemExit as stop:  # of tyro
+        return stop.code
 
 
 # Before a test puts another folder in its place.

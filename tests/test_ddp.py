@@ -177,3 +177,14 @@ def test_half_an_environment_of_torchrun_is_named(tmp_path):
     assert (
         "RANK is set but MASTER_ADDR is not; start several processes with torchrun" in done.stderr
     )
+
+
+def test_weighted_rows_are_those_of_one_process(rows, tmp_path):
+    flags = (*FLAGS, "--class-weight", "balanced", "--precision", "fp32")
+    done = made_data.fusedmlp("train", "--dataset", rows, *flags, "--out", "one", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = torchrun(2, "--dataset", rows, *flags, "--out", "two", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    one, two = _weights(tmp_path / "one"), _weights(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)

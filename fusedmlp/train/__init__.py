@@ -6,9 +6,10 @@ result = fusedmlp.train.fit(model, (x, y, x_test, y_test), fusedmlp.train.TrainC
 from .build import evaluate, predict
 from .config import RunOptions, TrainConfig
 from .crossvalidation import CrossvalResult, crossval
+from .data.datasets import load as load_data
 from .data.types import Data, Scaling
 from .errors import TrainError, UsageError
-from .inference import load
+from .inference import Trained, load
 from .loop import Result, explain, fit, run
 from .many import Member, fit_many, reasons_against_many
 
@@ -19,6 +20,7 @@ __all__ = [
     "Result",
     "RunOptions",
     "Scaling",
+    "Trained",
     "TrainConfig",
     "TrainError",
     "UsageError",
@@ -28,6 +30,7 @@ __all__ = [
     "fit",
     "fit_many",
     "load",
+    "load_data",
     "predict",
     "reasons_against_many",
     "run",

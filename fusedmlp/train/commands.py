@@ -12,7 +12,7 @@ from typing import Literal
 
 import tyro
 
-from . import crossval_report, crossvalidation, inference, loop
+from . import crossval_report, crossvalidation, inference, loop, table_files
 from .config import RunOptions, TrainConfig, flag_name
 from .console import Console
 from .crossvalidation import COMPARED, SEQUENCES
@@ -27,6 +27,8 @@ INTERRUPTED = 130
 class EvaluateArgs:
     run: tyro.conf.Positional[Path]
     """run folder"""
+    file: tyro.conf.Positional[Path | None] = None
+    """a table (csv or Parquet) with the target; default the run's test rows"""
     data_dir: Path | None = None
     """folder of the image sets, if not that of the run"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -39,6 +41,12 @@ class EvaluateArgs:
 class PredictArgs:
     run: tyro.conf.Positional[Path]
     """run folder"""
+    file: tyro.conf.Positional[Path | None] = None
+    """a table (csv or Parquet) whose rows are predicted; its columns are matched by name"""
+    out: Path | None = None
+    """csv file to write, a line for each row of the table; default standard output"""
+    proba: bool = False
+    """a column probability_<class> for each class beside the prediction"""
     images: tuple[Path, ...] = ()
     """pictures to name: grey or colour, any size; default the run's test rows"""
     invert: bool = False
@@ -180,10 +188,13 @@ def _trained(folder: Path, device: str) -> inference.Trained:
 def evaluate(argv: list[str]) -> int:
     args = _parse(EvaluateArgs, "evaluate", argv)
     trained = _trained(args.run, args.device)
-    data = inference.test_data(trained, args.data_dir)
-    result = inference.evaluate(trained, data)
-    print(f"{data.name}: {result['rows']} test rows, loss {result['test_loss']:.6g}", end="")
-    if data.is_classes:
+    if args.file is not None:
+        name, result = args.file.name, table_files.evaluate_file(trained, args.file, _note)
+    else:
+        data = inference.test_data(trained, args.data_dir)
+        name, result = data.name, inference.evaluate(trained, data)
+    print(f"{name}: {result['rows']} test rows, loss {result['test_loss']:.6g}", end="")
+    if trained.classes is not None:
         print(f", accuracy {result['test_accuracy']:.4f}")
     else:
         print(f", RMSE {result['test_rmse']:.6g}, R2 {result['test_r2']:.4f}")
@@ -194,34 +205,49 @@ def evaluate(argv: list[str]) -> int:
 
 
 def predict(argv: list[str]) -> int:
-    """One line a picture or row, as csv on standard output."""
+    """One line a picture or row, as csv."""
     args = _parse(PredictArgs, "predict", argv)
     if args.rows < 0:
         raise UsageError(f"--rows must be at least 0, got {args.rows}")
     if args.invert and not args.images:
         raise UsageError("--invert belongs to --images")
+    if args.file is None and (args.out is not None or args.proba):
+        raise UsageError(
+            f"--{'proba' if args.out is None else 'out'} belongs to a table to predict"
+        )
+    if args.file is not None and args.images:
+        raise UsageError("a table and --images cannot be predicted at once; leave out one of them")
     trained = _trained(args.run, args.device)
+    if args.file is not None:
+        count = table_files.predict_file(trained, args.file, args.out, args.proba, _note)
+        if args.out is not None:
+            print(f"{args.out}: {count} rows predicted")
+        return 0
     if args.images:
         if trained.classes is None:
             raise TrainError(f"--images needs a run with classes, but {args.run} predicts a number")
         rows, notes = inference.read_images(trained, list(args.images), args.invert)
         for note in notes:
-            print(f"note: {note}", file=sys.stderr)
+            _note(note)
         _write_classes(trained, [str(f) for f in args.images], "image", rows, None)
         return 0
     data = inference.test_data(trained, args.data_dir)
     count = len(data.x_test) if args.rows == 0 else min(args.rows, len(data.x_test))
     x, y = data.x_test[:count], data.y_test[:count]
-    names = [str(i) for i in range(count)]
+    names, columns = [str(i) for i in range(count)], inference.columns_of(data)
     if trained.classes is None:
-        _write_numbers(trained, names, x, y)
+        _write_numbers(trained, names, x, y, columns)
     else:
-        _write_classes(trained, names, "row", x, y)
+        _write_classes(trained, names, "row", x, y, columns)
     return 0
 
 
-def _write_classes(trained, names, heading, rows, targets) -> None:
-    probability, predicted = trained.outputs(rows).softmax(1).max(1)
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
+def _write_classes(trained, names, heading, rows, targets, columns=None) -> None:
+    probability, predicted = trained.outputs(rows, columns).softmax(1).max(1)
     writer = csv.writer(sys.stdout, lineterminator="\n")
     true = [] if targets is None else ["true"]
     writer.writerow([heading, "predicted", "probability", *true])
@@ -232,9 +258,9 @@ def _write_classes(trained, names, heading, rows, targets) -> None:
         )
 
 
-def _write_numbers(trained, names, rows, targets) -> None:
+def _write_numbers(trained, names, rows, targets, columns) -> None:
     """Predictions and targets, both in the target's own units."""
-    outputs = trained.target_scaling.undo(trained.outputs(rows))
+    outputs = trained.target_scaling.undo(trained.outputs(rows, columns))
     writer = csv.writer(sys.stdout, lineterminator="\n")
     columns = range(outputs.shape[1])
     suffix = [""] if len(columns) == 1 else [f"_{i}" for i in columns]

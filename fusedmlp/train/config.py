@@ -15,6 +15,8 @@ from .errors import UsageError
 from .schedule import KINDS
 
 Activation = Literal[*activations.NAMES]
+TABLE_FILES = (".csv", ".tsv", ".txt", ".parquet")
+FRAME = "table"  # the data set of a run on a DataFrame of the caller's
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,18 @@ class TrainConfig:
     """
 
     dataset: str = "auto"
-    """auto, fashion_mnist, mnist, kmnist, digits, synthetic, or a FILE.npz or FILE.csv"""
+    """auto, fashion_mnist, mnist, kmnist, digits, synthetic, or a FILE.npz, FILE.csv (.tsv, .txt),
+    FILE.parquet"""
     data_dir: Path | None = None
     """folder of the image sets; default $FUSEDMLP_DATA, else a cache folder"""
     target: str | None = None
-    """csv only: the column to predict; default the last one"""
+    """of a table: the column to predict; default the last one"""
+    leave_out: tuple[str, ...] = ()
+    """columns of a table that are not used"""
+    weight_column: str | None = None
+    """of a table: the column with the weight of each training row in the loss"""
+    class_weight: Literal["balanced"] | None = None
+    """balanced: training rows weigh in the loss as if all classes had as many"""
     hidden: tuple[int, ...] = (256,)
     """widths of the hidden layers"""
     activation: Activation = "relu"
@@ -63,7 +72,8 @@ class TrainConfig:
     """share of the training rows held out for validation"""
     standardize: bool | None = None
     """--standardize or --no-standardize: scale inputs, and a float target, to mean 0 and deviation
-    1 over the training rows; default: tables are scaled"""
+    1 over the training rows, columns of a csv or Parquet file robustly; default: tables are
+    scaled"""
     epochs: int | None = None
     """passes over the training rows; default 10, for digits 30, for tables 50, and 30 from 10,000
     rows on"""
@@ -129,7 +139,7 @@ class TrainConfig:
             raise UsageError(
                 f"config: unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}"
             )
-        for name in ("hidden", "dropout"):
+        for name in ("hidden", "dropout", "leave_out"):
             if name in values:
                 values[name] = tuple(values[name])
         if values.get("data_dir") is not None:
@@ -139,11 +149,15 @@ class TrainConfig:
     def with_absolute_paths(self) -> "TrainConfig":
         """The same data from any working folder, so that a run can be resumed from another one."""
         config = self
-        if config.dataset.lower().endswith((".npz", ".csv")):
+        if config.dataset.lower().endswith((".npz", *TABLE_FILES)):
             config = config.replace(dataset=str(Path(config.dataset).absolute()))
         if config.data_dir is not None:
             config = config.replace(data_dir=config.data_dir.absolute())
         return config
+
+
+def is_table_file(dataset: str) -> bool:
+    return str(dataset).lower().endswith(TABLE_FILES)
 
 
 def flag_name(name: str) -> str:
@@ -213,10 +227,16 @@ def _check_contradictions(config: TrainConfig) -> None:
         )
     if config.init == "default" and config.init_std is not None:
         raise UsageError("--init-std belongs to --init normal; --init default is PyTorch's own")
-    if config.target is not None and not str(config.dataset).lower().endswith(".csv"):
-        raise UsageError(
-            f"--target names a column of a csv file, but --dataset is {config.dataset}"
-        )
+    if isinstance(config.leave_out, str):
+        raise UsageError(f"--leave-out must be a tuple of names, got {config.leave_out!r}")
+    for name in ("target", "leave_out", "weight_column"):
+        if getattr(config, name) and config.dataset != FRAME and not is_table_file(config.dataset):
+            raise UsageError(
+                f"{flag_name(name)} names a column of a table (a file ending in "
+                f"{', '.join(TABLE_FILES)}), but --dataset is {config.dataset}"
+            )
+    if config.loss == "mse" and config.class_weight is not None:
+        raise UsageError("--class-weight belongs to --loss cross_entropy; mse has no classes")
     if config.precision == "tf32" and config.device == "cpu":
         raise UsageError("--precision tf32 needs --device cuda; on a CPU take fp32 or bf16")
 

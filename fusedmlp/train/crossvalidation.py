@@ -21,7 +21,9 @@ from . import crossval_report
 from .config import RunOptions, TrainConfig, checked, flag_name, shown
 from .console import Quiet
 from .data import datasets, inputs
+from .data.frames import is_frame
 from .data.types import SPLIT_SEED, Data, prepared, resolved
+from .data.weights import row_weights
 from .engines import native_evaluate
 from .errors import TrainError, UsageError
 from .loop import fit
@@ -111,7 +113,8 @@ def crossval(
     options   where the run folder is written; None: nothing is written
     folds     parts of the training rows, each held out once; with classes each has the same share
               of every class. The same rows whatever the seed, so that runs can be compared
-    data      (x, y) or (x, y, x_test, y_test) or a Data, as for `fit`; None: the config's data set
+    data      (x, y) or (x, y, x_test, y_test) or a Data or a DataFrame, as for `fit`; None: the
+              config's data set
     progress  a crossval_report.Report, or None for silence
     raises    UsageError (a ValueError), TrainError (a RuntimeError)
 
@@ -120,6 +123,7 @@ def crossval(
     are standardized are so by the training rows of each fold alone. The test rows are seen once,
     by the network that is returned.
     """
+    config = inputs.config_for(data, config or TrainConfig())
     config = checked("crossval", config, options).with_absolute_paths()
     compare = compare or {}
     _check(config, options, folds)
@@ -130,12 +134,14 @@ def crossval(
     configs = [resolved(c, given) for c in configs]
     device = pick_device(config)
     splits, notes = splits_of(given, folds)
+    # A table's inputs follow from its training rows.
+    whole = given if given.schema is None else prepared(given, configs[0].standardize)
     found = [
         Candidate(
             number + 1,
             c,
             {name: getattr(c, name) for name in compare},
-            sum(p.numel() for p in models.build_network(c, given).parameters()),
+            sum(p.numel() for p in models.build_network(c, whole).parameters()),
         )
         for number, c in enumerate(configs)
     ]
@@ -208,6 +214,8 @@ def _loaded(config: TrainConfig, data) -> Data:
     """The data before they are scaled, which each fold does for itself."""
     if data is None:
         return datasets.read(config)
+    if is_frame(data):
+        return datasets.read(config, data)
     given = inputs.as_data(data, config.replace(standardize=False))
     if not isinstance(given, Data):
         raise TypeError("crossval: data must be in memory, tensors or a Data, got a loader")
@@ -250,13 +258,14 @@ def splits_of(data: Data, folds: int) -> tuple[list[tuple[Tensor, Tensor]], list
 def _search(found: list[Candidate], data: Data, splits, device, progress: Quiet) -> None:
     """Append the scores of all candidates in all folds, fold by fold."""
     data = data.to(device)
+    weights = row_weights(data, found[0].config.class_weight)
     total = sum(c.config.epochs for c in found) * len(splits)
     done = 0
-    for group in _groups(found, len(splits)):
+    for group in _groups(found, len(splits), data.schema is not None):
         first, fold = group[0]
-        seen = prepared(data, first.config.standardize, splits[fold][0])
+        seen = prepared(data, first.config.standardize, splits[fold][0]).to(device)
         members = [
-            Member(models.build_network(c.config, data), c.config, splits[number][0])
+            Member(models.build_network(c.config, seen), c.config, splits[number][0])
             for c, number in group
         ]
         histories = fit_many(
@@ -265,6 +274,7 @@ def _search(found: list[Candidate], data: Data, splits, device, progress: Quiet)
             seen.y_train,
             loss=_loss_name(data),
             scaling=seen.scaling,
+            weights=weights,
             progress=functools.partial(_tell, progress, done, group, total),
         )
         done += sum(c.config.epochs for c, _ in group)
@@ -284,14 +294,16 @@ def _loss_name(data: Data) -> str:
     return "cross_entropy" if data.is_classes else "mse"
 
 
-def _groups(found: list[Candidate], folds: int) -> Iterator[list[tuple[Candidate, int]]]:
+def _groups(
+    found: list[Candidate], folds: int, is_fitted: bool
+) -> Iterator[list[tuple[Candidate, int]]]:
     """(candidate, fold) pairs that may be trained in one call: they have one precision, and one
-    fold where the rows are scaled by the fold."""
+    fold where the rows are scaled by the fold or, as those of tables, fitted to it."""
     groups: dict[tuple, list] = {}
     for candidate in found:
         config = candidate.config
         for fold in range(folds):
-            key = (config.precision, *((fold,) if config.standardize else ()))
+            key = (config.precision, *((fold,) if config.standardize or is_fitted else ()))
             groups.setdefault(key, []).append((candidate, fold))
     for group in groups.values():
         for start in range(0, len(group), MAX_TOGETHER):

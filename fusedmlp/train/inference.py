@@ -1,5 +1,5 @@
-"""The network of a run folder: loading it, testing it, and predicting new pictures or rows. Nothing
-is written."""
+"""The network of a run folder: loading it, testing it, and predicting new pictures, rows or tables.
+Nothing is written; whole files of tables are read in table_files.py."""
 
 import json
 from dataclasses import dataclass
@@ -10,12 +10,18 @@ from torch import Tensor
 
 from ..nn import FusedMLP
 from . import build as models
-from .config import TrainConfig
+from .config import FRAME, TrainConfig
 from .data import datasets
+from .data.columns import Column
+from .data.frame_data import raw_rows
+from .data.frames import is_frame, open_table
+from .data.preparation import Preparation
 from .data.types import Data, Scaling
 from .errors import TrainError, UsageError
 from .losses import loss_sums
 from .run_folder import check_same_model, load_checkpoint
+
+BLOCK_ROWS = 65_536  # of a table that are made inputs and predicted at once
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,7 @@ class Trained:
     inputs.
 
     scaling         of rows as the data file has them
+    preparation     of the columns of a table; None where the data are no table
     target_scaling  of a target as the data file has it; does nothing where it was not scaled
     """
 
@@ -33,6 +40,7 @@ class Trained:
     about: dict
     scaling: Scaling
     target_scaling: Scaling
+    preparation: Preparation | None = None
 
     @property
     def classes(self) -> list[str] | None:
@@ -43,12 +51,63 @@ class Trained:
         shape = self.about["data"]["image_shape"]
         return tuple(shape) if shape else None
 
-    def outputs(self, rows: Tensor) -> Tensor:
-        """(n, C) fp32 on the CPU of rows (n, K) as stored."""
+    def outputs(self, rows: Tensor, columns: tuple[Column, ...] | None = None) -> Tensor:
+        """(n, C) fp32 on the CPU of rows (n, K) as stored.
+
+        columns  of rows that are those of a table
+        """
         device = next(self.model.parameters()).device
+        if columns is not None:
+            rows = self.preparation(rows, columns)
         return models.predict(
             self.model, rows.to(device), self.scaling, self.config.precision
         ).cpu()
+
+    def predict(self, frame, proba: bool = False):
+        """A DataFrame with the column `prediction`, class names or numbers in the target's own
+        units, for each row of a table; with `proba` one `probability_<class>` each beside it.
+
+        frame    a DataFrame, whose columns are matched by name; its index is kept
+        raises   TrainError for columns that are missing or hold something else than in training
+        """
+        preparation = self.need_table()
+        if not is_frame(frame):
+            raise TypeError(f"predict: frame must be a DataFrame, got {type(frame).__name__}")
+        table = open_table(frame)
+        import pandas as pd
+
+        found = []
+        for block in table.blocks(BLOCK_ROWS):
+            raw, _, _ = raw_rows(block, preparation.columns, preparation.left_out, table.where)
+            outputs = self.outputs(raw, preparation.columns)
+            found.append(self.predictions(outputs, proba).set_axis(block.index))
+        return pd.concat(found)
+
+    def predictions(self, outputs: Tensor, proba: bool = False):
+        """The DataFrame of `predict`, of the network's outputs (n, C)."""
+        import pandas as pd
+
+        if self.classes is None:
+            if proba:
+                raise UsageError(
+                    f"--proba needs a run with classes, but {self.folder} predicts a number"
+                )
+            return pd.DataFrame({"prediction": self.target_scaling.undo(outputs)[:, 0].numpy()})
+        names = pd.Series(self.classes, dtype=object)
+        found = {"prediction": names.take(outputs.argmax(1).numpy()).to_numpy()}
+        if proba:
+            shares = outputs.double().softmax(1).numpy()
+            found |= {f"probability_{c}": shares[:, i] for i, c in enumerate(self.classes)}
+        return pd.DataFrame(found)
+
+    def need_table(self) -> Preparation:
+        """raises  UsageError where the run was not trained on a table"""
+        if self.preparation is None:
+            raise UsageError(
+                f"a table needs a run on a table with named columns, but {self.folder} was trained "
+                f"on {self.about['data']['name']}"
+            )
+        return self.preparation
 
 
 def load(folder: Path, device: torch.device | str = "cpu") -> Trained:
@@ -69,7 +128,24 @@ def load(folder: Path, device: torch.device | str = "cpu") -> Trained:
     network.to(device).eval()
     scaling = Scaling.from_dict(about["data"]["scaling"]).to(device)
     of_target = Scaling.from_dict(about["data"]["target_scaling"] or {"divisor": 1.0})
-    return Trained(folder, network, config, about, scaling, of_target)
+    listed = about["data"].get("preparation")
+    preparation = None if listed is None else _preparation(listed, shape["dims"], about, folder)
+    return Trained(folder, network, config, about, scaling, of_target, preparation)
+
+
+def _preparation(listed: dict, dims: list[int], about: dict, folder: Path) -> Preparation:
+    """raises  TrainError where it does not belong to the network"""
+    found = Preparation.from_dict(listed, str(folder))
+    classes = about["data"]["classes"]
+    outputs = 1 if classes is None else len(classes)
+    is_same = list(found.target.levels) == (classes or [])
+    if found.width != dims[0] or outputs != dims[-1] or not is_same:
+        raise TrainError(
+            f"{folder}: the preparation of its table belongs to another network: it makes "
+            f"{found.width} inputs for {outputs} outputs, and the network has {dims[0]} and "
+            f"{dims[-1]}"
+        )
+    return found
 
 
 def _config(folder: Path) -> TrainConfig:
@@ -111,7 +187,7 @@ def _weights(folder: Path) -> tuple[dict[str, Tensor], dict]:
 def test_data(trained: Trained, data_dir: Path | None = None) -> Data:
     """The data set that the run was trained on, with the same split and not scaled."""
     config = trained.config
-    if config.dataset == "tensors" or trained.about["data"].get("digest") is None:
+    if config.dataset in ("tensors", FRAME) or trained.about["data"].get("digest") is None:
         raise TrainError(
             f"{trained.folder} was trained on data of its caller's, which only the caller can load"
         )
@@ -125,11 +201,15 @@ def test_data(trained: Trained, data_dir: Path | None = None) -> Data:
     return loaded
 
 
+def columns_of(data: Data) -> tuple[Column, ...] | None:
+    return None if data.schema is None else data.schema.columns
+
+
 def evaluate(trained: Trained, data: Data) -> dict:
     """{rows, test_loss, test_accuracy, test_rmse, test_r2, per_class: {name: (right, rows)}} over
     the test rows of data that are not scaled; the loss is in the units of training."""
     loss = "cross_entropy" if data.is_classes else "mse"
-    outputs = trained.outputs(data.x_test)
+    outputs = trained.outputs(data.x_test, columns_of(data))
     y = data.y_test if data.is_classes else trained.target_scaling(data.y_test)
     loss_sum, right, rows = loss_sums(loss, outputs, y).tolist()
     result = {

@@ -17,7 +17,9 @@ from .build import evaluate, evaluate_batches
 from .config import RunOptions, TrainConfig, checked
 from .console import Quiet
 from .data import datasets, inputs, loaders
+from .data.frames import is_frame
 from .data.types import Data, permutation, prepared, resolved
+from .data.weights import row_weights
 from .errors import TrainError, UsageError, WriteError
 from .losses import mean_figures, rounded
 from .process import (
@@ -76,8 +78,9 @@ def fit(
 
     model    any nn.Module that maps (B, ...) inputs to (B, classes), or to the targets' shape
     data     (x, y) or (x, y, x_test, y_test): tensors of n rows, integer classes or float targets;
-             or a Data; or, for data larger than memory, a loader of (x, y) batches (any iterable,
-             gone through once an epoch) or a pair (loader, test_loader)
+             or a Data (`load_data` makes one of a table, with its width); or a DataFrame, with
+             config.target; or, for data larger than memory, a loader of (x, y) batches (any
+             iterable, gone through once an epoch) or a pair (loader, test_loader)
     config   a TrainConfig. Its dataset, hidden, activation, dropout and init describe what is
              here already and are not read. What it leaves to the data is as for image sets: SGD,
              no scaling
@@ -88,7 +91,7 @@ def fit(
     uint8 rows are divided by 255. The order of rows, and the masks of a FusedMLP, follow from
     config.seed alone; other models draw from torch's generator, seeded by it each epoch.
     """
-    config = checked("fit", config, options)
+    config = checked("fit", inputs.config_for(data, config), options)
     if not any(p.requires_grad for p in model.parameters()):
         raise UsageError("fit: the model must have parameters that require gradients, got none")
     saved = None
@@ -123,11 +126,21 @@ def fit(
 
 
 def run(
-    config: TrainConfig, options: RunOptions | None = None, *, progress: Quiet | None = None
+    config: TrainConfig | None = None,
+    options: RunOptions | None = None,
+    *,
+    data=None,
+    progress: Quiet | None = None,
 ) -> Result:
     """Load the data set of the config, make its network and train it, into a run folder; under
-    torchrun in all processes together. Arguments, result and errors as for `fit`."""
+    torchrun in all processes together. Arguments, result and errors as for `fit`.
+
+    data  a DataFrame in the place of the config's data set; config.target names its column
+    """
     options = options or RunOptions()
+    if data is not None and not is_frame(data):
+        raise TypeError(f"run: data must be a DataFrame, got {type(data).__name__}")
+    config = inputs.config_for(data, config or TrainConfig())
     config = checked("run", config, options).with_absolute_paths()
     progress = progress or Quiet()
     world = join_processes(pick_device(config).type)
@@ -137,11 +150,11 @@ def run(
         def load_first() -> str:
             # Rank 0 before the others: the one download, and the choice of a data set, are for all.
             nonlocal loaded
-            loaded = datasets.read(config)
+            loaded = datasets.read(config, data)
             return loaded.name if config.dataset == "auto" else config.dataset
 
         config = config.replace(dataset=world.run_on_lead(load_first))
-        loaded = loaded or datasets.read(config)
+        loaded = loaded or datasets.read(config, data)
         config = resolved(config, loaded)
         loaded = prepared(loaded, config.standardize)
         if world.is_lead:
@@ -191,7 +204,7 @@ def explain(model: nn.Module, data, config: TrainConfig | None = None) -> str:
 
     Arguments, errors and what happens to the model's device as in `fit`; nothing is trained.
     """
-    config = checked("explain", config, None)
+    config = checked("explain", inputs.config_for(data, config), None)
     given = inputs.as_data(data, config)
     config = resolved(config, given)
     device = pick_device(config)
@@ -212,6 +225,7 @@ def _task(
         steps = math.ceil(len(data.x_train) / config.batch_size)
         task = build.task_for(model, config, loss, device, data.scaling, steps, world)
         task.x, task.y = data.x_train, data.y_train
+        task.row_weights = row_weights(data, config.class_weight)
         return task, data
     seed_epoch(config, world, epoch, device)
     data, scaling, loss = loaders.checked_loaders(given, model, config, device)

@@ -40,10 +40,13 @@ def batch_loss(
     smoothing: float = 0.0,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """The mean or the sum over the rows, to be differentiated; with weights (B,) their mean."""
+    """The mean or the sum over the rows, to be differentiated; with weights (B,) the mean or sum
+    of so many times each row."""
     if weights is not None:
-        each = row_losses(kind, outputs, targets, smoothing)
-        return (each * weights).sum() / weights.sum()
+        total = (row_losses(kind, outputs, targets, smoothing) * weights).sum()
+        # Rows that all weigh nothing have no gradient.
+        least = torch.finfo(weights.dtype).tiny
+        return total / weights.sum().clamp_min(least) if reduction == "mean" else total
     if kind == "cross_entropy":
         return F.cross_entropy(outputs, targets, reduction=reduction, label_smoothing=smoothing)
     if kind == "mse":
@@ -115,10 +118,11 @@ class LossMeter:
         if self.values >= PENDING_VALUES:
             self._evaluate()
 
-    def add_mean(self, loss: Tensor, rows: int) -> None:
-        """A batch of which only the mean loss counts, whose rows have weights."""
-        self.total[0] += loss.detach().double() * rows
-        self.total[2] += rows
+    def add_weighted(self, loss: Tensor, outputs: Tensor, targets: Tensor) -> None:
+        """A batch whose rows have weights: its mean loss counts for each, a hit counts once."""
+        sums = loss_sums(self.kind, outputs.detach(), targets)
+        sums[0] = loss.detach().double() * len(targets)
+        self.total += sums
 
     def _evaluate(self) -> None:
         if not self.pending:

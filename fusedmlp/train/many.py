@@ -66,6 +66,7 @@ def fit_many(
     *,
     loss: str,
     scaling: Scaling = Scaling(),  # noqa: B008  frozen
+    weights: Tensor | None = None,
     progress: Callable[[int, int], None] | None = None,
     on_epoch: Callable[[int], None] | None = None,
 ) -> list[list[dict]]:
@@ -76,6 +77,8 @@ def fit_many(
     y         (n,) int64 classes, or (n,) or (n, k) float targets
     loss      cross_entropy or mse
     scaling   of rows of x to inputs; the same for all
+    weights   (n,) of the rows of x in the loss: the native engine does not take them, so that one
+              member is trained after the other
     progress  called with (epochs done, epochs in all) after each epoch; of epochs so short that
               several are trained in one call, after the call
     on_epoch  called with the number of epochs that are done, 1 after the first: the models then
@@ -89,6 +92,8 @@ def fit_many(
     """
     _check(members, x, y, loss)
     tasks = _tasks(members, x, y, loss, scaling)
+    for _, task in tasks:
+        task.row_weights = None if weights is None else weights.float().to(task.device)
     together = bool(members) and not (_reasons_against_devices(members) or _reasons_against(tasks))
     trainings = [
         _Training(config, task, m, together)

@@ -201,7 +201,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only the owner can read
+        os.chmod(temporary, 0o666 & ~umask())  # mkstemp makes files that only the owner can read
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
@@ -225,7 +225,7 @@ def _missing_room(error: OSError, path: Path, size: int) -> str:
     return text
 
 
-def _umask() -> int:
+def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask

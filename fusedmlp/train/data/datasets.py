@@ -1,12 +1,15 @@
 """The data sets that `--dataset` may name: files, image sets, and two that need no file.
 
-Images are read in data/images.py, npz files in tables.py, csv files in csv_table.py.
+Images are read in data/images.py, npz files in tables.py, tables with named columns in
+frame_data.py.
 """
 
 import torch
 
+from ..config import FRAME, TABLE_FILES, TrainConfig, is_table_file
 from ..errors import TrainError, UsageError
-from . import csv_table, images, tables
+from . import images, tables
+from .frame_data import read_table
 from .scaling import Scaling
 from .types import (
     TEST_SHARE,
@@ -20,19 +23,30 @@ from .types import (
 )
 
 
-def load(config) -> Data:
-    """The data set that the config names, split and scaled as it says, on the CPU."""
-    data = read(config)
+def load(config: TrainConfig | None = None, frame=None) -> Data:
+    """The data set that the config names, or a DataFrame with the columns that it names, split and
+    scaled as it says, on the CPU. `in_features` and `out_features` of it are those of its networks.
+    """
+    config = TrainConfig() if config is None else config
+    if frame is not None:
+        config = config.replace(dataset=FRAME)
+    data = read(config.check(), frame)
     return prepared(data, resolved(config, data).standardize)
 
 
-def read(config) -> Data:
-    """The data set that the config names, split as it says, not yet scaled: tables in fp64."""
+def read(config: TrainConfig, frame=None) -> Data:
+    """The same before it is scaled: tables as raw rows in fp64."""
     name = str(config.dataset)
     if name.lower().endswith(".npz"):
         data = tables.read_npz(name, config.loss)
-    elif name.lower().endswith(".csv"):
-        data = csv_table.read_csv(name, config.target, config.loss)
+    elif frame is not None or is_table_file(name):
+        data = read_table(
+            name if frame is None else frame,
+            config.target,
+            config.loss,
+            leave_out=config.leave_out,
+            weight_column=config.weight_column,
+        )
     elif name in SETS:
         data = SETS[name](config)
     elif name in ("auto", *images.IMAGE_SETS):
@@ -45,7 +59,8 @@ def read(config) -> Data:
     else:
         known = ", ".join(("auto", *images.IMAGE_SETS, *SETS))
         raise UsageError(
-            f"unknown dataset {name!r}; known: {known}, or a file ending in .npz or .csv"
+            f"unknown dataset {name!r}; known: {known}, or a file ending in .npz, "
+            f"{', '.join(TABLE_FILES)}"
         )
     if config.loss == "mse" and data.is_classes:
         raise UsageError(

@@ -7,8 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..config import TrainConfig
+from ..config import FRAME, TrainConfig, is_table_file
 from ..errors import TrainError, UsageError
+from . import datasets
+from .frames import is_frame
 from .loaders import Loaders
 from .rows import (
     as_tensor,
@@ -21,13 +23,26 @@ from .rows import (
     shape,
     type_names,
 )
-from .types import Data, Scaling, in_fp32, standardized, with_validation
+from .types import Data, Scaling, in_fp32, prepared, standardized, with_validation
+
+
+def config_for(data, config: TrainConfig | None) -> TrainConfig | None:
+    """The config of a run on these data: what it says of columns may belong to a DataFrame, or to
+    the table that a Data was made of."""
+    made = isinstance(data, Data) and (data.schema or data.preparation) is not None
+    if config is None or not (is_frame(data) or (made and not is_table_file(config.dataset))):
+        return config
+    return config.replace(dataset=FRAME)
 
 
 def as_data(data, config: TrainConfig) -> Data | Loaders:
     """The data that `fit` was given, as a Data or Loaders."""
     if isinstance(data, Loaders):
         return data
+    if is_frame(data):
+        data = datasets.load(config, data)
+    if isinstance(data, Data) and data.schema is not None:
+        data = prepared(data, config.standardize is not False)
     if isinstance(data, Data):
         places = {"": "_train", "_val": "_val", "_test": "_test"}
         parts = [(getattr(data, f"x{p}"), getattr(data, f"y{p}"), n) for n, p in places.items()]
@@ -40,11 +55,13 @@ def as_data(data, config: TrainConfig) -> Data | Loaders:
     given = _loaders(data)
     if given is None:
         raise TypeError(
-            "fit: data must be (x, y), (x, y, x_test, y_test), a Data, a loader of (x, y) batches "
-            f"(a Dataset needs a DataLoader) or (loader, test_loader), got {type_names(data)}"
+            "fit: data must be (x, y), (x, y, x_test, y_test), a Data, a DataFrame, a loader of "
+            "(x, y) batches (a Dataset needs a DataLoader) or (loader, test_loader), got "
+            f"{type_names(data)}"
         )
-    if config.val_split or config.standardize:
-        flag = "val_split" if config.val_split else "standardize"
+    asked = ("val_split", "standardize", "class_weight")
+    flag = next((name for name in asked if getattr(config, name)), None)
+    if flag is not None:
         raise UsageError(f"fit: {flag} needs data in memory; a loader has to do it itself")
     return given
 

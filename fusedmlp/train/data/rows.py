@@ -21,7 +21,10 @@ def as_tensor(part) -> Tensor | None:
     try:
         return torch.as_tensor(values)
     except (TypeError, ValueError) as error:
-        raise TypeError(f"data must be arrays of numbers: {error}") from error
+        raise TypeError(
+            f"data must be arrays of numbers: {error}; a table with words is passed as one "
+            "DataFrame, with config.target"
+        ) from error
 
 
 def type_names(data) -> str:

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from ..errors import TrainError, UsageError
+from . import preparation
+from .columns import Schema
+from .preparation import Preparation
 from .scaling import Scaling
 
 SPLIT_SEED = 20  # picks held-out rows: the same for every run seed, so that runs can be compared
@@ -36,10 +39,13 @@ class Data:
     scaling: Scaling = field(default_factory=Scaling)  # from these rows to inputs
     row_scaling: Scaling | None = None  # that made these rows
     target_scaling: Scaling | None = None  # that made a float target
-    features: tuple[str, ...] | None = None  # column names of a csv
+    features: tuple[str, ...] | None = None  # names of a table's columns
     target: str | None = None
     notes: tuple[str, ...] = ()  # one line each, for the user
     is_table: bool = False  # columns of numbers, for which some defaults differ
+    schema: Schema | None = None  # of rows that are the raw columns of a table
+    preparation: Preparation | None = None  # that made inputs of such rows
+    weights: Tensor | None = None  # (n,) of the training rows in their loss; None: all are equal
     fingerprint: str | None = None  # digest of the rows before they were scaled
 
     @property
@@ -77,6 +83,7 @@ class Data:
             "scaling": (self.row_scaling or self.scaling).to_dict(),
             "target_scaling": self.target_scaling.to_dict() if self.target_scaling else None,
             "features": list(self.features) if self.features else None,
+            "preparation": self.preparation.to_dict() if self.preparation else None,
             "target": self.target,
             "rows": len(self.x_train),
             "digest": self.digest(),
@@ -96,6 +103,10 @@ class Data:
         whole = hashlib.blake2b(
             repr((tuple(self.x_train.shape), self.x_train.dtype)).encode(), digest_size=8
         )
+        if self.schema is not None:
+            whole.update(repr(self.schema).encode())  # rows hold the places of its words
+        if self.weights is not None:
+            whole.update(self.weights.numpy().tobytes())
         whole.update(picked.cpu().contiguous().numpy().tobytes())
         whole.update(self.y_train.cpu().contiguous().numpy().tobytes())
         return whole.hexdigest()
@@ -142,32 +153,26 @@ def with_validation(data: Data, share: float) -> Data:
     """Hold out a share of the training rows, stratified for classes."""
     if share == 0.0:
         return data
+    kept, held = _held_out(data, share)
+    return replace(kept, x_val=data.x_train[held], y_val=data.y_train[held])
+
+
+def _held_out(data: Data, share: float) -> tuple[Data, Tensor]:
+    """(the data without the rows held out, the numbers of those)."""
     kept, held = hold_out(len(data.x_train), share, data.y_train if data.is_classes else None)
-    return replace(
-        data,
-        x_train=data.x_train[kept],
-        y_train=data.y_train[kept],
-        x_val=data.x_train[held],
-        y_val=data.y_train[held],
-    )
+    weights = None if data.weights is None else data.weights[kept]
+    rest = replace(data, x_train=data.x_train[kept], y_train=data.y_train[kept], weights=weights)
+    return rest, held
 
 
 def with_test(data: Data) -> Data:
     """Hold out a fifth of the rows as a test set, with a note, where the file has none."""
     if data.x_test is not None:
         return data
-    kept, held = hold_out(len(data.x_train), TEST_SHARE, data.y_train if data.is_classes else None)
-    return replace(
-        data,
-        x_train=data.x_train[kept],
-        y_train=data.y_train[kept],
-        x_test=data.x_train[held],
-        y_test=data.y_train[held],
-        notes=(
-            *data.notes,
-            f"{data.name} brings no test rows: {len(held)} of its {len(data.x_train)} are held out",
-        ),
-    )
+    kept, held = _held_out(data, TEST_SHARE)
+    note = f"{data.name} brings no test rows: {len(held)} of its {len(data.x_train)} are held out"
+    x, y = data.x_train[held], data.y_train[held]
+    return replace(kept, x_test=x, y_test=y, notes=(*data.notes, note))
 
 
 def standardized(data: Data, rows: Tensor | None = None) -> Data:
@@ -185,23 +190,25 @@ def standardized(data: Data, rows: Tensor | None = None) -> Data:
 
 def scaled(data: Data, scaling: Scaling, target_scaling: Scaling | None) -> Data:
     """The data with bytes to be scaled as they are gathered, other rows and targets scaled."""
-
-    def scale(scaling: Scaling, values: Tensor) -> Tensor:
-        # fp64 stays, for a model in fp64.
-        wide = values.dtype in (torch.float64, torch.int64)
-        return replace(scaling, dtype=torch.float64 if wide else torch.float32)(values)
-
     data = replace(data, fingerprint=data.digest())
     if data.x_train.dtype == torch.uint8:
         data = replace(data, scaling=scaling.to(dtype=torch.float32))
     else:
-        data = data.map(lambda rows: scale(scaling, rows), "x")
+        data = data.map(lambda rows: _scale(scaling, rows), "x")
         data = replace(data, scaling=Scaling(), row_scaling=scaling)
-    if target_scaling is None:
-        return data
-    data = data.map(lambda targets: scale(target_scaling, targets), "y")
+    return data if target_scaling is None else _with_scaled_target(data, target_scaling)
+
+
+def _with_scaled_target(data: Data, scaling: Scaling) -> Data:
+    data = data.map(lambda targets: _scale(scaling, targets), "y")
     note = f"losses are in units of the variance of {data.target or 'the target'}"
-    return replace(data, target_scaling=target_scaling, notes=(*data.notes, note))
+    return replace(data, target_scaling=scaling, notes=(*data.notes, note))
+
+
+def _scale(scaling: Scaling, values: Tensor) -> Tensor:
+    # fp64 stays, for a model in fp64.
+    wide = values.dtype in (torch.float64, torch.int64)
+    return replace(scaling, dtype=torch.float64 if wide else torch.float32)(values)
 
 
 def in_fp32(data: Data) -> Data:
@@ -214,8 +221,29 @@ def in_fp32(data: Data) -> Data:
 
 
 def prepared(data: Data, standardize: bool, rows: Tensor | None = None) -> Data:
-    """A data set of `datasets.read` as networks are trained on it."""
+    """A data set of `datasets.read` as networks are trained on it; what is fitted is fitted to the
+    training rows, or to those of them that `rows` numbers."""
+    if data.schema is not None:
+        return in_fp32(_tabulated(data, standardize, rows))
     return in_fp32(standardized(data, rows) if standardize else data)
+
+
+def _tabulated(data: Data, standardize: bool, rows: Tensor | None) -> Data:
+    """A table with the inputs of its raw rows."""
+    data = replace(data, fingerprint=data.digest())
+    every = slice(None) if rows is None else rows
+    x, y = data.x_train[every], data.y_train[every]
+    classes = len(data.classes) if data.is_classes else None
+    fitted, inputs, notes = preparation.fit(data.schema, x, y, classes, standardize, SPLIT_SEED)
+    raw, columns = data.x_train, data.schema.columns
+    data = data.map(lambda rows: rows if rows is raw else fitted(rows, columns), "x")
+    if rows is not None:
+        inputs = fitted(raw, columns).index_copy(0, rows, inputs)
+    found = replace(data, x_train=inputs, schema=None, preparation=fitted)
+    found = replace(found, notes=(*data.notes, *notes))
+    if standardize and not data.is_classes:
+        found = _with_scaled_target(found, Scaling.from_rows(y))
+    return found
 
 
 def resolved(config, data):

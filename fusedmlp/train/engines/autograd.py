@@ -69,18 +69,21 @@ class Autograd:
         mine = indices[first:last]
         inputs, targets = task.scaling(task.x.index_select(0, mine)), task.y.index_select(0, mine)
         weights = None if task.row_weights is None else task.row_weights.index_select(0, mine)
-        self.step_on(inputs, targets, first, len(indices), weights)
+        total = len(indices)
+        if weights is not None and task.world.size > 1:
+            total = task.row_weights.index_select(0, indices).sum().clamp_min(1e-30)
+        self.step_on(inputs, targets, first, total, weights)
 
     def step_on(
         self,
         inputs: Tensor,
         targets: Tensor,
         first_row: int = 0,
-        rows: int | None = None,
+        rows: int | Tensor | None = None,
         weights: Tensor | None = None,
     ) -> None:
         """inputs (b, ...), targets, weights (b,) or None: this process's rows, first_row on, of a
-        batch of `rows`."""
+        batch of `rows`, or of that sum of weights."""
         task = self.task
         if not task.schedule.is_constant:
             self._set_rates(task.schedule.factor(self.number))
@@ -92,8 +95,10 @@ class Autograd:
                 )
             else:
                 # DDP averages over processes, whose shares may differ: weigh by rows.
-                loss = batch_loss(task.loss, outputs, targets, "sum", task.label_smoothing)
-                loss = loss * (task.world.size / rows)
+                share = batch_loss(
+                    task.loss, outputs, targets, "sum", task.label_smoothing, weights
+                )
+                loss = share * (task.world.size / rows)
         self.optimizer.zero_grad(set_to_none=True)
         if self.scaler is None:
             loss.backward()
@@ -112,7 +117,7 @@ class Autograd:
         if weights is None:
             self.meter.add(outputs, targets)
         else:
-            self.meter.add_mean(loss, len(targets))
+            self.meter.add_weighted(loss, outputs, targets)
 
     def _clip(self) -> None:
         if self.task.clip_norm:
