@@ -43,8 +43,8 @@ part_test() {  # first what needs the GPU, the most important files first, then 
     has xdist && options+=(-n "$workers" --dist worksteal)
     has pytest_timeout && options+=(--timeout 60)
     for name in cuda_extension triton "graph_*" ops mlp_op corners cross_entropy "*"; do
-        for file in tests/test_$name.py; do
-            [[ " ${files[*]} " == *" $file "* ]] || files+=("$file")
+        for file in tests/*/test_$name.py tests/test_$name.py; do
+            [[ ! -e $file || " ${files[*]} " == *" $file "* ]] || files+=("$file")
         done
     done
     limited 280 "$PYTHON" -m pytest -m gpu "${options[@]}" -rfE --junitxml "$RESULTS/junit.xml" \

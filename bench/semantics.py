@@ -36,12 +36,20 @@ KERNELS = "fusedmlp/backends/triton"
 
 # What the pretended device cannot do: how the test begins -> why it is left out.
 LEFT_OUT = {
-    "tests/test_mlp_op.py::test_schemas_and_fakes": "opcheck calls ops that are replaced",
-    "tests/test_cross_entropy.py::test_schema_and_fake": "opcheck calls ops that are replaced",
-    "tests/test_cross_entropy.py::test_under_autocast": "autocast for a GPU leaves it alone",
-    "tests/test_graph_triton.py::test_bf16": "autocast for a GPU leaves it alone",
-    "tests/test_graph_triton.py::test_the_launches_of": "it fills new memory, which is counted",
-    "tests/test_graph_triton.py::test_settings_take_few": "it fills new memory, which is counted",
+    "tests/autograd/test_mlp_op.py::test_schemas_and_fakes": "opcheck calls ops that are replaced",
+    "tests/autograd/test_cross_entropy.py::test_schema_and_fake": (
+        "opcheck calls ops that are replaced"
+    ),
+    "tests/autograd/test_cross_entropy.py::test_under_autocast": (
+        "autocast for a GPU leaves it alone"
+    ),
+    "tests/train/test_graph_triton.py::test_bf16": "autocast for a GPU leaves it alone",
+    "tests/train/test_graph_triton.py::test_the_launches_of": (
+        "it fills new memory, which is counted"
+    ),
+    "tests/train/test_graph_triton.py::test_settings_take_few": (
+        "it fills new memory, which is counted"
+    ),
 }
 
 
@@ -52,7 +60,7 @@ class Piece:
     case: str
     tests: str = ""
     fault: tuple[str, ...] = ()  # file, text that it holds once, what replaces it, what is said
-    files: tuple[str, ...] = ("tests/test_triton.py",)
+    files: tuple[str, ...] = ("tests/backends/test_triton.py",)
 
     @property
     def kind(self) -> str:
@@ -75,9 +83,9 @@ PIECES = (
     Piece("dgrad_act", "dgrad"),
     Piece("bias_act_dropout", f"{_SINGLE} and not linear_act and not dgrad"),
     Piece("cross_entropy", "cross"),
-    Piece("cross_entropy op", "triton", files=("tests/test_cross_entropy.py",)),
-    Piece("mlp", "triton", files=("tests/test_mlp_op.py",)),
-    Piece("whole step", "cuda", files=("tests/test_graph_triton.py",)),
+    Piece("cross_entropy op", "triton", files=("tests/autograd/test_cross_entropy.py",)),
+    Piece("mlp", "triton", files=("tests/autograd/test_mlp_op.py",)),
+    Piece("whole step", "cuda", files=("tests/train/test_graph_triton.py",)),
     Piece("linear_act at every stage"),
     Piece("dgrad_act at every stage"),
     Piece("descriptors at every stage"),

@@ -1,6 +1,6 @@
 """pytest plugin: backend `native` on CPU tensors is the CUDA extension, on the PTX machine.
 
-    pytest -p tests.ptx.binding tests/test_ops.py -k native
+    pytest -p tests.ptx.binding tests/autograd/test_ops.py -k native
 
 csrc/bind/cuda.cpp registers itself for CPU tensors and launches the kernels' PTX, so that the suite
 runs through the same binding, host code and kernels as on a GPU. Memory comes from torch: accesses

@@ -1,6 +1,6 @@
 // exp and its relatives on vectors, branch-free, right at NaN, infinities, -0 and subnormals.
 // Polynomials: minimax fits of relative error (bounds beside each), evaluated in fp32. The sweep
-// in tests/test_native.py measures the result against fp64.
+// in tests/backends/test_native.py measures the result against fp64.
 #pragma once
 
 namespace fusedmlp::FUSEDMLP_ISA {

@@ -1,0 +1,133 @@
+"""Extensions that cannot be used: damaged, of another build, or asked for in words that do not
+exist. Automatic choice passes them over with a reason; a choice by name raises it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fusedmlp import environment
+from fusedmlp.backends import native
+from fusedmlp.spec import activations
+
+from ..made_data import ROOT
+from ..native import needs_native
+
+
+def python(code: str, **variables) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *code.split()] if code.startswith("-m") else [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+# A process whose extension lies in another folder; `wide` is a call that would go to it.
+IN_FOLDER = """
+import logging, sys
+from pathlib import Path
+import torch, fusedmlp
+from fusedmlp.functional import linear_act
+from fusedmlp.backends import native as extension
+logging.basicConfig(level=logging.INFO, stream=sys.stdout)
+extension._FOLDER = Path({folder!r})
+x, w = torch.ones(512, 64), torch.ones(2048, 64)
+def wide(**more):
+    return linear_act(x, w, activation="gelu", p=0.5, **more).shape
+net = fusedmlp.fuse(torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.GELU(),
+                                        torch.nn.Linear(32, 32), torch.nn.GELU()))
+assert wide() == (512, 2048) and net(x).shape == (512, 32)
+try:
+    wide(backend="native")
+except fusedmlp.BackendError as error:
+    print("raised:", error)
+"""
+
+
+def assert_passed_over(folder, reason: str) -> None:
+    done = python(IN_FOLDER.format(folder=str(folder)))
+    assert done.returncode == 0, done.stderr
+    assert "backend 'native' was passed over" in done.stdout
+    assert done.stdout.count(reason) >= 2 and "raised: " in done.stdout
+    assert "rebuild with FUSEDMLP_BUILD=cpu" in done.stdout
+
+
+def whole() -> bytes:
+    return native.library("cpu").read_bytes()
+
+
+@needs_native
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.97])
+def test_a_file_cut_short_is_a_reason_and_not_the_end_of_the_process(share, tmp_path):
+    """The loader maps what the headers name: reading beyond the end of the file is a bus error."""
+    content = whole()
+    (tmp_path / "_native_cpu.so").write_bytes(content[: int(len(content) * share)])
+    assert_passed_over(tmp_path, "_native_cpu.so is damaged: the file ends early")
+
+
+@needs_native
+def test_a_file_is_damaged_from_its_last_byte_on(tmp_path):
+    path, content = tmp_path / "_native_cpu.so", whole()
+    for length in (0, 4, 63, 64, 100, len(content) // 3, len(content) - 1):
+        path.write_bytes(content[:length])
+        assert native._ends_early(path) == (length >= 64)  # the loader refuses shorter ones
+    path.write_bytes(content)
+    assert not native._ends_early(path)
+    path.write_bytes(b"\x7fELF\x01" + content[5:200])  # of 32 bits
+    assert not native._ends_early(path)
+
+
+def test_an_extension_without_ops_is_passed_over(tmp_path):
+    compiler = shutil.which("cc") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C compiler to make a library with")
+    table = " ".join(f"{a.name}={a.id}" for a in activations.TABLE)
+    source = tmp_path / "other.c"
+    source.write_text(f'const char* fusedmlp_activations(void) {{ return "{table}"; }}\n')
+    library = tmp_path / "_native_cpu.so"
+    subprocess.run([compiler, "-shared", "-fPIC", source, "-o", library], check=True)
+    (tmp_path / "_build_info.json").write_text(json.dumps({"torch": torch.__version__}))
+    assert_passed_over(tmp_path, "was built from another version: it has no bias_act_dropout_bwd")
+
+
+ISAS = environment.CHOICES["FUSEDMLP_CPU_ISA"]  # from the lowest up
+WRONG = (
+    "FUSEDMLP_CPU_ISA must be one of baseline, avx2, avx512, got 'foo'; unset it for the default"
+)
+
+
+@needs_native
+def test_an_instruction_set_that_does_not_exist_is_named():
+    done = python("-m fusedmlp info", FUSEDMLP_CPU_ISA="foo")
+    assert done.returncode == 0 and not done.stderr
+    assert f"native     cpu   linear_act        {WRONG}" in done.stdout
+    done = python(
+        "import torch; from fusedmlp.functional import linear_act as f\n"
+        "x = torch.ones(64, 64)\n"
+        "for _ in range(2):\n"
+        "    try: f(x, x, p=0.5)\n"
+        "    except ValueError as error: print(error)",
+        FUSEDMLP_CPU_ISA="foo",
+    )
+    assert done.stdout.splitlines() == [WRONG, WRONG], done.stderr
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["", *ISAS])
+def test_info_shows_the_instruction_set_in_use(name):
+    done = python("-m fusedmlp info", FUSEDMLP_CPU_ISA=name)
+    line = next(line for line in done.stdout.splitlines() if "the CPU kernels use" in line)
+    used = line.split("use ")[1].split(";")[0]
+    assert used in ISAS
+    if name and used != name:
+        assert ISAS.index(used) < ISAS.index(name)
+        assert line.endswith(f"this processor lacks {name}, which was asked for")
+    else:
+        assert ";" not in line
