@@ -26,7 +26,7 @@ SANITIZERS = {
 }
 # Lines are enough of debug information for a report, and -O1 for the vector types.
 FLAGS = "-std=c++20 -O1 -g1 -fno-omit-frame-pointer -fno-math-errno -fno-trapping-math -Wall -Icsrc"
-PLANTED = ("csrc/cpu/step_buffers.cpp", "b.room.push_back(widest);", "b.room.push_back(b.ld[i]);")
+PLANTED = ("csrc/cpu/step_buffers.cpp", "b.at[i].room = widest;", "b.at[i].room = b.at[i].ld;")
 OPTIONS = {
     "TSAN_OPTIONS": "second_deadlock_stack=1",
     "ASAN_OPTIONS": "detect_stack_use_after_return=1",

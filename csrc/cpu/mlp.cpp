@@ -11,11 +11,11 @@ Buffers tensors_of(const MlpParams& p) {
     b.keeps_panels = goes_in_blocks(p.rows);
     b.x = p.x;
     b.x_ld = p.layers[0].k;
+    b.at.resize(p.layers.size());
     for (size_t i = 0; i < p.layers.size(); ++i) {
-        b.ld.push_back(p.layers[i].n());
-        b.room.push_back(p.layers[i].n());
-        b.y.push_back(p.out[i].y);
-        b.h.push_back(p.out[i].h);
+        b.at[i].ld = b.at[i].room = p.layers[i].n();
+        b.at[i].y = p.out[i].y;
+        b.at[i].h = p.out[i].h;
     }
     return b;
 }
@@ -25,7 +25,7 @@ Buffers forward_buffers(const MlpParams& p, Arena& arena) {
     const size_t last = p.layers.size() - 1;
     int64_t widest = 0;
     for (size_t i = 0; i < last; ++i)
-        widest = std::max(widest, b.ld[i]);
+        widest = std::max(widest, b.at[i].ld);
     // Outputs that nobody keeps lie in two buffers in turn, a row at the same place in both.
     float* turns[2] = {};
     if (last > 0 && !p.out[0].y)
@@ -34,8 +34,8 @@ Buffers forward_buffers(const MlpParams& p, Arena& arena) {
     for (size_t i = 0; i < last; ++i) {
         if (p.out[i].y)
             continue;
-        b.y[i] = turns[i % 2];
-        b.room[i] = widest;
+        b.at[i].y = turns[i % 2];
+        b.at[i].room = widest;
     }
     take_panels(b, p.layers, arena, Passes::kForward, p.layers.size());
     return b;
@@ -45,14 +45,14 @@ Buffers backward_buffers(const MlpParams& p, Arena& arena) {
     Buffers b = tensors_of(p);
     b.dy = p.dy;
     b.dx = p.dx;
-    for (size_t i = 0; i < p.layers.size(); ++i)
-        b.dz.push_back(i < p.first ? nullptr : arena.take(p.rows * b.ld[i]));
+    for (size_t i = p.first; i < p.layers.size(); ++i)
+        b.at[i].dz = arena.take(p.rows * b.at[i].ld);
     take_sums(b, p.layers, arena, p.rows);
     for (size_t i = 0; i < p.layers.size(); ++i) {
         if (!p.out[i].db)
-            b.db_of[i] = nullptr;
+            b.at[i].db = nullptr;
         if (!p.out[i].dslope)
-            b.slope_of[i] = nullptr;
+            b.at[i].dslope = nullptr;
     }
     // The products that give weight gradients read rows of x or y, which may need packing.
     int64_t packed = 0;
@@ -104,9 +104,9 @@ int launch_mlp_bwd(const MlpParams& p, ParallelFor parallel) {
             failed |= launch_gemm(g, parallel);
         }
         if (out.db)
-            add_blocks(out.db, buffers.db_of[i], l.n(), network.blocks());
+            add_blocks(out.db, buffers.at[i].db, l.n(), network.blocks());
         if (out.dslope)
-            add_blocks(out.dslope, buffers.slope_of[i], l.e.slope_size, network.blocks());
+            add_blocks(out.dslope, buffers.at[i].dslope, l.e.slope_size, network.blocks());
     }
     return failed;
 }

@@ -27,24 +27,27 @@ void take_panels(
     size_t first_dx,
     int64_t scratch
 ) {
-    const auto take = [&](std::vector<float*>& panels, bool wanted, int64_t floats) {
-        panels.push_back(wanted && b.keeps_panels ? arena.take(floats) : nullptr);
+    const auto take = [&](float*& panels, bool wanted, int64_t floats) {
+        panels = wanted && b.keeps_panels ? arena.take(floats) : nullptr;
         if (wanted && !b.keeps_panels)
             scratch = std::max(scratch, floats);
     };
     for (size_t i = 0; i < layers.size(); ++i) {
         const Layer& l = layers[i];
-        take(b.forward, passes != Passes::kBackward, gemm_scratch(l.n(), l.k));
-        take(b.backward, passes != Passes::kForward && i >= first_dx, gemm_scratch(l.k, l.n()));
+        take(b.at[i].forward, passes != Passes::kBackward, gemm_scratch(l.n(), l.k));
+        take(
+            b.at[i].backward, passes != Passes::kForward && i >= first_dx, gemm_scratch(l.k, l.n())
+        );
     }
     b.scratch = arena.take(scratch);
 }
 
 void take_sums(Buffers& b, const std::vector<Layer>& layers, Arena& arena, int64_t rows) {
     const int64_t blocks = std::min(kMaxBlocks, ceil_div(rows, 16));
-    for (const Layer& l : layers) {
-        b.db_of.push_back(l.e.bias ? arena.take_doubles(blocks * l.n()) : nullptr);
-        b.slope_of.push_back(l.e.slope ? arena.take_doubles(blocks * l.e.slope_size) : nullptr);
+    for (size_t i = 0; i < layers.size(); ++i) {
+        const EpilogueParams& e = layers[i].e;
+        b.at[i].db = e.bias ? arena.take_doubles(blocks * e.cols) : nullptr;
+        b.at[i].dslope = e.slope ? arena.take_doubles(blocks * e.slope_size) : nullptr;
     }
 }
 
@@ -71,10 +74,10 @@ void Network::pack() {
 
 void Network::pack(size_t i, int64_t n0, int64_t n1, int64_t k0, int64_t k1) {
     const Layer& l = layers_[i];
-    if (b_.forward[i])
-        pack_panels(b_.forward[i], l.w, Layout::kAcross, l.k, l.k, k0, k1, n0, n1);
-    if (b_.backward[i])
-        pack_panels(b_.backward[i], l.w, Layout::kRows, l.k, l.n(), n0, n1, k0, k1);
+    if (b_.at[i].forward)
+        pack_panels(b_.at[i].forward, l.w, Layout::kAcross, l.k, l.k, k0, k1, n0, n1);
+    if (b_.at[i].backward)
+        pack_panels(b_.at[i].backward, l.w, Layout::kRows, l.k, l.n(), n0, n1, k0, k1);
 }
 
 void Network::set_batch(int64_t rows) {
@@ -87,7 +90,9 @@ void Network::set_batch(int64_t rows) {
     for (const Layer& l : layers_)
         work += l.n() * l.k;
     const int64_t least = std::max(ceil_div(rows, kMaxBlocks), kBlockWork / work);
-    block_ = round_up(std::clamp<int64_t>(least, 1, rows), 16);
+    // Blocks of about the same size: two of 176 and 41 rows would keep one thread waiting.
+    const int64_t blocks = ceil_div(rows, round_up(std::clamp<int64_t>(least, 1, rows), 16));
+    block_ = round_up(ceil_div(rows, blocks), 16);
 }
 
 EpilogueParams Network::epilogue(const Layer& l, Rows r) const {
@@ -100,14 +105,14 @@ EpilogueParams Network::epilogue(const Layer& l, Rows r) const {
 void Network::forward(Rows r, ParallelFor parallel) {
     for (size_t i = 0; i < layers_.size(); ++i) {
         const Layer& l = layers_[i];
-        const int64_t ld = b_.ld[i], from = input_ld(i);
+        const int64_t ld = b_.at[i].ld, from = input_ld(i);
         float* const to = y(i, r);
-        float* const out = b_.h[i] ? b_.h[i] : to;
+        float* const out = b_.at[i].h ? b_.at[i].h : to;
         Gemm g{};
         g.c = out + r.begin * ld, g.ldc = ld;
         g.a = input(i, r) + r.begin * from, g.a_row = from, g.a_col = 1;
-        const bool in_panels = b_.forward[i] && !is_of_dots(rows_, l.n(), l.k);
-        g.b = in_panels ? b_.forward[i] : l.w, g.ldb = l.k;
+        const bool in_panels = b_.at[i].forward && !is_of_dots(rows_, l.n(), l.k);
+        g.b = in_panels ? b_.at[i].forward : l.w, g.ldb = l.k;
         g.b_is = in_panels ? Layout::kPanels : Layout::kAcross;
         g.m = r.end - r.begin, g.n = l.n(), g.k = l.k;
         g.scratch = b_.scratch;
@@ -125,11 +130,11 @@ void Network::forward(Rows r, ParallelFor parallel) {
 void Network::backward(Rows r, ParallelFor parallel, size_t first) {
     for (size_t i = layers_.size(); i-- > first;) {
         const Layer& l = layers_[i];
-        const int64_t ld = b_.ld[i];
-        float* const dz = b_.dz[i];
+        const int64_t ld = b_.at[i].ld;
+        float* const dz = b_.at[i].dz;
         const float* const dy = i + 1 == layers_.size() && b_.dy ? b_.dy : dz;
-        const float* const saved = l.saves == kSavesZ   ? b_.h[i]
-                                   : l.saves == kSavesY ? b_.y[i]
+        const float* const saved = l.saves == kSavesZ   ? b_.at[i].h
+                                   : l.saves == kSavesY ? b_.at[i].y
                                                         : nullptr;
         blocks_in(r, [&](Rows block, int64_t number) {
             const int64_t at = block.begin * ld;
@@ -140,19 +145,19 @@ void Network::backward(Rows r, ParallelFor parallel, size_t first) {
             p.saves = l.saves;
             p.e = epilogue(l, block);
             failed |= backward_rows(
-                p, ld, b_.db_of[i] ? b_.db_of[i] + number * l.n() : nullptr,
-                b_.slope_of[i] ? b_.slope_of[i] + number * l.e.slope_size : nullptr, parallel
+                p, ld, b_.at[i].db ? b_.at[i].db + number * l.n() : nullptr,
+                b_.at[i].dslope ? b_.at[i].dslope + number * l.e.slope_size : nullptr, parallel
             );
         });
-        float* const dx = i > first ? b_.dz[i - 1] : b_.dx;
+        float* const dx = i > first ? b_.at[i - 1].dz : b_.dx;
         if (!dx)
             continue;
-        const int64_t to = i > first ? b_.ld[i - 1] : l.k;
+        const int64_t to = i > first ? b_.at[i - 1].ld : l.k;
         Gemm g{};
         g.c = dx + r.begin * to, g.ldc = to;
         g.a = dz + r.begin * ld, g.a_row = ld, g.a_col = 1;
-        g.b = b_.backward[i] ? b_.backward[i] : l.w, g.ldb = l.k;
-        g.b_is = b_.backward[i] ? Layout::kPanels : Layout::kRows;
+        g.b = b_.at[i].backward ? b_.at[i].backward : l.w, g.ldb = l.k;
+        g.b_is = b_.at[i].backward ? Layout::kPanels : Layout::kRows;
         g.m = r.end - r.begin, g.n = l.k, g.k = l.n();
         g.scratch = b_.scratch;
         failed |= launch_gemm(g, parallel);
@@ -163,7 +168,7 @@ Gemm Network::weight_gradient(size_t i, float* c) const {
     const Layer& l = layers_[i];
     Gemm g{};
     g.c = c, g.ldc = l.k;
-    g.a = b_.dz[i], g.a_row = 1, g.a_col = b_.ld[i];
+    g.a = b_.at[i].dz, g.a_row = 1, g.a_col = b_.at[i].ld;
     g.b = input(i, {0, rows_}), g.ldb = input_ld(i);
     g.b_is = Layout::kRows;
     g.m = l.n(), g.n = l.k, g.k = rows_;

@@ -35,23 +35,27 @@ struct Arena {
     double* take_doubles(int64_t n) { return reinterpret_cast<double*>(take(2 * n)); }
 };
 
-// Where the passes find and leave what belongs to each layer, and rows how many floats apart.
+// Where the passes find and leave what belongs to a layer; what is not wanted is null.
+struct LayerBuffers {
+    int64_t ld;       // floats from row to row of y, h and dz
+    int64_t room;     // floats of a row of y: the same for layers that share memory
+    float* y;         // (M, N)
+    float* h;         // (M, N) x w^T where z is saved
+    float* dz;        // (M, N)
+    double* db;       // (blocks, N) sums over the rows of a block
+    double* dslope;   // (blocks, slope_size)
+    float* forward;   // panels of w^T
+    float* backward;  // panels of w, where an input gradient is wanted
+};
+
 struct Buffers {
-    bool keeps_panels = false;  // of the weights, beside them; not for few rows
-    const float* x = nullptr;   // (M, K) inputs
+    std::vector<LayerBuffers> at;  // of each layer
+    bool keeps_panels = false;     // of the weights, beside them; not for few rows
+    const float* x = nullptr;      // (M, K) inputs
     int64_t x_ld = 0;
-    std::vector<int64_t> ld;        // of the rows of y, h and dz
-    std::vector<int64_t> room;      // of a row of y: the same for layers that share memory
-    std::vector<float*> y;          // (M, N)
-    std::vector<float*> h;          // (M, N) x w^T where z is saved, else null
-    const float* dy = nullptr;      // (M, N) of the last layer; null where it lies in dz
-    std::vector<float*> dz;         // (M, N)
-    float* dx = nullptr;            // (M, K) of the first layer that goes backward, or null
-    std::vector<double*> db_of;     // (blocks, N) sums over the rows of a block, or null
-    std::vector<double*> slope_of;  // (blocks, slope_size), or null
-    std::vector<float*> forward;    // panels of w^T, or null
-    std::vector<float*> backward;   // panels of w where an input gradient is wanted, or null
-    float* scratch = nullptr;       // of the matrix products
+    const float* dy = nullptr;  // (M, N) of the last layer; null where it lies in dz
+    float* dx = nullptr;        // (M, K) of the first layer that goes backward, or null
+    float* scratch = nullptr;   // of the matrix products
 };
 
 // Rows between two that lie in different sets of the L1 cache.
@@ -124,9 +128,12 @@ class Network {
 
     // Row 0 of y, were the rows before r as far apart as those of r: r has the memory of its own
     // rows alone, whatever other layers keep in the same buffer.
-    float* y(size_t i, Rows r) const { return b_.y[i] + r.begin * (b_.room[i] - b_.ld[i]); }
+    float* y(size_t i, Rows r) const {
+        const LayerBuffers& b = b_.at[i];
+        return b.y + r.begin * (b.room - b.ld);
+    }
     const float* input(size_t i, Rows r) const { return i == 0 ? b_.x : y(i - 1, r); }
-    int64_t input_ld(size_t i) const { return i == 0 ? b_.x_ld : b_.ld[i - 1]; }
+    int64_t input_ld(size_t i) const { return i == 0 ? b_.x_ld : b_.at[i - 1].ld; }
     // Its input^T dz over all rows, the gradient of w, to c.
     Gemm weight_gradient(size_t i, float* c) const;
 

@@ -83,8 +83,8 @@ class Step {
         // An activation that is read off its output must find it again.
         if (last.saves == kSavesY) {
             const int64_t at = r.begin * last.n(), count = (r.end - r.begin) * last.n();
-            std::copy_n(out + at, count, b_.dz.back() + at);
-            out = b_.dz.back();
+            std::copy_n(out + at, count, b_.at.back().dz + at);
+            out = b_.at.back().dz;
         }
         const LossParams l{out, order_, p_.targets, rows_, last.n(), p_.smoothing};
         const auto kernel = p_.loss == kCrossEntropy ? isa_.step.cross_entropy
@@ -122,8 +122,8 @@ class Step {
             }
         });
         for (size_t i = 0; i < layers_.size(); ++i) {
-            sum_up(p_.layers[i].b, b_.db[i], b_.db_of[i]);
-            sum_up(p_.layers[i].slope, b_.slope[i], b_.slope_of[i]);
+            sum_up(p_.layers[i].b, b_.db[i], b_.at[i].db);
+            sum_up(p_.layers[i].slope, b_.slope[i], b_.at[i].dslope);
         }
     }
 

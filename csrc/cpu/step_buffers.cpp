@@ -10,8 +10,11 @@ void take_inputs(StepBuffers& b, const StepParams& p, int64_t rows, Arena& arena
     b.keeps_panels = goes_in_blocks(rows);
     b.x_ld = apart(p.layers[0].layer.k);
     b.x = b.gathered = arena.take(rows * b.x_ld);
-    for (const StepLayer& l : p.layers)
-        b.ld.push_back(&l != &p.layers.back() ? apart(l.layer.n()) : l.layer.n());
+    b.at.resize(p.layers.size());
+    for (size_t i = 0; i < p.layers.size(); ++i) {
+        const int64_t n = p.layers[i].layer.n();
+        b.at[i].ld = i + 1 < p.layers.size() ? apart(n) : n;
+    }
 }
 
 }  // namespace
@@ -32,11 +35,13 @@ StepBuffers lay_out(const StepParams& p, const std::vector<Layer>& layers, float
     take_inputs(b, p, m, arena);
     for (size_t i = 0; i < layers.size(); ++i) {
         const Layer& l = layers[i];
-        b.room.push_back(b.ld[i]);
-        b.y.push_back(arena.take(m * b.ld[i]));
-        b.h.push_back(l.saves == kSavesZ ? arena.take(m * b.ld[i]) : nullptr);
+        LayerBuffers& at = b.at[i];
+        const int64_t floats = m * at.ld;
+        at.room = at.ld;
+        at.y = arena.take(floats);
+        at.h = l.saves == kSavesZ ? arena.take(floats) : nullptr;
         const bool is_free = i + 1 == layers.size() && l.saves != kSavesY;
-        b.dz.push_back(is_free ? b.y.back() : arena.take(m * b.ld[i]));
+        at.dz = is_free ? at.y : arena.take(floats);
         b.dw.push_back(p.max_norm > 0.0 ? arena.take(l.n() * l.k) : nullptr);
         b.db.push_back(arena.take(l.n()));
         b.slope.push_back(arena.take(l.e.slope_size));
@@ -52,14 +57,15 @@ StepBuffers lay_out_forward(const StepParams& p, const std::vector<Layer>& layer
     StepBuffers b{};
     const int64_t m = std::min(p.batch, p.rows);
     take_inputs(b, p, m, arena);
-    const int64_t widest = *std::max_element(b.ld.begin(), b.ld.end());
+    int64_t widest = 0;
+    for (const LayerBuffers& at : b.at)
+        widest = std::max(widest, at.ld);
     // Two activations of a row are alive at a time. Blocks of rows run through the layers each at
     // its own pace, so a row has the same room in all of them.
     float* const turns[2] = {arena.take(m * widest), arena.take(m * widest)};
     for (size_t i = 0; i < layers.size(); ++i) {
-        b.room.push_back(widest);
-        b.y.push_back(turns[i % 2]);
-        b.h.push_back(nullptr);
+        b.at[i].room = widest;
+        b.at[i].y = turns[i % 2];
     }
     take_panels(b, layers, arena, Passes::kForward, layers.size());
     b.floats = arena.used;
