@@ -7,12 +7,13 @@ Nothing here touches data, devices or files.
 import dataclasses
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Literal
+from types import UnionType
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from ..spec import activations
 from .errors import UsageError
-from .schedule import KINDS
 
 Activation = Literal[*activations.NAMES]
 TABLE_FILES = (".csv", ".tsv", ".txt", ".parquet")
@@ -91,17 +92,25 @@ class TrainConfig:
     seed: int = 0
     """of the initial weights, the order of the rows and the dropout masks"""
 
+    def __post_init__(self):
+        if isinstance(self.dataset, Path):
+            object.__setattr__(self, "dataset", str(self.dataset))
+        for name in ("hidden", "dropout", "leave_out"):
+            value = getattr(self, name)
+            if isinstance(value, int | float):  # one for all layers, as FusedMLP takes it
+                value = (value,)
+            if isinstance(value, list):
+                value = tuple(value)
+            object.__setattr__(self, name, value)
+
     def check(self) -> "TrainConfig":
-        """Raise UsageError for the first setting that cannot be; return self."""
+        """Raise TypeError or UsageError for the first setting that cannot be; return self."""
+        _check_kinds(self)
         _check_numbers(self)
         if len(self.dropout) not in (1, len(self.hidden)):
             raise UsageError(
                 f"--dropout must be one number or one for each of the {len(self.hidden)} hidden "
                 f"layers, got {len(self.dropout)}: {_words(self.dropout)}"
-            )
-        if self.activation not in activations.NAMES:
-            raise UsageError(
-                f"unknown activation {self.activation!r}; known: {', '.join(activations.NAMES)}"
             )
         _check_contradictions(self)
         return self
@@ -185,6 +194,32 @@ def _words(values) -> str:
     return " ".join(str(value) for value in values)
 
 
+# What a value from Python may be, by the type that stands beside its setting.
+_KINDS = {int: (Integral, "an int"), float: (Real, "a number"), bool: (bool, "True or False")}
+_KINDS |= {str: (str, "a str"), Path: ((str, Path), "a path")}
+
+
+def _check_kinds(config: TrainConfig) -> None:
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(hint) is UnionType or type(None) in get_args(hint):
+            if value is None:
+                continue
+            hint = get_args(hint)[0]
+        if get_origin(hint) is Literal:
+            if value not in get_args(hint):
+                known = ", ".join(get_args(hint))
+                raise UsageError(f"{flag_name(name)} must be one of {known}, got {value!r}")
+            continue
+        is_many = get_origin(hint) is tuple
+        if is_many and not isinstance(value, tuple):
+            raise TypeError(f"{name} must be a sequence, got {type(value).__name__}")
+        kind, wanted = _KINDS[get_args(hint)[0] if is_many else hint]
+        for one in value if is_many else (value,):
+            if not isinstance(one, kind) or (isinstance(one, bool) and kind is not bool):
+                raise TypeError(f"{name} must be {wanted}, got {type(one).__name__}")
+
+
 def _check_numbers(config: TrainConfig) -> None:
     def need(name, value, holds, wanted):
         if not holds:
@@ -210,8 +245,6 @@ def _check_numbers(config: TrainConfig) -> None:
     smoothing = config.label_smoothing
     need("label_smoothing", smoothing, 0.0 <= smoothing <= 1.0, "between 0 and 1")
     need("val_split", config.val_split, 0.0 <= config.val_split < 1.0, "at least 0 and below 1")
-    schedule = config.lr_schedule
-    need("lr_schedule", repr(schedule), schedule in KINDS, f"one of {', '.join(KINDS)}")
     need("seed", config.seed, -(2**63) <= config.seed < 2**63, "a 64-bit integer")
 
 
@@ -227,8 +260,6 @@ def _check_contradictions(config: TrainConfig) -> None:
         )
     if config.init == "default" and config.init_std is not None:
         raise UsageError("--init-std belongs to --init normal; --init default is PyTorch's own")
-    if isinstance(config.leave_out, str):
-        raise UsageError(f"--leave-out must be a tuple of names, got {config.leave_out!r}")
     for name in ("target", "leave_out", "weight_column"):
         if getattr(config, name) and config.dataset != FRAME and not is_table_file(config.dataset):
             raise UsageError(

@@ -134,7 +134,7 @@ def test_what_cannot_be_evaluated_or_predicted_is_said(trained, capsys):
     assert "does not exist" in said("predict", trained / "classes", "gone.csv")
     assert command("train", "--dataset", "synthetic", "--epochs", 1, "--out", "s") == 0
     assert "a table needs a run on a table with named columns" in said("predict", "s", new)
-    with pytest.raises(UsageError, match="--leave-out must be a tuple of names, got 'id'"):
+    with pytest.raises(TypeError, match="leave_out must be a sequence, got str"):
         TrainConfig(dataset="t.csv", leave_out="id").check()
     with pytest.raises(TypeError, match="a table with words is passed as one DataFrame"):
         fit(fusedmlp.FusedMLP(4, [4], 2), (frame()[["colour"]], torch.zeros(400)))

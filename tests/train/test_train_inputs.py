@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -291,3 +293,30 @@ def test_configs_and_options_are_what_they_must_be(arguments, message):
     with pytest.raises(TypeError, match=message):
         fit(net, (data.x_train, data.y_train), *arguments)
     assert torch.equal(net[0].weight, before)
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        (dict(dropout="a"), "dropout must be a sequence, got str"),
+        (dict(hidden=None), "hidden must be a sequence, got NoneType"),
+        (dict(hidden=(2.5,)), "hidden must be an int, got float"),
+        (dict(epochs="5"), "epochs must be an int, got str"),
+        (dict(epochs=True), "epochs must be an int, got bool"),
+        (dict(lr="fast"), "lr must be a number, got str"),
+        (dict(data_dir=3), "data_dir must be a path, got int"),
+        (dict(standardize=1), "standardize must be True or False, got int"),
+        (dict(dataset=5), "dataset must be a str, got int"),
+    ],
+)
+def test_a_setting_of_another_kind(setting, message):
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        TrainConfig(**setting).check()
+
+
+def test_one_number_lists_and_paths_are_settings():
+    config = TrainConfig(hidden=64, dropout=0.1, dataset=Path("t.csv"), leave_out=["id"]).check()
+    assert config.hidden == (64,) and config.dropout == (0.1,)
+    assert config.dataset == "t.csv" and config.leave_out == ("id",)
+    with pytest.raises(UsageError, match="^--optimizer must be one of sgd, adam, adamw, got 'x'$"):
+        TrainConfig(optimizer="x").check()
