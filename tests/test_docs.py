@@ -5,12 +5,13 @@
 
 import ast
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-from fusedmlp import environment
+from fusedmlp import cli, environment
 from fusedmlp.spec import philox
 
 ROOT = Path(__file__).parent.parent
@@ -130,6 +131,39 @@ def test_code_blocks_of_the_pages_run(page, tmp_path, monkeypatch, capsys):
         except ModuleNotFoundError as error:
             missing.add(error.name.split(".")[0])
     assert missing <= {"lightning", "skorch", "onnxruntime", "onnxscript", "dask", "distributed"}
+
+
+def _commands(page: str) -> list[str]:
+    """Lines for a terminal: of the blocks without a language, and in code between words."""
+    text = (ROOT / page).read_text()
+    lines = [line for block in _blocks(page, "") for line in block.splitlines()]
+    # The line under a table names the command of its own commit.
+    inline = re.sub(r"^```.*?^```|<sub>.*?</sub>", "", text, flags=re.S | re.M)
+    lines += re.findall(r"`([^`\n]+)`", inline)
+    parts = [part.strip() for line in lines for part in line.split("&&")]
+    return [part for part in parts if re.match(r"(fusedmlp|make|python -m) \w", part)]
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "docs/kernels.md"])
+def test_commands_of_the_pages_are_there(page, capsys):
+    """Sub-commands with their flags, targets of the Makefile, modules; they are not run."""
+    pytest.importorskip("tyro")
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+    helps, found = {}, _commands(page)
+    assert found
+    for line in found:
+        program, name, *words = line.split("#")[0].split()
+        if program == "make":
+            assert name in targets or "=" in name, line
+        elif program == "fusedmlp":
+            if name not in helps:
+                with pytest.raises(SystemExit):
+                    cli.main([name, "--help"])
+                helps[name] = capsys.readouterr().out
+            flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+            assert all(flag in helps[name] for flag in flags), line
+        else:
+            assert find_spec(words[0]), line  # python -m NAME
 
 
 def test_every_page_is_reached_from_the_readme_and_every_link_leads_somewhere():
