@@ -12,7 +12,8 @@
    often as fills `sample_ms`: long beside reading the clock, short beside a time slice. On a CPU a
    round during which the kernel took a processor away from this process (getrusage counts that) is
    left out whole, for all functions, if `min_rounds` remain (on a busy machine it goes on for up to
-   4 times the budget to get them); both numbers are in the row.
+   4 times the budget to get them); both numbers are in the row. Beside busy programs (`busy`), where
+   that is what is measured, every round counts.
 7. Warm: the same tensors each call, in whichever cache they fit. Cold: a buffer larger than the
    last cache is written before each call, outside the clock. Which one it was is in the row.
 8. CUDA: device events around the calls, with the queue kept full: the device is first put to sleep
@@ -30,6 +31,8 @@ import gc
 import itertools
 import math
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -159,6 +162,31 @@ def timer(device: str, cold: bool = False, wall: bool = False) -> CpuTimer | Cud
     return CpuTimer(cold, torch.cuda.synchronize) if wall else CudaTimer(cold)
 
 
+# Says that it runs, and spins until its parent is gone.
+_SPIN = """import os
+parent = os.getppid()
+print(flush=True)
+while os.getppid() == parent:
+    for _ in range(100_000):
+        pass
+"""
+
+
+@contextlib.contextmanager
+def busy(programs: int) -> Iterator[None]:
+    """Inside, so many processes of one thread each are never idle."""
+    command = [sys.executable, "-I", "-S", "-c", _SPIN]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(programs)]
+    try:
+        for program in running:
+            program.stdout.readline()
+        yield
+    finally:
+        for program in running:
+            program.kill()
+            program.communicate()
+
+
 @contextlib.contextmanager
 def products(dtype: str) -> Iterator[None]:
     """Inside, fp32 products on a GPU are made in tf32 or, for any other dtype, in full."""
@@ -208,12 +236,14 @@ def measure(
     budget_s: float = 1.0,
     min_rounds: int = 10,
     max_rounds: int = 2000,
+    every_round: bool = False,
     seed: int = 0,
 ) -> dict[str, Timing]:
     """Times functions in interleaved rounds; entry i of every Timing is of the same round.
 
-    functions  name -> what to time, warmed up here
-    budget_s   seconds to spend on all of them, warm-up apart
+    functions    name -> what to time, warmed up here
+    budget_s     seconds to spend on all of them, warm-up apart
+    every_round  keep disturbed ones too
     """
     order, shuffle = list(functions), random.Random(seed).shuffle
     timings = {name: Timing() for name in functions}
@@ -232,7 +262,7 @@ def measure(
                 ms, host_ms = timer.sample(functions[name], calls[name])
                 timings[name].ms.append(ms)
                 timings[name].host_ms.append(host_ms)
-            clean.append(timer.disturbances() == disturbances)
+            clean.append(every_round or timer.disturbances() == disturbances)
     if sum(clean) < min_rounds:
         return timings
     return {name: _only(t, clean) for name, t in timings.items()}

@@ -6,7 +6,9 @@ nothing.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +42,12 @@ class Network:
         p = "/".join(f"{p:g}" for p in self.dropout)
         dropout = f" dropout {p}" if any(self.dropout) else ""
         return f"{'-'.join(map(str, self.dims))}{dropout} batch {self.batch}"
+
+    @property
+    def flops(self) -> int:
+        """Of the products of a step; the first layer's input has no gradient."""
+        pairs = zip(self.dims, self.dims[1:], strict=False)
+        return sum(2 * self.batch * k * n * (2 + (i > 0)) for i, (k, n) in enumerate(pairs))
 
     def model(self, device="cpu") -> FusedMLP:
         """The same initial weights for every way."""
@@ -100,6 +108,13 @@ class Eager:
         total = self.total.item()
         self.total.zero_()
         return total
+
+    def accuracy(self, x: Tensor, y: Tensor) -> float:
+        self.net.eval()
+        with torch.inference_mode(), autocast(self.device, self.case.precision):
+            right = self.net(x).argmax(1) == y
+        self.net.train()
+        return right.float().mean().item()
 
 
 def _need_cuda(device: torch.device) -> None:
@@ -162,13 +177,16 @@ def task_of(case: Network, data: types.Data, net: nn.Module | None = None) -> Ta
 class Ours:
     """The engine `graph`; without a GPU its calls one by one."""
 
+    kind: type = Graph
+
     def __init__(self, case: Network, data: types.Data):
         task = task_of(case, data)
         self.case, self.net = case, task.model
-        on_gpu = task.device.type == "cuda"
-        if reasons := (Graph.reasons_against if on_gpu else Graph.reasons_on_any_device)(task):
+        one_by_one = self.kind is Graph and task.device.type != "cuda"
+        against = Graph.reasons_on_any_device if one_by_one else self.kind.reasons_against
+        if reasons := against(task):
             raise RuntimeError("; ".join(reasons))
-        self.engine = Graph(task)
+        self.engine = self.kind(task)
         self.engine.set_step(0)
 
     def steps(self, order: Tensor) -> None:
@@ -178,12 +196,18 @@ class Ours:
         return self.engine.read()[0] / self.case.batch
 
 
+class OursNative(Ours):
+    """The engine `native`."""
+
+    kind = Native
+
+
 def native(case: Network, data: types.Data) -> Native:
     """The engine `native`; ends the program where it cannot run."""
-    task = task_of(case, data)
-    if reasons := Native.reasons_against(task):
-        raise SystemExit(f"bench: the native engine cannot run: {'; '.join(reasons)}")
-    return Native(task)
+    try:
+        return OursNative(case, data).engine
+    except RuntimeError as error:
+        raise SystemExit(f"bench: the native engine cannot run: {error}") from error
 
 
 WAYS = {
@@ -227,19 +251,26 @@ class Checker:
     weights afterwards."""
 
     def __init__(self, case: Network, data: types.Data, order: Tensor):
-        self.case, self.order = case, order
-        truth, plain = Masked(case, data, torch.float64), Masked(case, data)
+        self.case, self.data, self.order = case, data, order
+        truth = Masked(case, data, torch.float64)
         self.start = flat(truth.net)
-        for loop in (truth, plain):
-            loop.steps(order)
+        truth.steps(order)
         self.moved = flat(truth.net) - self.start
         self.loss = truth.read()
-        self.plain = self._error(plain)
+        self.limits: dict[str, float] = {}
 
     def _error(self, way) -> float:
         """Of the parameters' updates, relative, in the Frobenius norm."""
         gap = flat(way.net) - self.start - self.moved
         return (gap.norm() / self.moved.norm()).item()
+
+    def _limit(self, precision: str) -> float:
+        """Twice the error of PyTorch's loop in this precision."""
+        if precision not in self.limits:
+            plain = Masked(replace(self.case, precision=precision), self.data)
+            plain.steps(self.order)
+            self.limits[precision] = max(2 * self._error(plain), FLOOR)
+        return self.limits[precision]
 
     def wrong(self, way) -> str | None:
         """Why a way does not compute the case's steps; None when it does."""
@@ -250,10 +281,25 @@ class Checker:
         if not abs(loss - self.loss) <= LOSS_NEAR * abs(self.loss):
             return f"wrong: losses add up to {loss:.4g}, {self.loss:.4g} in fp64"
         own_masks = any(self.case.dropout) and not isinstance(way, Ours)
-        limit = max(2 * self.plain, FLOOR)
+        limit = self._limit(getattr(way, "precision", self.case.precision))
         if not own_masks and not error <= limit:
             return f"wrong: relative error {error:.1e}, at most {limit:.1e} allowed"
         return None
+
+
+def compiling(way, call: Callable[[], object]) -> float | None:
+    """Seconds that the first call takes longer than the next ones; None for a way that compiles
+    nothing. The way is back at its weights afterwards."""
+    if not getattr(way, "compiles", False):
+        return None
+    before, taken = copy.deepcopy(way.net.state_dict()), []
+    for _ in range(3):
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    way.net.load_state_dict(before)
+    way.read()
+    return taken[0] - min(taken[1:])
 
 
 def flat(net: nn.Module) -> Tensor:

@@ -1,0 +1,71 @@
+"""The most that this processor computes: fp32 multiply-adds in registers, without memory.
+
+A loop in C, made by the compiler that is there (CC, else cc). Steps are a share of what it reaches.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shlex
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+# As many accumulators as hide the latency of an instruction and fit into 16 registers.
+_SOURCE = """
+#if defined(__AVX512F__)
+typedef float vec __attribute__((vector_size(64)));
+#elif defined(__AVX__)
+typedef float vec __attribute__((vector_size(32)));
+#else
+typedef float vec __attribute__((vector_size(16)));
+#endif
+enum { sums = 12 };
+
+double multiply_adds(long rounds) {
+  volatile float factor = 0.5f, term = 1.0f;
+  vec zero = {}, f = zero + factor, t = zero + term, sum[sums];
+  for (int j = 0; j < sums; ++j) sum[j] = zero + term;  // read anew: equal ones would be one
+  for (long i = 0; i < rounds; ++i)
+    for (int j = 0; j < sums; ++j) sum[j] = sum[j] * f + t;
+  for (int j = 0; j < sums; ++j) term = sum[j][0];
+  return 2.0 * sums * (sizeof(vec) / sizeof(float)) * rounds;
+}
+"""
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-x", "c")
+_ROUNDS = 1_000_000  # of the loop in a sample: about 2 ms
+_SAMPLES = 100
+
+
+@functools.cache
+def _loop() -> Callable[[int], float] | None:
+    """Runs the loop so many times and returns its floating-point operations; None without a
+    compiler."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "peak.so"
+        command = [*shlex.split(os.environ.get("CC", "cc")), *_FLAGS, "-", "-o", str(library)]
+        try:
+            subprocess.run(command, input=_SOURCE, text=True, capture_output=True, check=True)
+            function = ctypes.CDLL(str(library)).multiply_adds
+        except (OSError, subprocess.CalledProcessError):
+            return None
+    function.argtypes, function.restype = [ctypes.c_long], ctypes.c_double
+    return function
+
+
+def gflops(threads: int) -> float | None:
+    """The best of many short samples, all threads together; None without a compiler."""
+    if (loop := _loop()) is None:
+        return None
+    best = 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(_SAMPLES):
+            start = time.perf_counter()
+            done = sum(pool.map(loop, [_ROUNDS] * threads))
+            best = max(best, done / (time.perf_counter() - start) / 1e9)
+    return best
