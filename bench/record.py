@@ -135,6 +135,17 @@ def kept(path: Path | None, is_valid: Callable[[dict], bool] = lambda row: True)
         return []
 
 
+def resumed(head: dict, out: Path) -> Results:
+    """The rows of an earlier run, to which this one adds; what was known of it stands in the head
+    under `earlier`."""
+    rows = kept(out)
+    if rows:
+        before = read(out)
+        heads = [*before.pop("earlier", []), {k: v for k, v in before.items() if k != "rows"}]
+        head = head | {"earlier": heads}
+    return Results(head, out, rows)
+
+
 class Results:
     """The rows of one run: each is printed as it is found, and the file is written anew, so that
     a stop loses nothing.

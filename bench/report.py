@@ -34,12 +34,13 @@ def _words(machine: dict) -> str:
 
 
 def source(found: dict) -> str:
-    """The line under a table: command, machine, versions, commit, date."""
+    """The lines under a table, one a run: command, machine, versions, commit, date."""
     named = ((name, found["versions"].get(name)) for name in ("torch", "triton"))
     versions = [f"{name} {version}" for name, version in named if version]
     where = "; ".join([_words(found["machine"]), ", ".join(versions)])
     when = f"commit {found['commit'] or 'unknown'}; {found['date'][:10]}"
-    return f"\n<sub>`{found['command']}` on {where}; {when}.</sub>\n"
+    line = f"\n<sub>`{found['command']}` on {where}; {when}.</sub>\n"
+    return "".join(map(source, found.get("earlier", []))) + line
 
 
 def _rows(found: dict, name: str) -> list[dict]:

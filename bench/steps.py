@@ -1,7 +1,9 @@
-"""Times a training step: the native engine on a CPU, and every way to write a step on a GPU.
+"""Times a training step: the native engine and its rivals on a CPU, and every way to write a step
+on a GPU.
 
     python -m bench.steps --threads 2 --out bench/results/engine_step.json
     python -m bench.steps --group batch width depth threads ensemble --threads 1 2
+    python -m bench.steps --group rivals --threads 2 --busy 0 1 2 --out bench/results/rivals.json
     python -m bench.steps --device cuda --seconds 120 --out bench/results/gpu/steps.json
     python -m bench.steps --group ways epochs --dims 12-16-3 --rows 512 --steps 4  # that, on a CPU
 
@@ -11,6 +13,10 @@ what to read. Groups on a CPU, of the native engine, which gathers and scales ui
                   its products by torch.mm into memory that is there, in the faster orientation
   threads         the main cases with 1 thread and with each of --threads, in the same rounds
   ensemble        a step of 1 to 64 networks at once (native_many.py) against a step of one
+  rivals          --steps steps of the engine, of eager, and of the others in rivals.py, held
+                  against fp64 first as below; what a way compiles is in a column of its own
+Of these, a share of the processor's fp32 peak (peak.py), measured before each case. --busy 1 times
+each case beside a process that is never idle; --busy 0 1 also over the time without it.
 Groups on a GPU:
   ways            --steps steps by the wall clock with one wait at the end; every way has the data
                   on the device, takes row numbers, and sums its losses:
@@ -31,7 +37,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -40,12 +46,14 @@ from fusedmlp.train.data import types
 from fusedmlp.train.engines.native import Share
 from fusedmlp.train.engines.native_many import NativeMany
 
-from . import record, timing, train, ways
+from . import peak, record, rivals, timing, train, ways
 from .ways import Network, network
 
 PRECISIONS = ("bf16", "tf32", "fp32")
 CHECKED = 8  # steps before the clock starts
 OURS = "graph"
+RIVALLED = "native"
+Counts = Sequence[int]
 MAIN = (
     network("784-256-10"),
     network("784-256-256-10", (0.2, 0.5)),
@@ -60,7 +68,7 @@ SCALING = {
 }
 ENSEMBLE = (network("784-256-10"), network("20-64-64-10", batch=32))
 MEMBERS = (1, 2, 4, 8, 16, 32, 64)
-GROUPS = (*SCALING, "threads", "ensemble", "ways", "epochs")
+GROUPS = (*SCALING, "threads", "ensemble", "rivals", "ways", "epochs")
 
 
 def _gemms(net: Network, steps: int) -> Callable[[], None]:
@@ -107,22 +115,63 @@ def _micros(t: timing.Timing, steps: int) -> list[float]:
     return [1e3 * ms / steps for ms in timing.spread(t.ms)]
 
 
-def engine_row(net: Network, threads: int, budget: float, group: str) -> dict:
+def _share(t: timing.Timing, flops: int, top: float | None) -> dict:
+    """The share that calls of so many operations have of `top` GFLOP/s; nothing where that is not
+    known."""
+    share = {"peak_gflops": top, "share of peak": []}
+    share["share of peak"] = timing.spread([flops / (1e6 * ms * (top or 1)) for ms in t.ms])
+    return share if top else {}
+
+
+def _beside(
+    functions: dict[str, Callable[[], None]],
+    budget: float,
+    busy: Counts,
+    device: str = "cpu",
+    **more,
+) -> Iterator[tuple[int, dict[str, timing.Timing]]]:
+    """Times of the functions beside each number of busy programs."""
+    for programs in busy:
+        with timing.busy(programs):
+            more["every_round"] = programs > 0
+            clock = timing.timer(device, wall=True)
+            taken = timing.measure(functions, clock, budget_s=budget, **more)
+        yield programs, taken
+
+
+def _over_quiet(rows: list[dict], micros: str) -> list[dict]:
+    """The rows of one case; beside busy programs with their median over that without."""
+
+    def which(row: dict) -> tuple:
+        return tuple(row.get(name) for name in ("way", "threads", "members"))
+
+    quiet = {which(row): row[micros][0] for row in rows if row.get("busy") == 0}
+    for row in rows:
+        if row.get("busy") and which(row) in quiet:
+            row["over_quiet"] = row[micros][0] / quiet[which(row)]
+    return rows
+
+
+def engine_rows(
+    net: Network, threads: int, budget: float, group: str, busy: Counts = (0,)
+) -> list[dict]:
     """The engine against eager and against its GEMMs."""
     torch.set_num_threads(threads)
-    steps = _steps(net)
+    steps, rows, top = _steps(net), [], peak.gflops(threads)
     run, data, order = _native(net, steps)
     eager = ways.Eager(net, data)
     functions = {"native": run, "eager": lambda: eager.steps(order), "gemms": _gemms(net, steps)}
-    taken = timing.measure(functions, timing.CpuTimer(), budget_s=budget)
-    row = _row(group, net, threads, taken["native"], steps)
-    row |= {"dims": list(net.dims), "dropout": list(net.dropout), "batch": net.batch}
-    row["over_gemms"] = timing.ratio(taken["native"], taken["gemms"])
-    row["over_eager"] = timing.ratio(taken["eager"], taken["native"])
-    return row | {f"{name}_us": _micros(taken[name], steps) for name in ("eager", "gemms")}
+    for programs, taken in _beside(functions, budget, busy):
+        row = _row(group, net, threads, taken["native"], steps) | {"busy": programs}
+        row |= {"dims": list(net.dims), "dropout": list(net.dropout), "batch": net.batch}
+        row["over_gemms"] = timing.ratio(taken["native"], taken["gemms"])
+        row["over_eager"] = timing.ratio(taken["eager"], taken["native"])
+        row |= {f"{name}_us": _micros(taken[name], steps) for name in ("eager", "gemms")}
+        rows.append(row | _share(taken["native"], steps * net.flops, top))
+    return _over_quiet(rows, "native_us")
 
 
-def thread_rows(net: Network, counts: list[int], budget: float) -> list[dict]:
+def thread_rows(net: Network, counts: list[int], budget: float, busy: Counts = (0,)) -> list[dict]:
     """One case with each number of threads; the first number is what others are over."""
 
     def with_threads(count: int):
@@ -134,17 +183,18 @@ def thread_rows(net: Network, counts: list[int], budget: float) -> list[dict]:
 
         return function
 
-    functions = {str(n): with_threads(n) for n in counts}
-    taken = timing.measure(functions, timing.CpuTimer(), budget_s=budget)
-    one = taken[str(counts[0])]
-    return [
-        _row("threads", net, n, taken[str(n)], _steps(net))
-        | {"faster": timing.ratio(one, taken[str(n)])}
-        for n in counts
-    ]
+    functions, steps = {str(n): with_threads(n) for n in counts}, _steps(net)
+    rows, tops = [], {n: peak.gflops(n) for n in counts}
+    for programs, taken in _beside(functions, budget, busy):
+        for n in counts:
+            t = taken[str(n)]
+            row = _row("threads", net, n, t, steps) | {"busy": programs}
+            row["faster"] = timing.ratio(taken[str(counts[0])], t)
+            rows.append(row | _share(t, steps * net.flops, tops[n]))
+    return _over_quiet(rows, "native_us")
 
 
-def ensemble_rows(net: Network, threads: int, budget: float) -> list[dict]:
+def ensemble_rows(net: Network, threads: int, budget: float, busy: Counts = (0,)) -> list[dict]:
     """Each number of networks in one call, over the time of one network."""
     torch.set_num_threads(threads)
     steps = max(8, 2048 // net.batch)  # few for a long step: 127 networks are timed a round
@@ -157,18 +207,28 @@ def ensemble_rows(net: Network, threads: int, budget: float) -> list[dict]:
         return lambda: many.run(shares)
 
     functions = {str(n): together(n) for n in MEMBERS}
-    taken = timing.measure(functions, timing.CpuTimer(), budget_s=budget)
-    rows = []
-    for n in MEMBERS:
-        row = _row("ensemble", net, threads, taken[str(n)], steps) | {"members": n}
-        rows.append(row | {"over_one": timing.ratio(taken[str(n)], taken["1"])})
-    return rows
+    rows, top = [], peak.gflops(threads)
+    for programs, taken in _beside(functions, budget, busy):
+        for n in MEMBERS:
+            t = taken[str(n)]
+            row = _row("ensemble", net, threads, t, steps) | {"members": n, "busy": programs}
+            row["over_one"] = timing.ratio(t, taken["1"])
+            rows.append(row | _share(t, n * steps * net.flops, top))
+    return _over_quiet(rows, "native_us")
 
 
-def way_rows(net: Network, data: types.Data, steps: int, budget: float) -> list[dict]:
-    """A row for each way: its times, or the reason why it has none."""
-    about = {"table": "steps", "network": str(net), "precision": net.precision}
-    rows, made, timed = [], {}, {}
+def way_rows(
+    net: Network,
+    data: types.Data,
+    steps: int,
+    budget: float,
+    known: dict | None = None,
+    ours: str = OURS,
+    busy: Counts = (0,),
+) -> list[dict]:
+    """A row for each way and number of busy programs: its times, or the reason why it has none."""
+    about = {"network": str(net), "precision": net.precision}
+    rows, made, timed, compiling = [], {}, {}, {}
     device, count = data.x_train.device.type, len(data.x_train)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(2))
     order = order.repeat(-(-steps * net.batch // count))[: steps * net.batch].to(device)
@@ -177,9 +237,10 @@ def way_rows(net: Network, data: types.Data, steps: int, budget: float) -> list[
         torch.compiler.reset()
     with timing.products(net.precision):
         checker = ways.Checker(net, data, order[: CHECKED * net.batch])
-        for name, make in ways.WAYS.items():
+        for name, make in (known or ways.WAYS).items():
             try:
                 way = make(net, data)
+                compiling[name] = ways.compiling(way, lambda way=way: way.steps(order))
                 reason = checker.wrong(way)
             except Exception as error:  # a baseline that cannot run is a row, not the end
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
@@ -187,16 +248,20 @@ def way_rows(net: Network, data: types.Data, steps: int, budget: float) -> list[
                 rows.append(about | {"way": name, "left out": reason})
                 continue
             made[name], timed[name] = way, lambda way=way: way.steps(order)
-        clock = timing.timer(device, wall=True)
-        taken = timing.measure(timed, clock, budget_s=budget, min_rounds=5)
-    for name, t in taken.items():
-        # The engine says by its name where its graphs could not be captured.
-        called = made[name].engine.name if name == OURS else name
-        row = about | {"way": called, "us a step": _micros(t, steps)}
-        if OURS in taken:
-            row["time over graph's"] = timing.ratio(t, taken[OURS])
-        rows.append(row | {"rounds": len(t.ms)})
-    return rows
+        top = peak.gflops(torch.get_num_threads()) if device == "cpu" else None
+        for programs, taken in _beside(timed, budget, busy, device, min_rounds=5):
+            for name, t in taken.items():
+                # The engine says by its name where its graphs could not be captured.
+                called = made[name].engine.name if name == OURS else name
+                row = about | {"way": called} | ({"busy": programs} if any(busy) else {})
+                row["us a step"] = _micros(t, steps)
+                if ours in taken:
+                    row[f"time over {ours}'s"] = timing.ratio(t, taken[ours])
+                row |= _share(t, steps * net.flops, top)
+                if compiling[name] is not None:
+                    row["compile, s"] = compiling[name]
+                rows.append(row | {"rounds": len(t.ms)})
+    return _over_quiet(rows, "us a step")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -210,7 +275,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
     p.add_argument("--budget", type=float, help="seconds of timing a case (5; of `ways` 2)")
     p.add_argument("--precision", nargs="+", choices=PRECISIONS, help="default: all of the device")
-    p.add_argument("--steps", type=int, default=128, help="of a timed call of `ways`")
+    p.add_argument("--ways", nargs="+", default=[""], help="rivals whose names begin so, and ours")
+    p.add_argument("--busy", type=int, nargs="+", default=[0], help="programs that run beside it")
+    p.add_argument("--steps", type=int, default=128, help="of a timed call of ways and rivals")
     p.add_argument("--epochs", type=int, default=10)
     p.add_argument("--seeds", type=int, default=10)
     p.add_argument("--rows", type=int, help="noise instead of Fashion-MNIST, so many rows")
@@ -218,26 +285,47 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after this many")
     p.add_argument("--out", type=Path, help="results file (JSON); none: only print")
     args = p.parse_args(argv)
-    cpu_only = set(args.group or ()) - {"ways", "epochs"}
-    if cpu_only and (args.device == "cuda" or cpu_only != set(args.group)):
-        p.error("--group ways epochs are measured apart from the others, which are a CPU's")
     args.group = args.group or (["main"] if args.device == "cpu" else ["ways", "epochs"])
+    apart = [{"ways", "epochs"}, {"rivals"}, set(GROUPS) - {"ways", "epochs", "rivals"}]
+    if not any(set(args.group) <= part for part in apart):
+        p.error("--group ways epochs, rivals, and the others are measured apart")
+    by_any_device = set(args.group) <= apart[0]
+    if not by_any_device and args.device == "cuda":
+        p.error("--group ways epochs are measured apart from the others, which are a CPU's")
+    if by_any_device and args.busy != [0]:
+        p.error("--busy is for the groups of a CPU")
     if args.precision is None:
         args.precision = [x for x in PRECISIONS if args.device == "cuda" or x != "tf32"]
     return args
 
 
+def _rivals(args: argparse.Namespace, results: record.Results) -> None:
+    asked = (RIVALLED, *args.ways)
+    known = {name: way for name, way in rivals.WAYS.items() if name.startswith(asked)}
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        for net in [network(dims, batch=args.batch) for dims in args.dims or ()] or MAIN:
+            data = ways.noise(args.rows or 60_000, 1, net.dims[0], net.dims[-1])
+            budget = args.budget or 10.0
+            rows = way_rows(net, data, args.steps, budget, known, RIVALLED, args.busy)
+            results.add(*({"threads": threads} | row for row in rows))
+
+
 def on_a_cpu(args: argparse.Namespace, results: record.Results) -> None:
+    if args.group == ["rivals"]:
+        _rivals(args, results)
+        return
     budget = args.budget or 5.0
     for threads in args.threads:
         for group in args.group:
             asked = [network(dims, batch=args.batch) for dims in args.dims or ()]
             for net in asked or SCALING.get(group, ()):
-                results.add(engine_row(net, threads, budget, "asked" if asked else group))
+                name = "asked" if asked else group
+                results.add(*engine_rows(net, threads, budget, name, args.busy))
             for net in ENSEMBLE if group == "ensemble" else ():
-                results.add(*ensemble_rows(net, threads, budget))
+                results.add(*ensemble_rows(net, threads, budget, args.busy))
     for net in MAIN if "threads" in args.group else ():
-        results.add(*thread_rows(net, sorted({1, *args.threads}), budget))
+        results.add(*thread_rows(net, sorted({1, *args.threads}), budget, args.busy))
 
 
 def by_ways(args: argparse.Namespace, results: record.Results) -> None:
@@ -264,7 +352,8 @@ def by_ways(args: argparse.Namespace, results: record.Results) -> None:
                 break
             net = network(dims, p, precision=precision, batch=args.batch)
             data = ways.noise(args.rows or 60_000, 1, net.dims[0], net.dims[-1]).to(args.device)
-            results.add(*way_rows(net, data, args.steps, args.budget or 2.0))
+            rows = way_rows(net, data, args.steps, args.budget or 2.0)
+            results.add(*({"table": "steps"} | row for row in rows))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -274,6 +363,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     has_ways = bool({"ways", "epochs"} & set(args.group))
     name = "gpu_steps" if args.device == "cuda" else "cpu_steps" if has_ways else "engine_step"
+    name = "rivals" if args.group == ["rivals"] else name
+    torch.set_num_threads(max(args.threads))  # what the head says
     head = record.header(name, "bench.steps", argv, args.device)
     (by_ways if has_ways else on_a_cpu)(args, record.Results(head, args.out))
     return 0

@@ -168,6 +168,8 @@ def grid_table(rows: list[dict]) -> str:
 def _engine_table(rows: list[dict]) -> str:
     """The native step engine, bench.steps: against its GEMMs and eager, threads, or an ensemble."""
     columns: Columns = {"network": _at("case"), "threads": _at("threads")}
+    if any(r.get("busy") for r in rows):
+        columns["busy programs"] = _at("busy")
     micros = _micros("native_us")
     if rows[0]["group"] == "threads":
         columns |= {"native, µs": micros, "times faster than with 1": _at("faster")}
@@ -180,6 +182,10 @@ def _engine_table(rows: list[dict]) -> str:
         columns |= {"native, µs": micros, "its GEMMs, µs": _micros("gemms_us")}
         columns |= {"eager, µs": _micros("eager_us"), "native / GEMMs": _at("over_gemms")}
         columns["eager / native"] = _at("over_eager")
+    if any("over_quiet" in r for r in rows):
+        columns["over quiet"] = _at("over_quiet")
+    if any("share of peak" in r for r in rows):
+        columns["share of peak"] = _at("share of peak")
     return markdown(columns, rows)
 
 
@@ -208,7 +214,8 @@ def train_table(rows: list[dict], seeds: list[dict]) -> str:
         found = of.get((row["network"], row["way"]))
         return found and f"{found['mean']:.4f} ± {found['deviation']:.4f}"
 
-    names = ("network", "way", "seconds", "time over fusedmlp's", "rounds")
+    names = ["network", "way", "seconds", "time over fusedmlp's", "compile, s", "busy", "rounds"]
+    names = [name for name in names if any(name in row for row in rows)]
     columns: Columns = {name: _at(name) for name in names} | {"test accuracy": accuracy}
     columns["seeds"] = lambda r: of.get((r["network"], r["way"]), {}).get("seeds")
     return markdown(columns, rows, 2)

@@ -12,8 +12,8 @@
    often as fills `sample_ms`: long beside reading the clock, short beside a time slice. On a CPU a
    round during which the kernel took a processor away from this process (getrusage counts that) is
    left out whole, for all functions, if `min_rounds` remain (on a busy machine it goes on for up to
-   4 times the budget to get them); both numbers are in the row. Beside busy programs (`busy`), where
-   that is what is measured, every round counts.
+   4 times the budget to get them); both numbers are in the row. Beside `busy` programs, where that
+   is what is measured, every round counts.
 7. Warm: the same tensors each call, in whichever cache they fit. Cold: a buffer larger than the
    last cache is written before each call, outside the clock. Which one it was is in the row.
 8. CUDA: device events around the calls, with the queue kept full: the device is first put to sleep

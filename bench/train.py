@@ -1,12 +1,15 @@
-"""Whole trainings on Fashion-MNIST, ours against three other ways: their time, their accuracy, and
+"""Whole trainings on Fashion-MNIST, ours against other ways: their time, their accuracy, and
 whether our parameters are those of PyTorch's loop.
 
     python -m bench.train --data-dir DIR --threads 2
+    python -m bench.train --data-dir DIR --threads 2 --ways JAX --resume
     python -m bench.train --data-dir DIR --part seeds parity --resume
 
 All ways begin with data that is read and unpacked, train as many epochs and test after each.
 train.json    wall time. In rounds: each runs every way once, in random order, with a seed of its
-              own; ratios are taken within a round
+              own; ratios are taken within a round. What a way compiles, it has compiled before, and
+              has been held against fp64; `compile, s` is what that took. With --resume the rows of
+              ways that do not run now are kept
 seeds.json    mean and deviation over seeds of the test accuracy after the last epoch; `ours off by`
               is the distance of our mean from this way's, in standard errors. Ways that are in it
               are kept with --resume
@@ -35,12 +38,12 @@ from torch import Tensor, nn
 
 from fusedmlp.train import TrainConfig, build, engines, fit
 from fusedmlp.train.data import datasets, images, types
-from fusedmlp.train.task import autocast
 
-from . import record, timing, ways
+from . import record, rivals, timing, ways
 from .ways import Network
 
 PARTS = ("time", "seeds", "parity")
+CHECKED = 8  # steps that a rival is held against fp64
 # Of the errors of all parameters.
 SIZES = {"max": lambda e: e.abs().max(), "RMS": lambda e: e.square().mean().sqrt()}
 
@@ -99,23 +102,46 @@ class InMemory:
     """A careful eager loop: fp32 images in memory, one permutation an epoch, nothing else."""
 
     name = "PyTorch, in-memory loop"
+    way: type = ways.Eager
 
     def __init__(self, job: Job, data: types.Data):
         self.job, self.data = job, data
-        self.x, self.x_test = data.scaling(data.x_train), data.scaling(data.x_test)
+        case, self.x_test = job.network(data), data.scaling(data.x_test)
+        self.loop = self.way(case, data, x=data.scaling(data.x_train))
+        self.compiling = ways.compiling(self.loop, self._epoch)
+        if self.way is not ways.Eager:
+            checker = ways.Checker(case, data, self._order()[: CHECKED * case.batch])
+            if reason := checker.wrong(self.loop):
+                raise RuntimeError(reason)
+
+    def _order(self) -> Tensor:
+        return torch.randperm(len(self.data.x_train), device=self.x_test.device)
+
+    def _epoch(self) -> float:
+        self.loop.steps(self._order())
+        return self.loop.accuracy(self.x_test, self.data.y_test)
 
     def run(self, seed: int) -> float:
         torch.manual_seed(seed)
         net = build.build_network(self.job.seeded(seed).config, self.data)
-        loop = ways.Eager(self.job.network(self.data), self.data, net, self.x)
-        for _ in range(self.job.config.epochs):
-            loop.net.train()
-            loop.steps(torch.randperm(len(self.x), device=self.x.device))
-            loop.net.eval()
-            with torch.inference_mode(), autocast(self.x.device, self.job.config.precision):
-                right = loop.net(self.x_test).argmax(1) == self.data.y_test
-            accuracy = right.float().mean().item()
-        return accuracy
+        self.loop.net.load_state_dict(nn.Sequential(*net.children()).state_dict())
+        return [self._epoch() for _ in range(self.job.config.epochs)][-1]
+
+
+class Medium(InMemory):
+    name, way = "PyTorch, in-memory loop, precision medium", rivals.Medium
+
+
+class CompiledStep(InMemory):
+    name, way = "PyTorch, compiled step", rivals.CompiledStep
+
+
+class Jax(InMemory):
+    name, way = "JAX, jitted epoch", rivals.Jax
+
+
+class NumPy(InMemory):
+    name, way = "NumPy by hand", rivals.NumPy
 
 
 class DataLoaders:
@@ -182,7 +208,7 @@ class ScikitLearn:
         return float(net.score(self.x_test, self.y_test))
 
 
-WAYS = (Ours, InMemory, ScikitLearn, DataLoaders)
+WAYS = (Ours, Jax, InMemory, Medium, CompiledStep, NumPy, ScikitLearn, DataLoaders)
 
 
 def unpack(data_dir: Path | None, folder: Path) -> None:
@@ -199,13 +225,16 @@ def unpack(data_dir: Path | None, folder: Path) -> None:
 def time_rows(job: Job, data: types.Data, compared: list, rounds: int, **limits) -> list[dict]:
     """A row a way: wall time, and the accuracies of the rounds; limits: of timing.rounds."""
     compared[0].run(seed=rounds)  # threads, libraries and kernels are loaded
-    runs, device = {way.name: way.run for way in compared}, data.x_train.device.type
+    made, device = {way.name: way for way in compared}, data.x_train.device.type
+    runs = {name: way.run for name, way in made.items()}
     found = timing.rounds(runs, rounds, device, **limits)
     rows = []
     for name, (seconds, accuracies) in found.items():
         if seconds:
             row = {"network": job.name, "way": name, "seconds": timing.spread(seconds)}
             row["time over fusedmlp's"] = timing.over(seconds, found[compared[0].name][0])
+            if compiling := getattr(made[name], "compiling", None):
+                row["compile, s"] = compiling
             row |= {"epochs": job.config.epochs, "rounds": len(seconds), "data": data.name}
             if data.name != "noise":
                 row["test accuracy"] = statistics.mean(accuracies)
@@ -223,6 +252,32 @@ def epoch_rows(job: Job, data: types.Data, precision: str, seeds: int, until: fl
         compared[1].run(seed=seeds)
         rows = time_rows(job, data, compared, seeds, until=until)
     return [{"table": "epochs", "precision": precision} | row for row in rows]
+
+
+def ready(job: Job, data: types.Data, asked: list[str]) -> list:
+    """Ours, and the ways whose names begin so; of one that cannot run here the reason is told."""
+    found = []
+    for make in WAYS:
+        if make is Ours or make.name.startswith(tuple(asked)):
+            try:
+                found.append(make(job, data))
+            except (ImportError, RuntimeError) as error:
+                print(f"bench.train: {make.name} is left out: {error}", file=sys.stderr)
+    return found
+
+
+def put(times: record.Results, rows: list[dict]) -> None:
+    """Adds rows in place of those of the same job and way."""
+
+    def which(row: dict) -> tuple:
+        return tuple(row.get(name) for name in ("network", "way", "epochs", "busy"))
+
+    new = {which(row) for row in rows}
+    names = [way.name for way in WAYS]
+    times.rows = [row for row in times.rows if which(row) not in new]
+    times.add(*rows)
+    times.rows.sort(key=lambda row: (row["network"], names.index(row["way"])))
+    times.write()
 
 
 def seed_row(job: Job, way, seeds: int) -> dict:
@@ -293,12 +348,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data-dir", type=Path, help="folder of Fashion-MNIST")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=["time"])
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder")
-    parser.add_argument("--resume", action="store_true", help="keep the ways that seeds.json has")
+    parser.add_argument("--resume", action="store_true", help="keep what the files have")
     parser.add_argument(
         "--ways", nargs="+", default=[""], help="ours, and those whose names begin so"
     )
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5, help="of `time`")
+    parser.add_argument("--busy", type=int, default=0, help="programs that run beside `time`")
     # The DataLoader script takes ten times as long as the others together.
     parser.add_argument("--loader-rounds", type=int, default=1, help="of the DataLoader script")
     parser.add_argument("--seeds", type=int, default=10)
@@ -312,20 +368,21 @@ def main(argv: list[str] | None = None) -> int:
     results = {}
     for name in ("train", "seeds", "parity"):
         head = record.header(name, "bench.train", argv, args.device)
-        results[name] = record.Results(head, args.out / f"{name}.json")
+        make = record.resumed if args.resume and name != "parity" else record.Results
+        results[name] = make(head, args.out / f"{name}.json")
     times, seeds, parity = results.values()
-    seeds.rows = record.kept(seeds.out) if args.resume else []
     for job in jobs(args.data_dir, args.epochs, args.device):
         data = datasets.load(job.config).to(args.device)
         if "parity" in args.part:
             parity.add(*parity_rows(job, data, args.steps, args.parity_seeds))
         if args.part == ["parity"]:
             continue
-        asked = [way for way in WAYS if way is Ours or way.name.startswith(tuple(args.ways))]
-        compared = [make(job, data) for make in asked]
+        compared = ready(job, data, args.ways)
         if "time" in args.part:
             fewer = {DataLoaders.name: args.loader_rounds}
-            times.add(*time_rows(job, data, compared, args.rounds, only_first=fewer))
+            with timing.busy(args.busy):
+                rows = time_rows(job, data, compared, args.rounds, only_first=fewer)
+            put(times, [row | ({"busy": args.busy} if args.busy else {}) for row in rows])
         for way in compared if "seeds" in args.part else ():
             row = {"network": job.name, "way": way.name, "epochs": args.epochs}
             row["seeds"] = args.seeds
