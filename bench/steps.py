@@ -15,8 +15,8 @@ what to read. Groups on a CPU, of the native engine, which gathers and scales ui
   ensemble        a step of 1 to 64 networks at once (native_many.py) against a step of one
   rivals          --steps steps of the engine, of eager, and of the others in rivals.py, held
                   against fp64 first as below; what a way compiles is in a column of its own
-Of these, a share of the processor's fp32 peak (peak.py), measured before each case. --busy 1 times
-each case beside a process that is never idle; --busy 0 1 also over the time without it.
+Of these, a share of the processor's fp32 peak, which is measured in the same run (peak.py).
+--busy 1 times each case beside a process that is never idle; --busy 0 1 also over the time without.
 Groups on a GPU:
   ways            --steps steps by the wall clock with one wait at the end; every way has the data
                   on the device, takes row numbers, and sums its losses:
@@ -273,7 +273,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--dims", nargs="+", help="networks, as 784-256-10, instead of the group's")
     p.add_argument("--batch", type=int, default=256, help="rows a step, with --dims and on a GPU")
     p.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
-    p.add_argument("--budget", type=float, help="seconds of timing a case (5; of `ways` 2)")
+    p.add_argument("--budget", type=float, help="seconds of timing a case (5; rivals 10, ways 2)")
     p.add_argument("--precision", nargs="+", choices=PRECISIONS, help="default: all of the device")
     p.add_argument("--ways", nargs="+", default=[""], help="rivals whose names begin so, and ours")
     p.add_argument("--busy", type=int, nargs="+", default=[0], help="programs that run beside it")
@@ -294,6 +294,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         p.error("--group ways epochs are measured apart from the others, which are a CPU's")
     if by_any_device and args.busy != [0]:
         p.error("--busy is for the groups of a CPU")
+    if args.budget is None:
+        args.budget = 2.0 if by_any_device else 10.0 if args.group == ["rivals"] else 5.0
     if args.precision is None:
         args.precision = [x for x in PRECISIONS if args.device == "cuda" or x != "tf32"]
     return args
@@ -306,8 +308,7 @@ def _rivals(args: argparse.Namespace, results: record.Results) -> None:
         torch.set_num_threads(threads)
         for net in [network(dims, batch=args.batch) for dims in args.dims or ()] or MAIN:
             data = ways.noise(args.rows or 60_000, 1, net.dims[0], net.dims[-1])
-            budget = args.budget or 10.0
-            rows = way_rows(net, data, args.steps, budget, known, RIVALLED, args.busy)
+            rows = way_rows(net, data, args.steps, args.budget, known, RIVALLED, args.busy)
             results.add(*({"threads": threads} | row for row in rows))
 
 
@@ -315,17 +316,16 @@ def on_a_cpu(args: argparse.Namespace, results: record.Results) -> None:
     if args.group == ["rivals"]:
         _rivals(args, results)
         return
-    budget = args.budget or 5.0
     for threads in args.threads:
         for group in args.group:
             asked = [network(dims, batch=args.batch) for dims in args.dims or ()]
             for net in asked or SCALING.get(group, ()):
                 name = "asked" if asked else group
-                results.add(*engine_rows(net, threads, budget, name, args.busy))
+                results.add(*engine_rows(net, threads, args.budget, name, args.busy))
             for net in ENSEMBLE if group == "ensemble" else ():
-                results.add(*ensemble_rows(net, threads, budget, args.busy))
+                results.add(*ensemble_rows(net, threads, args.budget, args.busy))
     for net in MAIN if "threads" in args.group else ():
-        results.add(*thread_rows(net, sorted({1, *args.threads}), budget, args.busy))
+        results.add(*thread_rows(net, sorted({1, *args.threads}), args.budget, args.busy))
 
 
 def by_ways(args: argparse.Namespace, results: record.Results) -> None:
@@ -352,7 +352,7 @@ def by_ways(args: argparse.Namespace, results: record.Results) -> None:
                 break
             net = network(dims, p, precision=precision, batch=args.batch)
             data = ways.noise(args.rows or 60_000, 1, net.dims[0], net.dims[-1]).to(args.device)
-            rows = way_rows(net, data, args.steps, args.budget or 2.0)
+            rows = way_rows(net, data, args.steps, args.budget)
             results.add(*({"table": "steps"} | row for row in rows))
 
 

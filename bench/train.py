@@ -273,10 +273,10 @@ def put(times: record.Results, rows: list[dict]) -> None:
         return tuple(row.get(name) for name in ("network", "way", "epochs", "busy"))
 
     new = {which(row) for row in rows}
-    names = [way.name for way in WAYS]
+    place = {way.name: i for i, way in enumerate(WAYS)}
     times.rows = [row for row in times.rows if which(row) not in new]
     times.add(*rows)
-    times.rows.sort(key=lambda row: (row["network"], names.index(row["way"])))
+    times.rows.sort(key=lambda row: (row["network"], place.get(row["way"], len(place))))
     times.write()
 
 
