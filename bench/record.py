@@ -3,15 +3,17 @@ nothing. `python -m bench.record FILE MOMENT` is how gpu.sh writes down its mach
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib
+import importlib.metadata
 import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -48,8 +50,8 @@ def machine(device: str = "cpu") -> dict:
     return found
 
 
-def versions() -> dict:
-    """Python, torch, CUDA and Triton; this package's own."""
+def versions(packages: Sequence[str] = ()) -> dict:
+    """Python, torch, CUDA and Triton; this package's own; and those of packages that are there."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     found["cuda"] = torch.version.cuda
     for name in ("triton", "fusedmlp"):
@@ -57,6 +59,9 @@ def versions() -> dict:
             found[name] = importlib.import_module(name).__version__
         except (ImportError, AttributeError):
             found[name] = None
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     return found
 
 
@@ -82,15 +87,24 @@ def clocks() -> dict[str, str]:
     return gpu_state("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 
 
-def header(name: str, module: str, argv: list[str] | None, device: str = "cpu") -> dict:
-    """What a results file opens with; its figures follow under 'rows'."""
+def header(
+    name: str,
+    module: str,
+    argv: list[str] | None,
+    device: str = "cpu",
+    packages: Sequence[str] = (),
+) -> dict:
+    """What a results file opens with; its figures follow under 'rows'.
+
+    packages  what else is timed
+    """
     given = sys.argv[1:] if argv is None else argv
     # Where something lies on one machine is of no use on another.
     arguments = shlex.join("DIR" if Path(a).is_absolute() else a for a in given)
     return {
         "name": name,
         "machine": machine(device),
-        "versions": versions(),
+        "versions": versions(packages),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": f"python -m {module} {arguments}".rstrip(),

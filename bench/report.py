@@ -18,7 +18,7 @@ from pathlib import Path
 
 from fusedmlp.train import TrainError, plots
 
-from . import record, tables
+from . import record, rivals, tables
 
 _MARKED = re.compile(
     r"(?P<open><!-- bench:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<close><!-- /bench:(?P=name) -->)",
@@ -35,7 +35,7 @@ def _words(machine: dict) -> str:
 
 def source(found: dict) -> str:
     """The lines under a table, one a run: command, machine, versions, commit, date."""
-    named = ((name, found["versions"].get(name)) for name in ("torch", "triton"))
+    named = ((name, found["versions"].get(name)) for name in ("torch", "triton", *rivals.PACKAGES))
     versions = [f"{name} {version}" for name, version in named if version]
     where = "; ".join([_words(found["machine"]), ", ".join(versions)])
     when = f"commit {found['commit'] or 'unknown'}; {found['date'][:10]}"

@@ -20,6 +20,8 @@ from fusedmlp.train.data import types
 
 from .ways import SEED, Eager, Network, OursNative
 
+PACKAGES = ("jax", "numpy", "scikit-learn")  # whose versions a table names
+
 
 @contextlib.contextmanager
 def _coarse_products() -> Iterator[None]:

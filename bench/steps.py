@@ -365,7 +365,8 @@ def main(argv: list[str] | None = None) -> int:
     name = "gpu_steps" if args.device == "cuda" else "cpu_steps" if has_ways else "engine_step"
     name = "rivals" if args.group == ["rivals"] else name
     torch.set_num_threads(max(args.threads))  # what the head says
-    head = record.header(name, "bench.steps", argv, args.device)
+    packages = rivals.PACKAGES[:2] if args.group == ["rivals"] else ()
+    head = record.header(name, "bench.steps", argv, args.device, packages)
     (by_ways if has_ways else on_a_cpu)(args, record.Results(head, args.out))
     return 0
 

@@ -367,7 +367,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     results = {}
     for name in ("train", "seeds", "parity"):
-        head = record.header(name, "bench.train", argv, args.device)
+        head = record.header(name, "bench.train", argv, args.device, rivals.PACKAGES)
         make = record.resumed if args.resume and name != "parity" else record.Results
         results[name] = make(head, args.out / f"{name}.json")
     times, seeds, parity = results.values()
