@@ -118,9 +118,12 @@ def _micros(t: timing.Timing, steps: int) -> list[float]:
 def _share(t: timing.Timing, flops: int, top: float | None) -> dict:
     """The share that calls of so many operations have of `top` GFLOP/s; nothing where that is not
     known."""
-    share = {"peak_gflops": top, "share of peak": []}
-    share["share of peak"] = timing.spread([flops / (1e6 * ms * (top or 1)) for ms in t.ms])
-    return share if top else {}
+    if top is None:
+        return {}
+    return {
+        "peak_gflops": top,
+        "share of peak": timing.spread([flops / (1e6 * ms * top) for ms in t.ms]),
+    }
 
 
 def _beside(
@@ -232,9 +235,8 @@ def way_rows(
     device, count = data.x_train.device.type, len(data.x_train)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(2))
     order = order.repeat(-(-steps * net.batch // count))[: steps * net.batch].to(device)
-    if device == "cuda":
-        # Functions of one name share a limit of recompilations, beyond which they run as eager.
-        torch.compiler.reset()
+    # Functions of one name share a limit of recompilations, beyond which they run as eager.
+    torch.compiler.reset()
     with timing.products(net.precision):
         checker = ways.Checker(net, data, order[: CHECKED * net.batch])
         for name, make in (known or ways.WAYS).items():
