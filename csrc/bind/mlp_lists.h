@@ -13,7 +13,7 @@ constexpr const char* kMlp = "mlp";
 
 using Tensors = std::vector<Tensor>;
 
-constexpr size_t kMlpInts = 4;    // of a layer: act, threshold, layer, which params it has
+constexpr size_t kMlpInts = 4;    // of a layer: act, threshold, stream offset, which params it has
 constexpr size_t kMlpFloats = 2;  // alpha, scale
 enum MlpBits : int64_t { kW = 1, kB = 2, kSlope = 4 };
 

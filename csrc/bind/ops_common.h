@@ -73,7 +73,7 @@ struct Numbers {
     double alpha;
     int64_t threshold;
     double scale;
-    int64_t layer;
+    int64_t stream_offset;
     int64_t row_offset;
 };
 
@@ -96,7 +96,9 @@ struct Epilogue {
         params.cols = cols;
         params.act = n.act < 0 || n.act >= kActCount ? kActCount : int(n.act);
         params.alpha = float(n.alpha);
-        params.drop = {nullptr, uint64_t(n.threshold), float(n.scale), n.layer, n.row_offset};
+        params.drop = {
+            nullptr, uint64_t(n.threshold), float(n.scale), n.stream_offset, n.row_offset
+        };
         if (n.act != params.act)
             fail(op, ": act must be an id in [0, ", int(kActCount), "), got ", n.act);
         check_numbers(op, params);
@@ -259,10 +261,10 @@ Tensor linear_act_infer(
     double alpha,
     int64_t threshold,
     double scale,
-    int64_t layer,
+    int64_t stream_offset,
     int64_t row_offset
 ) {
-    const Numbers n{act, alpha, threshold, scale, layer, row_offset};
+    const Numbers n{act, alpha, threshold, scale, stream_offset, row_offset};
     return std::get<0>(linear_act<Device>(kLinear, x, w, b, slope, state, n, false));
 }
 
@@ -277,10 +279,10 @@ std::tuple<Tensor, Tensor> linear_act_fwd(
     double alpha,
     int64_t threshold,
     double scale,
-    int64_t layer,
+    int64_t stream_offset,
     int64_t row_offset
 ) {
-    const Numbers n{act, alpha, threshold, scale, layer, row_offset};
+    const Numbers n{act, alpha, threshold, scale, stream_offset, row_offset};
     auto [y, h] = linear_act<Device>(kLinear, x, w, b, slope, state, n, true);
     return {y, *h};
 }
@@ -295,7 +297,7 @@ Tensor bias_act_dropout_fwd(
     double alpha,
     int64_t threshold,
     double scale,
-    int64_t layer,
+    int64_t stream_offset,
     int64_t row_offset
 ) {
     const char* op = kElementwise;
@@ -305,7 +307,7 @@ Tensor bias_act_dropout_fwd(
         fail(op, ": input must be (..., N) to add a bias, got a 0-D tensor");
     const Epilogue e(
         op, xv, xv.rows(), xv.last(), b, "input", xv, slope, state,
-        {act, alpha, threshold, scale, layer, row_offset}
+        {act, alpha, threshold, scale, stream_offset, row_offset}
     );
     Device device(op, xv);
     const Tensor y = empty(op, device, xv.sizes, xv.dim, xv.dtype);
@@ -327,7 +329,7 @@ std::tuple<Tensor, Tensor, Tensor> bias_act_dropout_bwd(
     double alpha,
     int64_t threshold,
     double scale,
-    int64_t layer,
+    int64_t stream_offset,
     int64_t row_offset,
     int64_t saves,
     bool need_db,
@@ -338,7 +340,7 @@ std::tuple<Tensor, Tensor, Tensor> bias_act_dropout_bwd(
     check_tensor(op, "dy", dyv);
     const Epilogue e(
         op, dyv, dyv.rows(), dyv.last(), b, "input", dyv, slope, state,
-        {act, alpha, threshold, scale, layer, row_offset}
+        {act, alpha, threshold, scale, stream_offset, row_offset}
     );
     if (saves < kSavesNothing || saves > kSavesZ)
         fail(op, ": saves must be 0, 1 or 2, got ", saves);

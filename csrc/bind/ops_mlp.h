@@ -132,7 +132,7 @@ Tensors mlp_bwd(
                 saved = l.saves == kSavesY ? ys[i] : hs[h];
             auto [dz, db, dslope] = bias_act_dropout_bwd<Device>(
                 d, saved, l.b, l.slope, state, l.n.act, l.n.alpha, l.n.threshold, l.n.scale,
-                l.n.layer, l.n.row_offset, l.saves, need_b, need_slope
+                l.n.stream_offset, l.n.row_offset, l.saves, need_b, need_slope
             );
             d = dz;
             if (need_b)

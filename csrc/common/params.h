@@ -14,11 +14,11 @@ constexpr int kDtypeCount = 3;
 // Implements philox.py. threshold = 0: nothing is dropped and state is not read; 2^32: everything
 // is.
 struct DropoutParams {
-    const int64_t* state;  // (2,) seed and stream, in the memory of the device
-    uint64_t threshold;    // round(p * 2^32)
-    float scale;           // 1 / (1 - p)
-    int64_t layer;         // added to the stream
-    int64_t row_offset;    // added to the row
+    const int64_t* state;   // (2,) seed and stream, in the memory of the device
+    uint64_t threshold;     // round(p * 2^32)
+    float scale;            // 1 / (1 - p)
+    int64_t stream_offset;  // added to the stream
+    int64_t row_offset;     // added to the row
 };
 
 struct EpilogueParams {

@@ -125,7 +125,7 @@ Philox make_philox(const DropoutParams& d) {
         p.k0[i] = k0;
         p.k1[i] = k1;
     }
-    p.stream = uint64_t(d.state[1]) + uint64_t(d.layer);
+    p.stream = uint64_t(d.state[1]) + uint64_t(d.stream_offset);
     p.row_offset = uint64_t(d.row_offset);
     p.threshold = uint32_t(d.threshold);
     return p;

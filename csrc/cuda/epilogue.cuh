@@ -46,7 +46,7 @@ __device__ __forceinline__ Draws load_draws(const DropoutParams& d) {
     Draws draws{0, 0, uint32_t(d.threshold), d.threshold != 0};
     if (draws.on) {
         draws.seed = uint64_t(d.state[0]);
-        draws.stream = uint64_t(d.state[1]) + uint64_t(d.layer);
+        draws.stream = uint64_t(d.state[1]) + uint64_t(d.stream_offset);
     }
     return draws;
 }

@@ -27,7 +27,7 @@ _EAGER = ("eager", "native")
 _UNMEASURED = ("eager", "reference")
 _MACHINE = "an AMD EPYC CPU with 2 threads, torch 2.15"
 
-# Elements of the output below which plain PyTorch is the faster route on a CPU when nothing is
+# Elements of the output below which plain PyTorch is faster on a CPU when nothing is
 # dropped: (with gradients, without). An op saves passes over the output and costs an autograd node
 # in Python. For ReLU alone it saves next to nothing, as PyTorch's linear adds the bias for free,
 # until the passes go to memory; for gelu and tanh its own vector code is faster than PyTorch's.

@@ -1,7 +1,7 @@
 """The ops as compositions of differentiable PyTorch functions.
 
 Used where PyTorch has to differentiate through an op: gradients of gradients, functorch transforms,
-and calls for which plain PyTorch is the fastest route. Same values and masks as the ops. Nothing
+and calls for which plain PyTorch is fastest. Same values and masks as the ops. Nothing
 here decides when.
 """
 

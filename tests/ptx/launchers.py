@@ -23,7 +23,7 @@ class Dropout(Structure):
         ("state", c_void_p),
         ("threshold", c_uint64),
         ("scale", c_float),
-        ("layer", c_int64),
+        ("stream_offset", c_int64),
         ("row_offset", c_int64),
     ]
 
@@ -152,7 +152,9 @@ def _pointer(t: torch.Tensor | None):
     return None if t is None or t.numel() == 0 else t.data_ptr()
 
 
-def epilogue(like, cols, rows, b, slope, state, act, alpha, threshold, scale, layer, row_offset):
+def epilogue(
+    like, cols, rows, b, slope, state, act, alpha, threshold, scale, stream_offset, row_offset
+):
     def dtype_of(t):
         return DTYPE_IDS[like.dtype if t is None else t.dtype]
 
@@ -164,7 +166,7 @@ def epilogue(like, cols, rows, b, slope, state, act, alpha, threshold, scale, la
         0 if slope is None else slope.numel(),
         act,
         alpha,
-        Dropout(_pointer(state), threshold, scale, layer, row_offset),
+        Dropout(_pointer(state), threshold, scale, stream_offset, row_offset),
         dtype_of(None),
         rows,
         cols,

@@ -149,7 +149,7 @@ class Calls:
             threshold, scale = layer.dropping() if is_training else (0, 1.0)
             pairs = zip(layers.BITS, layer.tensors(), strict=True)
             bits = sum(bit for bit, t in pairs if t is not None)
-            ints += [layer.act, threshold, layer.number + streams, bits]
+            ints += [layer.act, threshold, layer.stream_offset + streams, bits]
             numbers += [layer.alpha, scale]
         return ints, numbers
 

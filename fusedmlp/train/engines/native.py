@@ -224,7 +224,7 @@ class Native:
         numbers: list[float] = []
         for layer in self.layers:
             threshold, scale = layer.dropping()
-            ints += (layer.act, layer.saves(threshold != 0), threshold, layer.number)
+            ints += (layer.act, layer.saves(threshold != 0), threshold, layer.stream_offset)
             numbers += (layer.alpha, scale)
             for t in layer.tensors():
                 numbers += rates.get(id(t), (0.0, 0.0))

@@ -118,7 +118,7 @@ def evaluate(
             tensors_of(every),
             totals,
             work,
-            [n for one in every for n in (one.act, one.saves(False), 0, one.number)],
+            [n for one in every for n in (one.act, one.saves(False), 0, one.stream_offset)],
             [n for one in every for n in (one.alpha, 1.0, *_NO_RATES)],
             [len(layers) for layers in networks],
             float(scaling.divisor),

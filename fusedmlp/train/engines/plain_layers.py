@@ -34,14 +34,14 @@ _LAYER_RULE = "only an activation or Dropout that follows a Linear can be part o
 
 @dataclass
 class Layer:
-    """y = drop(act(x w^T + b)); its masks have the stream of the step plus `number`."""
+    """y = drop(act(x w^T + b)); its masks have the stream of the step plus `stream_offset`."""
 
     linear: nn.Linear
     act: int
     alpha: float
     slope: Tensor | None
     dropout: nn.Dropout | None
-    number: int
+    stream_offset: int
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """(w, b, slope), None where there is none."""
@@ -73,7 +73,7 @@ def layers_of(model: nn.Module) -> tuple[list[Layer], list[str]]:
         if is_tampered(first):
             return [], ["its first module has hooks"]
     layers, reasons = [], []
-    number = model.stream_offset if isinstance(model, FusedSequential) else 0
+    offset = model.stream_offset if isinstance(model, FusedSequential) else 0
     for item in find_groups(children):
         if type(item) is not LayerGroup:
             name = type(item.module).__name__
@@ -84,9 +84,9 @@ def layers_of(model: nn.Module) -> tuple[list[Layer], list[str]]:
             reasons.append(f"{names} ({item.index}) does not follow a Linear; {_LAYER_RULE}")
         else:
             slope = item.activation.weight if item.act == activations.PRELU else None
-            layer = Layer(item.linear, item.act, item.alpha, slope, item.dropout, number)
+            layer = Layer(item.linear, item.act, item.alpha, slope, item.dropout, offset)
             layers.append(layer)
-            number += 1
+            offset += 1
     if not layers and not reasons:
         reasons.append("the model has no Linear")
     for before, after in zip(layers, layers[1:], strict=False):
