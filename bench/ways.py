@@ -24,8 +24,8 @@ from fusedmlp.train.task import Task, autocast
 from .timing import captured
 
 SEED = 0x5EED
-# Relative error of an update: one hidden unit on the other side of relu's kink makes up to 4.5e-3 in
-# 8 steps of 784-256-10, in PyTorch's own loop too; a rate that is 3 % off makes 3e-2.
+# Relative error of an update: one hidden unit on the other side of relu's kink makes up to 4.5e-3
+# in 8 steps of 784-256-10, in PyTorch's own loop too; a rate that is 3 % off makes 3e-2.
 FLOOR = 1e-2
 LOSS_NEAR = 0.05  # relative, of the mean loss of a way that draws masks of its own
 
