@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <system_error>
 #include <thread>
 
 #ifdef FUSEDMLP_X86
@@ -81,10 +82,14 @@ class Pool {
   private:
     static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-    // Workers live as long as the process.
+    // Workers live as long as the process. Where the system gives no more threads, fewer do the
+    // work.
     void start(int workers) {
-        for (; workers_ < workers; ++workers_)
-            std::thread([this, number = workers_] { work(number); }).detach();
+        try {
+            for (; workers_ < workers; ++workers_)
+                std::thread([this, number = workers_] { work(number); }).detach();
+        } catch (const std::system_error&) {
+        }
     }
 
     void work(int number) {
