@@ -10,6 +10,10 @@ namespace {
 constexpr int64_t kGrain = 16384;  // elements for which another thread is worth its start
 constexpr int64_t kBlockWork = int64_t(1) << 20;  // products for which a block is worth its start
 constexpr int64_t kFewRows = 32;  // for which a thread of its own costs a pass over all weights
+// Weights beyond this are not in the L2 cache from one piece of the rows to the next, and a piece
+// of fewer rows waits for them longer than it multiplies.
+constexpr int64_t kCachedWeights = int64_t(1) << 17;
+constexpr int64_t kPieceRows = 64;
 // Floats from row to row at which all rows share one set of the L1 cache.
 constexpr int64_t kAlias = 1024;
 
@@ -93,6 +97,7 @@ void Network::set_batch(int64_t rows) {
     // Blocks of about the same size: two of 176 and 41 rows would keep one thread waiting.
     const int64_t blocks = ceil_div(rows, round_up(std::clamp<int64_t>(least, 1, rows), 16));
     block_ = round_up(ceil_div(rows, blocks), 16);
+    piece_ = work > kCachedWeights ? ceil_div(kPieceRows, block_) : 1;
 }
 
 EpilogueParams Network::epilogue(const Layer& l, Rows r) const {

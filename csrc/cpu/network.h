@@ -110,7 +110,7 @@ class Network {
             body(Rows{0, rows_}, parallel_);
             return;
         }
-        failed |= run(parallel_, blocks(), 1, [&](int64_t begin, int64_t end) {
+        failed |= run(parallel_, blocks(), piece_, [&](int64_t begin, int64_t end) {
             body(Rows{begin * block, std::min(rows_, end * block)}, alone);
         });
     }
@@ -147,6 +147,7 @@ class Network {
     ParallelFor parallel_;
     int64_t rows_ = 0;
     int64_t block_ = 1;  // rows of it
+    int64_t piece_ = 1;  // blocks that a thread takes at least
 };
 
 }  // namespace fusedmlp::cpu
