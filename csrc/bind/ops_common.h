@@ -1,18 +1,9 @@
 // The `native` ops for any device: checks, allocation, views, and which kernel or library call does
 // what. Through libtorch's stable ABI only; the schemas are in fusedmlp/ops.py. A binding file
-// brings
-//
-//   struct Device {
-//       Device(const char* op, const View& like);   // makes like's device the current one
-//       AtenTensorHandle empty(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t
-//       dtype); int mm(AtenTensorHandle out, AtenTensorHandle x, AtenTensorHandle w); int
-//       addmm(AtenTensorHandle out, AtenTensorHandle b, AtenTensorHandle x, AtenTensorHandle w);
-//       int fwd(const BiasActDropoutFwdParams&);
-//       int64_t bwd_scratch(const BiasActDropoutBwdParams&);                 // floats
-//       int bwd(const BiasActDropoutBwdParams&, float* scratch);
-//       bool takes(const LinearActParams&);         // whether its own GEMM kernel does
-//       int linear_act(const LinearActParams&);
-//   };
+// brings a struct Device, made of an op's name and a tensor whose device becomes the current one:
+//   empty(dim, sizes, strides, dtype), mm(out, x, w), addmm(out, b, x, w)  torch's
+//   fwd(p), bwd_scratch(p) in floats, bwd(p, scratch)                      bias_act_dropout
+//   takes(p), linear_act(p)                                                a GEMM kernel of its own
 #pragma once
 
 #include <torch/csrc/stable/library.h>

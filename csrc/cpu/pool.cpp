@@ -1,7 +1,9 @@
-// A loop is published as one number: its turn, and how many of its grains nobody has taken. A
-// thread takes some by making that smaller, which succeeds only where both are as it has read them.
-// The owner returns when all grains are done, and what a thread reads of a loop that has grains
-// left therefore belongs to that loop.
+// Loops whose pieces go to whichever thread is free. A loop is published as one number: its turn,
+// and the first and one past the last of the grains that nobody has taken. A thread takes some by
+// changing that number, which succeeds only where it is as the thread has read it. The owner
+// returns when all grains are done, so what a thread reads of a loop that has grains left belongs
+// to that loop. The owner takes grains from the front and the others from the back: one loop after
+// the other over the same memory then gives a thread what it had before, which is in its cache.
 #include "cpu/pool.h"
 
 #include <pthread.h>
@@ -9,7 +11,8 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <system_error>
+#include <exception>
+
 #include <thread>
 
 #ifdef FUSEDMLP_X86
@@ -82,13 +85,12 @@ class Pool {
   private:
     static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-    // Workers live as long as the process. Where the system gives no more threads, fewer do the
-    // work.
+    // Workers live as long as the process. Where the system gives no more, fewer do the work.
     void start(int workers) {
         try {
             for (; workers_ < workers; ++workers_)
                 std::thread([this, number = workers_] { work(number); }).detach();
-        } catch (const std::system_error&) {
+        } catch (const std::exception&) {
         }
     }
 
@@ -171,10 +173,10 @@ int pool_for(
     if (end <= begin)
         return 0;
     if (threads > 1 && end - begin > grain && !is_forked) {
-        Pool& threads_here = pool();
-        if (!threads_here.is_taken.exchange(true, std::memory_order_acquire)) {
-            const int failed = threads_here.run(threads, begin, end - begin, grain, body, context);
-            threads_here.is_taken.store(false, std::memory_order_release);
+        Pool& shared = pool();
+        if (!shared.is_taken.exchange(true, std::memory_order_acquire)) {
+            const int failed = shared.run(threads, begin, end - begin, grain, body, context);
+            shared.is_taken.store(false, std::memory_order_release);
             return failed;
         }
     }

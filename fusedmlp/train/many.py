@@ -20,6 +20,7 @@ from .config import TrainConfig
 from .data import inputs
 from .data.rows import type_names
 from .data.types import Data, Scaling, permutation, resolved
+from .data.weights import check_weights
 from .engines.native import Native
 from .engines.native_many import NativeMany, Share
 from .errors import UsageError
@@ -91,6 +92,8 @@ def fit_many(
     another keeps its last weights. Settings that are None are those of `fit`.
     """
     _check(members, x, y, loss)
+    if weights is not None:
+        check_weights(weights, len(x))
     tasks = _tasks(members, x, y, loss, scaling)
     for _, task in tasks:
         task.row_weights = None if weights is None else weights.float().to(task.device)

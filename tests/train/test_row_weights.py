@@ -183,3 +183,22 @@ def test_what_cannot_be_weighed_is_said():
     ):
         with pytest.raises(TrainError, match=message):
             fit(_net(3), replace(data, weights=weights), CONFIG)
+
+
+@pytest.mark.parametrize(
+    "weights, error, message",
+    [
+        ([1.0, 2.0], TypeError, "weights must be a tensor, got list"),
+        (torch.ones(2), TrainError, r"weights must be \(3,\), one a training row, got \(2,\)"),
+        (
+            torch.tensor([1.0, -1.0, 1.0]),
+            TrainError,
+            "weights must be finite numbers of at least 0",
+        ),
+    ],
+)
+def test_weights_of_another_kind_are_refused_by_fit_many(weights, error, message):
+    with pytest.raises(error, match=message):
+        fit_many(
+            [], torch.zeros(3, 2), torch.zeros(3).long(), loss="cross_entropy", weights=weights
+        )

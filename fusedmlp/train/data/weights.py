@@ -15,9 +15,10 @@ def row_weights(data: Data, class_weight: str | None) -> Tensor | None:
     A row has its own weight times that of its class, which for `balanced` is n / (classes * rows of
     the class), as scikit-learn has it. Classes without a training row are not counted.
     """
-    weights = None if data.weights is None else data.weights.double().to(data.y_train.device)
-    if weights is not None:
-        _check(weights, len(data.x_train))
+    weights = None
+    if data.weights is not None:
+        check_weights(data.weights, len(data.x_train))
+        weights = data.weights.double().to(data.y_train.device)
     if class_weight == "balanced":
         if not data.is_classes:
             raise UsageError(
@@ -30,7 +31,9 @@ def row_weights(data: Data, class_weight: str | None) -> Tensor | None:
     return None if weights is None else weights.float()
 
 
-def _check(weights: Tensor, rows: int) -> None:
+def check_weights(weights: Tensor, rows: int) -> None:
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weights must be a tensor, got {type(weights).__name__}")
     if tuple(weights.shape) != (rows,):
         raise TrainError(
             f"weights must be ({rows},), one a training row, got {tuple(weights.shape)}"
