@@ -17,26 +17,8 @@ constexpr int64_t kBlocks = 16;  // at least, so that all threads have some
 constexpr int64_t kFewRows = 8;  // of A, for which B is not worth packing
 // Operands up to this size are read where they lie: they stay in the L1 cache.
 constexpr int64_t kDirect = 6 * 1024;
-// Rows so far apart share one set of the L1 cache, which holds 8 lines.
-constexpr int64_t kAlias = 1024;
 
 int64_t panels_of(int64_t n, int64_t width) { return (n + width - 1) / width; }
-
-// Rows of B that are few, small or far enough from aliasing are read where they lie.
-bool is_direct(const Gemm& g) {
-    return g.b_is == Layout::kRows &&
-           (g.b_padded || g.m <= kFewRows || g.n * g.k <= kDirect || g.ldb % kAlias != 0);
-}
-
-// Parts of B that must be packed: panels [first, panels).
-int64_t first_packed(const Gemm& g, int64_t nr) {
-    const int64_t panels = panels_of(g.n, nr);
-    if (g.b_is == Layout::kPanels)
-        return panels;
-    if (!is_direct(g))
-        return 0;
-    return g.n % nr && !g.b_padded ? panels - 1 : panels;
-}
 
 }  // namespace
 
@@ -70,8 +52,7 @@ void pack_panels(
 }
 
 GemmPlan plan_gemm(const Gemm& g, int64_t least) {
-    const GemmKernels& kernels = isa().gemm;
-    const int64_t nr = kernels.nr, panels = panels_of(g.n, nr), packed = first_packed(g, nr);
+    const int64_t nr = isa().gemm.nr, panels = panels_of(g.n, nr);
     GemmPlan plan{};
     GemmBlock& block = plan.block;
     block.c = g.c;
@@ -80,19 +61,16 @@ GemmPlan plan_gemm(const Gemm& g, int64_t least) {
     block.a = g.a;
     block.a_row = g.a_row;
     block.a_col = g.a_col;
-    block.mr = g.a_row % kAlias == 0 ? std::min(kernels.mr, 8) : kernels.mr;
-    const bool in_panels = g.b_is == Layout::kPanels || packed == 0;
-    block.b = packed == 0 ? g.scratch : g.b;
-    block.b_panel = in_panels ? nr * g.k : nr;
-    block.b_step = in_panels ? nr : g.ldb;
-    block.b_ahead = !in_panels;
-    if (!in_panels && packed < panels) {
-        block.b_last = g.scratch;
-        block.b_last_step = nr;
-    }
+    block.b_is_apart = g.b_is == Layout::kRows;
+    block.b = g.b_is == Layout::kAcross ? g.scratch : g.b;
+    block.b_panel = block.b_is_apart ? nr : nr * g.k;
+    block.b_step = block.b_is_apart ? g.ldb : nr;
     plan.m = g.m;
     int64_t rows = kBlockRows, cols = kBlockCols / nr;
     const auto count = [&] { return panels_of(g.m, rows) * panels_of(panels, cols); };
+    // Each block packs what lies apart, for all of its rows.
+    while (block.b_is_apart && cols > 1 && count() < least)
+        cols /= 2;
     while (rows > 32 && count() < least)
         rows /= 2;
     while (cols > 1 && count() < least)
@@ -136,16 +114,18 @@ int launch_gemm(const Gemm& g, ParallelFor parallel) {
             }
         );
     }
-    const int64_t nr = kernels.nr, panels = panels_of(g.n, nr), first = first_packed(g, nr);
-    // A panel takes about as long to pack as 16 rows to multiply with it.
-    int failed =
-        run(parallel, panels - first, grain(16 * nr * g.k), [&](int64_t begin, int64_t end) {
-            // Where only the last panel is packed, it lies at the start.
-            pack_panels(
-                g.scratch - first * nr * g.k, g.b, g.b_is, g.ldb, g.k, 0, g.k, (first + begin) * nr,
-                std::min(g.n, (first + end) * nr)
-            );
-        });
+    int failed = 0;
+    if (g.b_is == Layout::kAcross) {
+        // A panel takes about as long to pack as 16 rows to multiply with it.
+        const int64_t nr = kernels.nr;
+        failed |= run(
+            parallel, panels_of(g.n, nr), grain(16 * nr * g.k), [&](int64_t begin, int64_t end) {
+                pack_panels(
+                    g.scratch, g.b, g.b_is, g.ldb, g.k, 0, g.k, begin * nr, std::min(g.n, end * nr)
+                );
+            }
+        );
+    }
     const GemmPlan plan = plan_gemm(g, parallel == alone ? 1 : kBlocks);
     failed |=
         run(parallel, plan.blocks, grain(g.m * g.n * g.k / plan.blocks),

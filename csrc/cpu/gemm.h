@@ -24,11 +24,10 @@ struct Gemm {
     const float* b;  //
     int64_t ldb;     // from row to row; panels have none
     Layout b_is;     //
-    bool b_padded;   // kGemmPad floats may be read past the end of B
     int64_t m;       //
     int64_t n;       //
     int64_t k;       //
-    float* scratch;  // gemm_scratch(n, k) floats, or null where B needs no packing
+    float* scratch;  // gemm_scratch(n, k) floats, or null where B is not kAcross
 };
 
 int64_t gemm_scratch(int64_t n, int64_t k);
@@ -57,16 +56,13 @@ void pack_panels(
 struct GemmBlock {
     float* c;
     int64_t ldc;
-    const float* a;       // as in Gemm
-    int64_t a_row;        //
-    int64_t a_col;        //
-    int64_t mr;           // rows of a tile, at most those of the kernels
-    const float* b;       // element (k, j) of panel p: b[p b_panel + k b_step + j]
-    int64_t b_panel;      //
-    int64_t b_step;       //
-    bool b_ahead;         // fetch the next panel of B early: its rows lie far apart
-    const float* b_last;  // the last panel of B, where it is not at its place
-    int64_t b_last_step;  //
+    const float* a;   // as in Gemm
+    int64_t a_row;    //
+    int64_t a_col;    //
+    const float* b;   // element (k, j) of panel p: b[p b_panel + k b_step + j]
+    int64_t b_panel;  //
+    int64_t b_step;   //
+    bool b_is_apart;  // its rows do not lie one after the other
     int64_t n;
     int64_t k;
     int64_t i0;
@@ -75,7 +71,7 @@ struct GemmBlock {
     int64_t jp1;
 };
 
-// The blocks of a product whose B needs no packing, to be run in any order by any thread. Rows and
+// The blocks of a product whose B is not kAcross, to be run in any order by any thread. Rows and
 // columns of a block begin at multiples of the width of a panel.
 struct GemmPlan {
     GemmBlock block;
@@ -92,7 +88,6 @@ GemmBlock block_of(const GemmPlan& plan, int64_t at);
 
 // What an instruction set offers. Panels of B have nr columns.
 struct GemmKernels {
-    int mr;
     int nr;
     void (*block)(const GemmBlock& b);
     // out[k * nr + j] = in[j * ld + k] for j < cols, 0 up to nr.

@@ -10,13 +10,6 @@ constexpr int kNR = 2 * VL;
 // as accurate as the library's.
 constexpr int64_t kDepth = 128;
 
-// Rows of B that are wanted next, fetched while others are multiplied.
-struct Ahead {
-    const float* b;
-    int64_t step;
-    int64_t rows;
-};
-
 template <int M, int NV>
 static void micro(
     const float* a,
@@ -28,8 +21,7 @@ static void micro(
     float* c,
     int64_t ldc,
     int cols,
-    bool add,
-    Ahead ahead
+    bool add
 ) {
     VF acc[M][NV];
 #pragma GCC unroll 16
@@ -38,10 +30,6 @@ static void micro(
         for (int v = 0; v < NV; ++v)
             acc[i][v] = set1(0.0f);
     for (int64_t at = 0; at < k; ++at, a += a_col, b += b_step) {
-        if (at < ahead.rows) {
-            __builtin_prefetch(ahead.b + at * ahead.step);
-            __builtin_prefetch(ahead.b + at * ahead.step + VL);
-        }
         VF bv[NV];
 #pragma GCC unroll 2
         for (int v = 0; v < NV; ++v)
@@ -92,33 +80,45 @@ struct Micros {
     constexpr Micros() { fill_micros<kMR>(of); }
 };
 
+static void pack_along(float* out, const float* in, int64_t ld, int64_t cols, int64_t k) {
+    const int first = int(cols < VL ? cols : VL), second = int(cols) - first;
+    for (int64_t at = 0; at < k; ++at, out += kNR, in += ld) {
+        store(out, first == VL ? load(in) : load_part(in, first));
+        store(
+            out + VL, second == VL  ? load(in + VL)
+                      : second == 0 ? set1(0.0f)
+                                    : load_part(in + VL, second)
+        );
+    }
+}
+
 static void gemm_block(const cpu::GemmBlock& g) {
     static constexpr Micros micros;
-    const int64_t panels = (g.n + kNR - 1) / kNR, tiles = (g.i1 - g.i0 + g.mr - 1) / g.mr;
+    alignas(64) float panel[kDepth * kNR];
+    const int64_t tiles = (g.i1 - g.i0 + kMR - 1) / kMR;
     // Two at least: one sum of 20 products has 1.2 times the error of the library's.
     const int64_t least = g.k > 8 ? 2 : 1, by_depth = (g.k + kDepth - 1) / kDepth;
     const int64_t passes = by_depth < least ? least : by_depth;
     const int64_t depth = (g.k + passes - 1) / passes;
     for (int64_t k0 = 0; k0 < g.k; k0 += depth) {
-        const int64_t k = g.k - k0 < depth ? g.k - k0 : depth, share = (k + tiles - 1) / tiles;
+        const int64_t k = g.k - k0 < depth ? g.k - k0 : depth;
         for (int64_t jp = g.jp0; jp < g.jp1; ++jp) {
-            const bool last = g.b_last && jp == panels - 1;
-            const int64_t step = last ? g.b_last_step : g.b_step;
-            const float* b = (last ? g.b_last : g.b + jp * g.b_panel) + k0 * step;
             const int64_t j = jp * kNR;
             const int cols = int(g.n - j < kNR ? g.n - j : kNR);
-            const int wide = cols > VL;
-            Ahead ahead{b + g.b_panel, step, 0};
-            int64_t left = g.b_ahead && jp + 1 < g.jp1 ? k : 0;
-            for (int64_t i = g.i0; i < g.i1; i += g.mr) {
-                const int64_t rows = g.i1 - i < g.mr ? g.i1 - i : g.mr;
-                ahead.rows = left < share ? left : share;
-                micros.of[rows][wide](
+            const float* b = g.b + jp * g.b_panel + k0 * g.b_step;
+            int64_t step = g.b_step;
+            // Rows far apart are read once for all tiles. One tile reads them where they lie.
+            if (g.b_is_apart && (tiles > 1 || cols < kNR)) {
+                pack_along(panel, b, step, cols, k);
+                b = panel, step = kNR;
+            }
+            // Tiles of about the same height: the last few rows would not fill the registers.
+            for (int64_t tile = 0, i = g.i0, rows; tile < tiles; ++tile, i += rows) {
+                rows = (g.i1 - i + tiles - tile - 1) / (tiles - tile);
+                micros.of[rows][cols > VL](
                     g.a + i * g.a_row + k0 * g.a_col, g.a_row, g.a_col, b, step, k,
-                    g.c + i * g.ldc + j, g.ldc, cols, k0 > 0, ahead
+                    g.c + i * g.ldc + j, g.ldc, cols, k0 > 0
                 );
-                ahead.b += ahead.rows * step;
-                left -= ahead.rows;
             }
         }
     }
@@ -217,20 +217,8 @@ static void pack_across(float* out, const float* in, int64_t ld, int64_t cols, i
     }
 }
 
-static void pack_along(float* out, const float* in, int64_t ld, int64_t cols, int64_t k) {
-    const int first = int(cols < VL ? cols : VL), second = int(cols) - first;
-    for (int64_t at = 0; at < k; ++at, out += kNR, in += ld) {
-        store(out, first == VL ? load(in) : load_part(in, first));
-        store(
-            out + VL, second == VL  ? load(in + VL)
-                      : second == 0 ? set1(0.0f)
-                                    : load_part(in + VL, second)
-        );
-    }
-}
-
 static constexpr cpu::GemmKernels kGemmKernels = {
-    kMR, kNR, gemm_block, pack_across, pack_along, dots,
+    kNR, gemm_block, pack_across, pack_along, dots,
 };
 
 #undef FN

@@ -14,12 +14,11 @@ constexpr int64_t kFewRows = 32;  // for which a thread of its own costs a pass 
 // of fewer rows waits for them longer than it multiplies.
 constexpr int64_t kCachedWeights = int64_t(1) << 17;
 constexpr int64_t kPieceRows = 64;
-// Floats from row to row at which all rows share one set of the L1 cache.
-constexpr int64_t kAlias = 1024;
 
 }  // namespace
 
-int64_t apart(int64_t n) { return n % kAlias == 0 ? n + 16 : n; }
+// An odd number of cache lines: rows whose distance is a power of two share a few sets.
+int64_t apart(int64_t n) { return n < 256 ? n : (ceil_div(n, 16) | 1) * 16; }
 
 bool goes_in_blocks(int64_t rows) { return rows >= kFewRows; }
 

@@ -102,8 +102,7 @@ class Step {
         parts_.clear();
         int64_t work = 0;
         for (size_t i = 0; i < layers_.size(); ++i) {
-            Gemm g = network_.weight_gradient(i, b_.dw[i]);
-            g.b_padded = true;
+            const Gemm g = network_.weight_gradient(i, b_.dw[i]);
             const GemmPlan plan = plan_gemm(g, kParts);
             const int64_t each = std::max<int64_t>(1, g.m * g.n * g.k / plan.blocks);
             parts_.push_back({i, plan, work, each});
