@@ -11,7 +11,6 @@ namespace fusedmlp::cpu {
 namespace {
 
 constexpr int64_t kWork = int64_t(1) << 20;  // products for which another thread is worth its start
-constexpr int64_t kBlockRows = 128;
 constexpr int64_t kBlockCols = 256;
 constexpr int64_t kBlocks = 16;  // at least, so that all threads have some
 constexpr int64_t kFewRows = 8;  // of A, for which B is not worth packing
@@ -20,16 +19,24 @@ constexpr int64_t kDirect = 6 * 1024;
 
 int64_t panels_of(int64_t n, int64_t width) { return (n + width - 1) / width; }
 
+// Of a column of a panel.
+int64_t words_of(const GemmKernels& kernels, int64_t k) {
+    return kernels.values == 1 ? k : panels_of(k, 32) * 16;
+}
+
 }  // namespace
 
 int64_t gemm_scratch(int64_t n, int64_t k) {
-    // Enough for every instruction set: none has panels above 32 columns.
-    return panels_of(n, 32) * 32 * k + kGemmPad;
+    // Enough for every instruction set: none has panels above 32 columns or pads k beyond that.
+    return panels_of(n, 32) * 32 * std::max<int64_t>(k, 16) + kGemmPad;
 }
 
-bool is_of_dots(int64_t m, int64_t n, int64_t k) { return m <= kFewRows && n * k > kDirect; }
+bool is_of_dots(const GemmKernels& kernels, int64_t m, int64_t n, int64_t k) {
+    return kernels.dots && m <= kFewRows && n * k > kDirect;
+}
 
 void pack_panels(
+    const GemmKernels& kernels,
     float* panels,
     const float* b,
     Layout b_is,
@@ -40,10 +47,10 @@ void pack_panels(
     int64_t j0,
     int64_t j1
 ) {
-    const GemmKernels& kernels = isa().gemm;
+    const int64_t length = words_of(kernels, k), first = k0 / kernels.values;
     for (int64_t j = j0; j < j1; j += kernels.nr) {
         const int64_t cols = std::min<int64_t>(kernels.nr, j1 - j);
-        float* out = panels + j * k + k0 * kernels.nr;
+        float* out = panels + j * length + first * kernels.nr;
         if (b_is == Layout::kAcross)
             kernels.pack_across(out, b + j * ldb + k0, ldb, cols, k1 - k0);
         else
@@ -52,8 +59,9 @@ void pack_panels(
 }
 
 GemmPlan plan_gemm(const Gemm& g, int64_t least) {
-    const int64_t nr = isa().gemm.nr, panels = panels_of(g.n, nr);
+    const int64_t nr = g.kernels->nr, panels = panels_of(g.n, nr);
     GemmPlan plan{};
+    plan.kernels = g.kernels;
     GemmBlock& block = plan.block;
     block.c = g.c;
     block.ldc = g.ldc;
@@ -63,13 +71,14 @@ GemmPlan plan_gemm(const Gemm& g, int64_t least) {
     block.a_col = g.a_col;
     block.b_is_apart = g.b_is == Layout::kRows;
     block.b = g.b_is == Layout::kAcross ? g.scratch : g.b;
-    block.b_panel = block.b_is_apart ? nr : nr * g.k;
+    block.b_panel = block.b_is_apart ? nr : nr * words_of(*g.kernels, g.k);
     block.b_step = block.b_is_apart ? g.ldb : nr;
     plan.m = g.m;
     int64_t rows = kBlockRows, cols = kBlockCols / nr;
     const auto count = [&] { return panels_of(g.m, rows) * panels_of(panels, cols); };
-    // Each block packs what lies apart, for all of its rows.
-    while (block.b_is_apart && cols > 1 && count() < least)
+    // Each block packs for all of its rows what lies apart, and in bf16 for all of its columns A.
+    const int64_t few = g.kernels->values == 1 ? 1 : 4;
+    while (block.b_is_apart && cols > few && count() < least)
         cols /= 2;
     while (rows > 32 && count() < least)
         rows /= 2;
@@ -88,7 +97,7 @@ GemmBlock block_of(const GemmPlan& plan, int64_t at) {
     block.i0 = at / plan.across * plan.rows;
     block.i1 = std::min(plan.m, block.i0 + plan.rows);
     block.jp0 = at % plan.across * plan.panels;
-    block.jp1 = std::min(panels_of(block.n, isa().gemm.nr), block.jp0 + plan.panels);
+    block.jp1 = std::min(panels_of(block.n, plan.kernels->nr), block.jp0 + plan.panels);
     return block;
 }
 
@@ -100,12 +109,12 @@ int launch_gemm(const Gemm& g, ParallelFor parallel) {
             std::fill_n(g.c + i * g.ldc, g.n, 0.0f);
         return 0;
     }
-    const GemmKernels& kernels = isa().gemm;
+    const GemmKernels& kernels = *g.kernels;
     const auto grain = [](int64_t work) {
         return std::max<int64_t>(1, kWork / std::max<int64_t>(1, work));
     };
     const bool is_plain = g.b_is == Layout::kAcross && g.a_col == 1 && g.ldb == g.k;
-    if (is_plain && is_of_dots(g.m, g.n, g.k)) {
+    if (is_plain && is_of_dots(kernels, g.m, g.n, g.k)) {
         return run(
             parallel, panels_of(g.n, 16), grain(16 * g.m * g.k), [&](int64_t begin, int64_t end) {
                 kernels.dots(
@@ -118,13 +127,14 @@ int launch_gemm(const Gemm& g, ParallelFor parallel) {
     if (g.b_is == Layout::kAcross) {
         // A panel takes about as long to pack as 16 rows to multiply with it.
         const int64_t nr = kernels.nr;
-        failed |= run(
-            parallel, panels_of(g.n, nr), grain(16 * nr * g.k), [&](int64_t begin, int64_t end) {
-                pack_panels(
-                    g.scratch, g.b, g.b_is, g.ldb, g.k, 0, g.k, begin * nr, std::min(g.n, end * nr)
-                );
-            }
-        );
+        failed |=
+            run(parallel, panels_of(g.n, nr), grain(16 * nr * g.k),
+                [&](int64_t begin, int64_t end) {
+                    pack_panels(
+                        kernels, g.scratch, g.b, g.b_is, g.ldb, g.k, 0, g.k, begin * nr,
+                        std::min(g.n, end * nr)
+                    );
+                });
     }
     const GemmPlan plan = plan_gemm(g, parallel == alone ? 1 : kBlocks);
     failed |=

@@ -1,83 +1,16 @@
-// Micro-kernel and packing of gemm.h; included once for each instruction set. A tile of C stays in
-// registers: kMR rows of NV vectors, one broadcast of A against NV vectors of B for each k.
+// Products and packing of gemm.h in fp32; included once for each instruction set.
+#include "cpu/gemm_micro.h"
 
 namespace fusedmlp::FUSEDMLP_ISA {
 
 #define FN static inline __attribute__((always_inline))
 
-constexpr int kNR = 2 * VL;
 // k of one pass: a panel of B of that depth stays in the L1 cache, and a sum of so few products is
 // as accurate as the library's.
 constexpr int64_t kDepth = 128;
 
-template <int M, int NV>
-static void micro(
-    const float* a,
-    int64_t a_row,
-    int64_t a_col,
-    const float* b,
-    int64_t b_step,
-    int64_t k,
-    float* c,
-    int64_t ldc,
-    int cols,
-    bool add
-) {
-    VF acc[M][NV];
-#pragma GCC unroll 16
-    for (int i = 0; i < M; ++i)
-#pragma GCC unroll 2
-        for (int v = 0; v < NV; ++v)
-            acc[i][v] = set1(0.0f);
-    for (int64_t at = 0; at < k; ++at, a += a_col, b += b_step) {
-        VF bv[NV];
-#pragma GCC unroll 2
-        for (int v = 0; v < NV; ++v)
-            bv[v] = load(b + v * VL);
-#pragma GCC unroll 16
-        for (int i = 0; i < M; ++i) {
-            const VF av = set1(a[i * a_row]);
-#pragma GCC unroll 2
-            for (int v = 0; v < NV; ++v)
-                acc[i][v] = fma(av, bv[v], acc[i][v]);
-        }
-    }
-    if (cols == NV * VL) {
-#pragma GCC unroll 16
-        for (int i = 0; i < M; ++i)
-#pragma GCC unroll 2
-            for (int v = 0; v < NV; ++v) {
-                float* at = c + i * ldc + v * VL;
-                store(at, add ? load(at) + acc[i][v] : acc[i][v]);
-            }
-        return;
-    }
-    const int last = cols - (NV - 1) * VL;
-#pragma GCC unroll 16
-    for (int i = 0; i < M; ++i) {
-#pragma GCC unroll 2
-        for (int v = 0; v < NV; ++v) {
-            float* at = c + i * ldc + v * VL;
-            const int count = v == NV - 1 ? last : VL;
-            store_part(at, count, add ? load_part(at, count) + acc[i][v] : acc[i][v]);
-        }
-    }
-}
-
-using Micro = decltype(&micro<1, 1>);
-
-template <int M>
-static constexpr void fill_micros(Micro (*table)[2]) {
-    if constexpr (M > 0) {
-        table[M][0] = &micro<M, 1>;
-        table[M][1] = &micro<M, 2>;
-        fill_micros<M - 1>(table);
-    }
-}
-
-struct Micros {
-    Micro of[kMR + 1][2] = {};
-    constexpr Micros() { fill_micros<kMR>(of); }
+struct Fp32 {
+    FN VF sum(VF a, VF b, VF c) { return fma(a, b, c); }
 };
 
 static void pack_along(float* out, const float* in, int64_t ld, int64_t cols, int64_t k) {
@@ -93,7 +26,7 @@ static void pack_along(float* out, const float* in, int64_t ld, int64_t cols, in
 }
 
 static void gemm_block(const cpu::GemmBlock& g) {
-    static constexpr Micros micros;
+    static constexpr Micros<Fp32> micros;
     alignas(64) float panel[kDepth * kNR];
     const int64_t tiles = (g.i1 - g.i0 + kMR - 1) / kMR;
     // Two at least: one sum of 20 products has 1.2 times the error of the library's.
@@ -218,7 +151,7 @@ static void pack_across(float* out, const float* in, int64_t ld, int64_t cols, i
 }
 
 static constexpr cpu::GemmKernels kGemmKernels = {
-    kNR, gemm_block, pack_across, pack_along, dots,
+    kNR, 1, gemm_block, pack_across, pack_along, dots,
 };
 
 #undef FN

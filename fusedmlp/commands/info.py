@@ -46,9 +46,10 @@ def _isa_lines() -> list[str]:
     wrong = any(problem.startswith("FUSEDMLP_CPU_ISA") for problem in environment.problems())
     if wrong or _unavailable(registry.BACKENDS[0], "cpu") is not None:
         return []
-    asked, used = native.asked_isa(), native.cpu_isa()
-    short = "" if asked in (None, used) else f"; this processor lacks {asked}, which was asked for"
-    return [f"            the CPU kernels use {used}{short}"]
+    asked, used, bf16 = native.asked_isa(), native.cpu_isa(), native.bf16_isa()
+    lacks = asked not in (None, used, bf16)
+    short = f"; this processor lacks {asked}, which was asked for" if lacks else ""
+    return [f"            the CPU kernels use {used}, training in bf16 {bf16 or 'cannot'}{short}"]
 
 
 def _unavailable(backend: registry.Backend, device: str) -> str | None:

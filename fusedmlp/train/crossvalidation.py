@@ -327,6 +327,7 @@ def _scores(
                 splits,
                 loss=_loss_name(data),
                 scaling=data.scaling,
+                precision=config.precision,
             )
     if sums is None:
         for member, split in zip(members, splits, strict=True):

@@ -99,7 +99,8 @@ def test_an_extension_without_ops_is_passed_over(tmp_path):
 
 ISAS = environment.CHOICES["FUSEDMLP_CPU_ISA"]  # from the lowest up
 WRONG = (
-    "FUSEDMLP_CPU_ISA must be one of baseline, avx2, avx512, got 'foo'; unset it for the default"
+    "FUSEDMLP_CPU_ISA must be one of baseline, avx2, avx512, avx512_bf16, amx, got 'foo'; "
+    "unset it for the default"
 )
 
 
