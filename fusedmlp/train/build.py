@@ -13,8 +13,8 @@ from ..nn import FusedLinear, FusedMLP
 from ..nn.groups import activation_of
 from ..spec import activations
 from .config import TrainConfig
-from .data.rows import check_pair
 from .data.defaults import resolved
+from .data.rows import check_pair
 from .data.types import Data, Scaling, seeded
 from .losses import loss_sums, mean_figures
 from .process import ALONE, World

@@ -41,9 +41,9 @@ class TrainConfig:
     class_weight: Literal["balanced"] | None = None
     """balanced: training rows weigh in the loss as if all classes had as many"""
     preset: Literal["plain", "table", "ensemble"] | None = None
-    """defaults of the settings below: plain: those that each names; table: a regularised network for
-    tables, its best epoch kept; ensemble: several of them, averaged. Unset it is ensemble for a
-    csv or Parquet file of up to 20,000 training rows, table for larger ones, else plain"""
+    """defaults of the settings below: plain: those that each names; table: a regularised network
+    for tables, its best epoch kept; ensemble: several of them, averaged. Unset it is ensemble for
+    a csv or Parquet file of up to 20,000 training rows, table for larger ones, else plain"""
     networks: int | None = None
     """networks to train, whose predictions are averaged, each with another eighth of the rows held
     out to tell its best epoch; default 1"""
@@ -83,8 +83,8 @@ class TrainConfig:
     """share of the training rows held out for validation; default 0, with
     --keep best 0.1, with --preset table 0.125"""
     keep: Literal["last", "best"] | None = None
-    """weights of the last epoch, or of the one with the best accuracy, for numbers the best loss, on
-    the rows held out; default last, and best with --patience"""
+    """weights of the last epoch, or of the one with the best accuracy, for numbers the best loss,
+    on the rows held out; default last, best with --patience and for presets of tables"""
     patience: int | None = None
     """stop after so many epochs without a better one; default none"""
     standardize: bool | None = None

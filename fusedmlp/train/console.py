@@ -97,8 +97,9 @@ class Console(Quiet):
         dims = "-".join(str(d) for d in run.about["model"]["dims"])
         rows = f"{self.rows} rows" if self.rows else "batches from a loader"
         several = (config.networks or 1) > 1
+        networks = f"{config.networks} networks of " if several else ""
         self.say(
-            f"{run.data.name}: {rows}; {f'{config.networks} networks of ' if several else ''}{dims}, "
+            f"{run.data.name}: {rows}; {networks}{dims}, "
             f"{sum(p.numel() for p in task.model.parameters())} parameters{' each' * several}"
         )
         self.say(

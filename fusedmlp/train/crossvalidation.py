@@ -135,7 +135,7 @@ def crossval(
     configs = [resolved(c, given) for c in configs]
     if configs[0].val_split and configs[0].keep == "last":
         raise UsageError(
-            "--val-split belongs to train, or to --keep best: a cross-validation holds out each fold"
+            "--val-split belongs to train or --keep best; a cross-validation holds out each fold"
         )
     device = pick_device(config)
     splits, notes = splits_of(given, folds)

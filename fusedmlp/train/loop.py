@@ -17,8 +17,8 @@ from .build import evaluate, evaluate_batches
 from .config import RunOptions, TrainConfig, checked
 from .console import Quiet
 from .data import datasets, inputs, loaders
-from .data.frames import is_frame
 from .data.defaults import preset_notes, resolved
+from .data.frames import is_frame
 from .data.types import Data, permutation, prepared
 from .data.weights import row_weights
 from .errors import TrainError, UsageError, WriteError

@@ -1,5 +1,5 @@
-"""Run and Result: what the training loop works on, how it continues from a checkpoint, and the results that it
-writes at its end."""
+"""Run and Result: what the training loop works on, how it continues from a checkpoint, and the
+results that it writes at its end."""
 
 import functools
 import math
