@@ -20,6 +20,7 @@ _TABLE = {
     "batch_size": 256,
 }
 _ENSEMBLE = _TABLE | {"hidden": (128, 128, 128), "lr": 1e-2, "networks": 8}
+_CLASS_EPOCHS, _NUMBER_EPOCHS = 50, 100
 _SMOOTHING = 0.1
 _WARMUP_EPOCHS = 2.0
 
@@ -118,7 +119,7 @@ def _plain(config: TrainConfig, data) -> dict:
 def _of_preset(preset: str, config: TrainConfig, data) -> dict:
     is_classes = not isinstance(data, Data) or data.is_classes
     found = dict(_ENSEMBLE if preset == "ensemble" else _TABLE)
-    found["epochs"] = 100
+    found["epochs"] = _CLASS_EPOCHS if is_classes else _NUMBER_EPOCHS
     found["label_smoothing"] = _SMOOTHING if is_classes else 0.0
     found["warmup_epochs"] = min(_WARMUP_EPOCHS, (config.epochs or found["epochs"]) / 4)
     if config.optimizer not in (None, "adamw"):
