@@ -13,6 +13,7 @@ from .data.defaults import resolved
 from .data.frame_data import read_table
 from .data.scaling import Scaling
 from .data.types import prepared, with_validation
+from .data.weights import check_weights
 from .inference import Trained
 from .loop import fit
 from .process import pick_device
@@ -30,7 +31,7 @@ def fit_table(
     `fusedmlp train`, the preset too.
 
     config   config.target names the column to predict, by default the last one
-    weights  (n,) of the rows in the loss
+    weights  (n,) of the rows that have a target, in the loss
     returns  a Trained, whose `predict` takes DataFrames; its config has all settings filled in
     raises   UsageError, TrainError, TypeError, as `run`
     """
@@ -43,6 +44,7 @@ def fit_table(
         weight_column=config.weight_column,
     )
     if weights is not None:
+        check_weights(weights, len(data.x_train))
         data = replace(data, weights=weights)
     config, progress = resolved(config, data, several=True), progress or Quiet()
     data = prepared(with_validation(data, config.val_split), config.standardize)

@@ -7,7 +7,15 @@ import json
 import pytest
 import torch
 
-from fusedmlp.train import TrainConfig, TrainError, UsageError, fit_table, inference, load, load_data
+from fusedmlp.train import (
+    TrainConfig,
+    TrainError,
+    UsageError,
+    fit_table,
+    inference,
+    load,
+    load_data,
+)
 from fusedmlp.train.data import defaults
 from fusedmlp.train.data.types import Data
 
