@@ -55,7 +55,8 @@ def resolved(config: TrainConfig, data, several: bool = False) -> TrainConfig:
     if filled.keep is None:
         # Rows that are still raw are split after this.
         is_split = isinstance(data, Data) and (data.x_val is not None or data.schema is not None)
-        is_best = config.patience is not None or (preset != "plain" and is_split)
+        is_best = preset != "plain" and is_split and _rows(data) * HELD_OUT >= 1
+        is_best = is_best or config.patience is not None
         filled = filled.replace(keep="best" if is_best else "last")
     filled = filled.replace(val_split=filled.validation_share())
     if filled.lr is None and isinstance(data, Data):
@@ -122,6 +123,8 @@ def _plain(config: TrainConfig, data) -> dict:
 def _of_preset(preset: str, config: TrainConfig, data) -> dict:
     is_classes = not isinstance(data, Data) or data.is_classes
     found = dict(_ENSEMBLE if preset == "ensemble" else _TABLE)
+    if config.init is None and config.init_std is None:
+        found |= {"init": "default", "init_std": None}
     found["epochs"] = _CLASS_EPOCHS if is_classes else _NUMBER_EPOCHS
     if isinstance(data, Data):
         steps = math.ceil(_rows(data) * (1 - HELD_OUT) / (config.batch_size or found["batch_size"]))
