@@ -6,7 +6,8 @@
 A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`. NAME is `grid`, a group of
 bench/cases.py (these with `gpu-` before them for a GPU's figures), `gpu-steps` or `gpu-epochs` and
 `engine-` with a group, both of bench/steps.py, or the name of another results file, such as `train`
-or `saved-bytes`. Losing shapes stay in. Measures nothing.
+or `saved-bytes`; `tabular-each` has a line for each table of `tabular`. Losing shapes stay in.
+Measures nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def _words(machine: dict) -> str:
 
 def source(found: dict) -> str:
     """The lines under a table, one a run: command, machine, versions, commit, date."""
-    named = ((name, found["versions"].get(name)) for name in ("torch", "triton", *rivals.PACKAGES))
+    names = ("torch", "triton", *rivals.PACKAGES, "scikit-learn", "lightgbm", "pytabkit")
+    named = ((name, found["versions"].get(name)) for name in names)
     versions = [f"{name} {version}" for name, version in named if version]
     where = "; ".join([_words(found["machine"]), ", ".join(versions)])
     when = f"commit {found['commit'] or 'unknown'}; {found['date'][:10]}"
@@ -49,6 +51,8 @@ def _rows(found: dict, name: str) -> list[dict]:
     kind, _, part = name.partition("-")
     if kind == "engine":
         return [r for r in rows if r["group"] == part] if file == "engine_step" else []
+    if name == "tabular-each":
+        return rows if file == "tabular" else []
     if name in ("gpu-steps", "gpu-epochs"):
         of_part = [r for r in rows if r.get("table") == part] if file == "gpu_steps" else []
         return [{k: v for k, v in r.items() if k != "table"} for r in of_part]
@@ -70,7 +74,9 @@ def table(name: str, results: dict[Path, dict]) -> str:
             text = tables.train_table(rows, [row for other in seeds for row in other["rows"]])
             parts.append(text + source(found) + "".join(map(source, seeds)))
             continue
-        if "provider" not in rows[0]:
+        if name == "tabular-each":
+            text = tables.tabular_each(rows)
+        elif "provider" not in rows[0]:
             text = tables.of_file(found["name"], rows)
         else:
             is_grid = rows[0]["group"] == "grid"

@@ -221,6 +221,80 @@ def train_table(rows: list[dict], seeds: list[dict]) -> str:
     return markdown(columns, rows, 2)
 
 
+def _shared(rows: list[dict]) -> dict[str, list[dict]]:
+    """{way: its rows}, the ways that were measured on every split first."""
+    ways = {
+        way: [r for r in rows if r["way"] == way] for way in dict.fromkeys(r["way"] for r in rows)
+    }
+    return dict(sorted(ways.items(), key=lambda item: -len(item[1])))
+
+
+def _mean(values: Iterable) -> float | None:
+    found = [v for v in values if v is not None]
+    return sum(found) / len(found) if found else None
+
+
+def tabular_table(rows: list[dict]) -> str:
+    """Each way over all tables and splits, compared with our single preset on the same splits."""
+    ours = {(r["table"], r["split"]): r for r in rows if r["way"] == TABULAR_OURS}
+    ways = _shared(rows)
+    most = max(map(len, ways.values()))
+    ranks: dict[str, list[float]] = {way: [] for way in ways}
+    for place in ours:
+        there = {w: r["score"] for w, of in ways.items() for r in of if _place(r) == place}
+        whole = [w for w in there if len(ways[w]) == most]
+        for way in whole:
+            above = sum(there[w] > there[way] for w in whole)
+            equal = sum(there[w] == there[way] for w in whole)
+            ranks[way].append(above + (equal + 1) / 2)
+    lines = []
+    for way, of in ways.items():
+        of = [r for r in of if _place(r) in ours]
+        against = [ours[_place(r)] for r in of]
+        pairs = list(zip(of, against, strict=True))
+        seconds, other = (sum(r["fit"] for r in which) for which in (of, against))
+        lines.append(
+            {
+                "way": way,
+                "splits": len(of),
+                "score": f"{_mean(r['score'] for r in of):.4f}",
+                "over ours": f"{_mean(r['score'] - o['score'] for r, o in pairs):+.4f}",
+                "log loss": f"{_mean(r['log loss'] for r in of):.4f}",
+                "rank": f"{_mean(ranks[way]):.2f}" if ranks[way] else None,
+                "fit": f"{seconds / len(of):.2f}",
+                "predict": f"{_mean(r['predict'] for r in of):.3f}",
+                "time": f"{seconds / other:.2f}",
+            }
+        )
+    lines.sort(key=lambda line: (line["rank"] is None, line["rank"] or line["score"]))
+    columns: Columns = {"": _at("way"), "tables x splits": _at("splits"), "score": _at("score")}
+    columns |= {"over our one network": _at("over ours"), "log loss": _at("log loss")}
+    columns |= {"rank": _at("rank"), "fit, s": _at("fit"), "predict, s": _at("predict")}
+    columns["time over our one network"] = _at("time")
+    return markdown(columns, lines, 1)
+
+
+def _place(row: dict) -> tuple[str, int]:
+    return row["table"], row["split"]
+
+
+def tabular_each(rows: list[dict]) -> str:
+    """The mean score of each way on each table."""
+    ways = _shared(rows)
+    columns: Columns = {"": lambda g: _name(g[0]["table"]), "target": lambda g: g[0]["kind"]}
+    columns |= {"training rows": lambda g: g[0]["rows"], "columns": lambda g: g[0]["columns"]}
+
+    def score(way: str):
+        def made(group):
+            mean = _mean(r["score"] for r in group if r["way"] == way)
+            return None if mean is None else f"{mean:.3f}"
+
+        return made
+
+    columns |= {way: score(way) for way in ways}
+    return markdown(columns, _by(rows, "table"), 2)
+
+
 def _plain_table(rows: list[dict]) -> str:
     """Every column of every row as it is."""
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -322,11 +396,14 @@ def _dropout_table(rows: list[dict]) -> str:
     return markdown(columns, rows, 5)
 
 
+TABULAR_OURS = "fusedmlp, preset table"
+
 # By the name of a results file; every other file is a plain table.
 OF_FILE = {
     "engine_step": _engine_table,
     "saved_bytes": _saved_bytes_table,
     "crossval": _crossval_table,
+    "tabular": tabular_table,
     "kernels": _triton_table,
     "cuda_kernels": _cuda_table,
     "dropout_instructions": _dropout_table,

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from fusedmlp.train import TrainConfig, plots
 from fusedmlp.train.data import datasets
-from fusedmlp.train.data.types import permutation, resolved
+from fusedmlp.train.data.defaults import resolved
+from fusedmlp.train.data.types import permutation
 
 BLUE, RED, GREEN, GREY = "#1f6fb4", "#c0261c", "#1a7f37", "#808080"
 

@@ -9,6 +9,7 @@ from .crossvalidation import CrossvalResult, crossval
 from .data.datasets import load as load_data
 from .data.types import Data, Scaling
 from .errors import TrainError, UsageError
+from .in_memory import fit_table
 from .inference import Trained, load
 from .loop import Result, explain, fit, run
 from .many import Member, fit_many, reasons_against_many
@@ -29,6 +30,7 @@ __all__ = [
     "explain",
     "fit",
     "fit_many",
+    "fit_table",
     "load",
     "load_data",
     "predict",

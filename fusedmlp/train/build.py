@@ -2,6 +2,7 @@
 trained on."""
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -12,8 +13,9 @@ from ..nn import FusedLinear, FusedMLP
 from ..nn.groups import activation_of
 from ..spec import activations
 from .config import TrainConfig
+from .data.defaults import resolved
 from .data.rows import check_pair
-from .data.types import Data, Scaling, resolved, seeded
+from .data.types import Data, Scaling, seeded
 from .losses import loss_sums, mean_figures
 from .process import ALONE, World
 from .schedule import schedule_of
@@ -36,6 +38,24 @@ def shape_for(config: TrainConfig, data: Data) -> dict:
         "activation": config.activation,
         "dropout": list(config.dropout_per_layer()),
     }
+
+
+class Ensemble(nn.Module):
+    """Networks of one shape, whose probabilities, or numbers, are averaged.
+
+    forward  logarithms of the mean of their probabilities (B, classes), or mean outputs (B, k)
+    """
+
+    def __init__(self, networks: Sequence[nn.Module], is_classes: bool):
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+        self.is_classes = is_classes
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = torch.stack([network(x) for network in self.networks])
+        if not self.is_classes:
+            return outputs.mean(0)
+        return outputs.log_softmax(-1).logsumexp(0) - math.log(len(self.networks))
 
 
 def network_of_shape(

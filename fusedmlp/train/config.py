@@ -40,12 +40,19 @@ class TrainConfig:
     """of a table: the column with the weight of each training row in the loss"""
     class_weight: Literal["balanced"] | None = None
     """balanced: training rows weigh in the loss as if all classes had as many"""
-    hidden: tuple[int, ...] = (256,)
-    """widths of the hidden layers"""
+    preset: Literal["plain", "table", "ensemble"] | None = None
+    """defaults of the settings below: plain: those that each names; table: a regularised network
+    for tables, its best epoch kept; ensemble: several of them, averaged. Unset it is ensemble for
+    a csv or Parquet file of up to 20,000 training rows, table for larger ones, else plain"""
+    networks: int | None = None
+    """networks to train, whose predictions are averaged, each with another eighth of the rows held
+    out to tell its best epoch; default 1"""
+    hidden: tuple[int, ...] | None = None
+    """widths of the hidden layers; default 256"""
     activation: Activation = "relu"
     """activation of the hidden layers"""
-    dropout: tuple[float, ...] = (0.0,)
-    """dropout after the hidden layers: one number, or one for each"""
+    dropout: tuple[float, ...] | None = None
+    """dropout after the hidden layers: one number, or one for each; default 0"""
     init: Literal["normal", "default"] | None = None
     """normal: weights of deviation --init-std, biases 0; default: PyTorch's own. Unset it is normal
     with --init-std, and for image sets with one hidden layer or 256 256; else default"""
@@ -55,22 +62,31 @@ class TrainConfig:
     """update rule; default sgd, for tables adam"""
     lr: float | None = None
     """learning rate; default 0.1 for sgd (0.01 with mse), 0.001 for adam and adamw"""
-    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """how the learning rate goes down to 0 over the steps of the run; constant: it does not"""
-    warmup_epochs: float = 0.0
-    """first the learning rate rises in equal steps, for that many epochs or parts of one"""
+    lr_schedule: Literal["constant", "cosine", "linear"] | None = None
+    """how the learning rate goes down to 0 over the steps of the run; constant, the default: it
+    does not"""
+    warmup_epochs: float | None = None
+    """first the learning rate rises in equal steps, for that many epochs or parts of one; default
+    0"""
     momentum: float = 0.0
     """momentum of sgd"""
-    weight_decay: float = 0.0
-    """L2 penalty of sgd and adam, decoupled decay of adamw"""
+    weight_decay: float | None = None
+    """L2 penalty of sgd and adam, decoupled decay of adamw; default 0"""
     loss: Literal["auto", "cross_entropy", "mse"] = "auto"
     """auto: cross_entropy for classes, mse for a float target"""
-    label_smoothing: float = 0.0
-    """share of a label that goes to all classes alike; cross_entropy only"""
-    clip_norm: float = 0.0
-    """largest norm of all gradients together, longer ones are shortened to it; 0: any"""
-    val_split: float = 0.0
-    """share of the training rows held out for validation"""
+    label_smoothing: float | None = None
+    """share of a label that goes to all classes alike; cross_entropy only; default 0"""
+    clip_norm: float | None = None
+    """largest norm of all gradients together, longer ones are shortened to it; 0, the default:
+    any"""
+    val_split: float | None = None
+    """share of the training rows held out for validation; default 0, with
+    --keep best 0.1, with --preset table 0.125"""
+    keep: Literal["last", "best"] | None = None
+    """weights of the last epoch, or of the one with the best accuracy, for numbers the best loss,
+    on the rows held out; default last, best with --patience and for presets of tables"""
+    patience: int | None = None
+    """stop after so many epochs without a better one; default none"""
     standardize: bool | None = None
     """--standardize or --no-standardize: scale inputs, and a float target, to mean 0 and deviation
     1 over the training rows, columns of a csv or Parquet file robustly; default: tables are
@@ -107,7 +123,10 @@ class TrainConfig:
         """Raise TypeError or UsageError for the first setting that cannot be; return self."""
         _check_kinds(self)
         _check_numbers(self)
-        if len(self.dropout) not in (1, len(self.hidden)):
+        if None not in (self.dropout, self.hidden) and len(self.dropout) not in (
+            1,
+            len(self.hidden),
+        ):
             raise UsageError(
                 f"--dropout must be one number or one for each of the {len(self.hidden)} hidden "
                 f"layers, got {len(self.dropout)}: {_words(self.dropout)}"
@@ -118,6 +137,13 @@ class TrainConfig:
     def dropout_per_layer(self) -> tuple[float, ...]:
         return self.dropout * len(self.hidden) if len(self.dropout) == 1 else self.dropout
 
+    def validation_share(self) -> float:
+        """Of the training rows."""
+        if self.val_split is not None:
+            return self.val_split
+        is_best = self.keep == "best" or self.patience is not None
+        return 0.1 if is_best and self.networks in (None, 1) else 0.0
+
     def learning_rate(self, loss: str) -> float:
         """loss: cross_entropy, or mse, whose gradient grows with the error."""
         if self.lr is not None:
@@ -126,10 +152,10 @@ class TrainConfig:
             return {"cross_entropy": 0.1, "mse": 0.01}[loss]
         return 1e-3
 
-    def filled_from(self, other: "TrainConfig") -> "TrainConfig":
-        """Settings that are None as they are in the other."""
-        unset = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is None]
-        return self.replace(**{name: getattr(other, name) for name in unset})
+    def filled(self, settings: dict) -> "TrainConfig":
+        """Settings that are None as they are in {name: value}."""
+        unset = {k: v for k, v in settings.items() if getattr(self, k) is None}
+        return self.replace(**unset)
 
     def replace(self, **changes) -> "TrainConfig":
         return dataclasses.replace(self, **changes)
@@ -149,7 +175,7 @@ class TrainConfig:
                 f"config: unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}"
             )
         for name in ("hidden", "dropout", "leave_out"):
-            if name in values:
+            if values.get(name) is not None:
                 values[name] = tuple(values[name])
         if values.get("data_dir") is not None:
             values["data_dir"] = Path(values["data_dir"])
@@ -225,11 +251,11 @@ def _check_numbers(config: TrainConfig) -> None:
         if not holds:
             raise UsageError(f"{flag_name(name)} must be {wanted}, got {value}")
 
-    for width in config.hidden:
+    for width in config.hidden or ():
         need("hidden", _words(config.hidden), width >= 1, "widths of at least 1")
-    for p in config.dropout:
+    for p in config.dropout or ():
         need("dropout", _words(config.dropout), 0.0 <= p <= 1.0, "between 0 and 1")
-    for name in ("epochs", "batch_size"):
+    for name in ("epochs", "batch_size", "patience", "networks"):
         value = getattr(config, name)
         need(name, value, value is None or value >= 1, "at least 1")
     need(
@@ -243,8 +269,10 @@ def _check_numbers(config: TrainConfig) -> None:
         holds = value is None or (math.isfinite(value) and value >= 0)
         need(name, value, holds, "a number of at least 0")
     smoothing = config.label_smoothing
-    need("label_smoothing", smoothing, 0.0 <= smoothing <= 1.0, "between 0 and 1")
-    need("val_split", config.val_split, 0.0 <= config.val_split < 1.0, "at least 0 and below 1")
+    holds = smoothing is None or 0.0 <= smoothing <= 1.0
+    need("label_smoothing", smoothing, holds, "between 0 and 1")
+    share = config.val_split
+    need("val_split", share, share is None or 0.0 <= share < 1.0, "at least 0 and below 1")
     need("seed", config.seed, -(2**63) <= config.seed < 2**63, "a 64-bit integer")
 
 
@@ -253,10 +281,18 @@ def _check_contradictions(config: TrainConfig) -> None:
         raise UsageError(f"--momentum belongs to --optimizer sgd; {config.optimizer} has none")
     if config.loss == "mse" and config.label_smoothing:
         raise UsageError("--label-smoothing belongs to --loss cross_entropy; mse has no labels")
-    if config.epochs is not None and config.warmup_epochs > config.epochs:
+    if config.epochs is not None and (config.warmup_epochs or 0.0) > config.epochs:
         raise UsageError(
             f"--warmup-epochs must be at most --epochs, {config.epochs}, got "
             f"{config.warmup_epochs:g}"
+        )
+    if config.val_split and (config.networks or 1) > 1:
+        raise UsageError(
+            f"--val-split belongs to one network; each of {config.networks} holds out other rows"
+        )
+    if config.keep == "last" and config.patience is not None:
+        raise UsageError(
+            "--patience belongs to --keep best; the last epoch needs none to be better"
         )
     if config.init == "default" and config.init_std is not None:
         raise UsageError("--init-std belongs to --init normal; --init default is PyTorch's own")

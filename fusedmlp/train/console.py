@@ -96,9 +96,11 @@ class Console(Quiet):
         self.rows = 0 if task.x is None else len(task.x)
         dims = "-".join(str(d) for d in run.about["model"]["dims"])
         rows = f"{self.rows} rows" if self.rows else "batches from a loader"
+        several = (config.networks or 1) > 1
+        networks = f"{config.networks} networks of " if several else ""
         self.say(
-            f"{run.data.name}: {rows}; {dims}, "
-            f"{sum(p.numel() for p in task.model.parameters())} parameters"
+            f"{run.data.name}: {rows}; {networks}{dims}, "
+            f"{sum(p.numel() for p in task.model.parameters())} parameters{' each' * several}"
         )
         self.say(
             f"{config.epochs} epochs"
@@ -146,6 +148,10 @@ class Console(Quiet):
             state=f"loss {position.loss / position.rows:.4f}  {accuracy}{speed:,.0f} rows/s",
         )
 
+    def trained(self, done: int, total: int) -> None:
+        if self.bar is not None:
+            self.bar.update(self.job, completed=done, total=total, epoch=f"{done}/{total}")
+
     def epoch(self, row: dict) -> None:
         parts = [f"epoch {row['epoch']:>3}/{self.epochs}"]
         for part in ("train", "val", "test"):
@@ -175,6 +181,8 @@ class Console(Quiet):
             for name in FIGURES
             if summary.get(name) is not None
         ]
+        if result.config.keep == "best":
+            rows.append(("kept epoch", kept_words(result)))
         speed, engine = summary["samples_per_second"], f"{summary['engine']} engine"
         rows += [
             ("training time", f"{summary['train_seconds']:.2f} s"),
@@ -201,6 +209,17 @@ class Console(Quiet):
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+
+def kept_words(result) -> str:
+    """Which epoch a run has kept, and why it is over."""
+    config, done, kept = result.config, len(result.history), result.summary["kept_epoch"]
+    each = "each " if isinstance(kept, list) else ""
+    kept = ", ".join(map(str, kept)) if each else kept
+    text = f"{kept} of {done}, {each}the best on the rows held out"
+    if done < config.epochs:
+        text += f"; stopped after {config.patience} epochs without a better one"
+    return text
 
 
 def _shown_settings(config: TrainConfig, options: RunOptions) -> str:

@@ -21,8 +21,9 @@ from . import crossval_report
 from .config import RunOptions, TrainConfig, checked, flag_name, shown
 from .console import Quiet
 from .data import datasets, inputs
+from .data.defaults import resolved
 from .data.frames import is_frame
-from .data.types import SPLIT_SEED, Data, prepared, resolved
+from .data.types import SPLIT_SEED, Data, hold_out, prepared, with_validation
 from .data.weights import row_weights
 from .engines import native_evaluate
 from .errors import TrainError, UsageError
@@ -132,6 +133,10 @@ def crossval(
         config = config.replace(dataset=given.name if config.dataset == "auto" else config.dataset)
     configs = candidate_configs(config, compare)
     configs = [resolved(c, given) for c in configs]
+    if configs[0].val_split and configs[0].keep == "last":
+        raise UsageError(
+            "--val-split belongs to train or --keep best; a cross-validation holds out each fold"
+        )
     device = pick_device(config)
     splits, notes = splits_of(given, folds)
     # A table's inputs follow from its training rows.
@@ -202,8 +207,6 @@ def candidate_configs(config: TrainConfig, compare: Mapping[str, Sequence]) -> l
 def _check(config: TrainConfig, options: RunOptions | None, folds: int) -> None:
     if not isinstance(folds, int) or folds < 2:
         raise UsageError(f"--folds must be at least 2, got {folds}")
-    if config.val_split:
-        raise UsageError("--val-split belongs to train; a cross-validation holds out each fold")
     if options is not None and options.check().resume is not None:
         raise UsageError("--resume belongs to train; a cross-validation starts anew")
     if started_by_torchrun():
@@ -212,9 +215,9 @@ def _check(config: TrainConfig, options: RunOptions | None, folds: int) -> None:
 
 def _loaded(config: TrainConfig, data) -> Data:
     """The data before they are scaled, which each fold does for itself."""
-    if data is None:
-        return datasets.read(config)
-    if is_frame(data):
+    # Rows that tell the best epoch are taken from those of a fold.
+    config = config.replace(val_split=0.0)
+    if data is None or is_frame(data):
         return datasets.read(config, data)
     given = inputs.as_data(data, config.replace(standardize=False))
     if not isinstance(given, Data):
@@ -260,12 +263,13 @@ def _search(found: list[Candidate], data: Data, splits, device, progress: Quiet)
     data = data.to(device)
     weights = row_weights(data, found[0].config.class_weight)
     total = sum(c.config.epochs for c in found) * len(splits)
+    parts = [_with_held(kept, data, found[0].config) for kept, _ in splits]
     done = 0
     for group in _groups(found, len(splits), data.schema is not None):
         first, fold = group[0]
         seen = prepared(data, first.config.standardize, splits[fold][0]).to(device)
         members = [
-            Member(models.build_network(c.config, seen), c.config, splits[number][0])
+            Member(models.build_network(c.config, seen), c.config, *parts[number])
             for c, number in group
         ]
         histories = fit_many(
@@ -283,6 +287,16 @@ def _search(found: list[Candidate], data: Data, splits, device, progress: Quiet)
             is_finite = math.isfinite(history[-1]["train_loss"])
             c.train.append(train if is_finite else Score(math.nan, math.nan))
             c.val.append(val if is_finite else Score(math.nan, math.nan))
+
+
+def _with_held(rows: Tensor, data: Data, config: TrainConfig) -> tuple[Tensor, Tensor | None]:
+    """(rows to train on, those of them that tell the best epoch or None): the fold that is scored
+    has no say in it."""
+    if config.keep != "best":
+        return rows, None
+    labels = data.y_train[rows.to(data.y_train.device)] if data.is_classes else None
+    kept, held = hold_out(len(rows), config.val_split, labels)
+    return rows[kept], rows[held]
 
 
 def _tell(progress: Quiet, before: int, group, total: int, epoch: int, epochs: int) -> None:
@@ -365,6 +379,8 @@ def _best(found: list[Candidate]) -> Candidate:
 
 def _refit(best: Candidate, data: Data, device: torch.device):
     """(model, history, test score or None, R2 or None, what model.safetensors says of it)."""
+    if best.config.keep == "best":
+        data = with_validation(data, best.config.val_split)
     whole = prepared(data, best.config.standardize)
     model = models.build_network(best.config, whole)
     config = best.config.replace(standardize=False)

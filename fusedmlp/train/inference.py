@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..nn import FusedMLP
 from . import build as models
 from .config import FRAME, TrainConfig
 from .data import datasets
@@ -35,7 +34,7 @@ class Trained:
     """
 
     folder: Path
-    model: FusedMLP
+    model: nn.Module  # a FusedMLP, or an Ensemble of several
     config: TrainConfig
     about: dict
     scaling: Scaling
@@ -122,7 +121,11 @@ def load(folder: Path, device: torch.device | str = "cpu") -> Trained:
             f"{folder} holds a model of kind {shape.get('kind')}, which only its own code can "
             f"make; load {folder / 'model.safetensors'} into it"
         )
+    count = shape.get("networks", 1)
     network = models.network_of_shape(shape)
+    if count > 1:
+        others = [models.network_of_shape(shape) for _ in range(count - 1)]
+        network = models.Ensemble([network, *others], about["data"]["classes"] is not None)
     check_same_model(network, weights, str(folder))
     network.load_state_dict(weights)
     network.to(device).eval()
@@ -164,7 +167,9 @@ def _weights(folder: Path) -> tuple[dict[str, Tensor], dict]:
     path = folder / "model.safetensors"
     if not path.is_file():
         content = load_checkpoint(folder)
-        return content["model"], content["about"]
+        best = content.get("best")
+        weights = best["weights"] if best and best["epoch"] else content["model"]
+        return weights, content["about"]
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
@@ -192,7 +197,7 @@ def test_data(trained: Trained, data_dir: Path | None = None) -> Data:
             f"{trained.folder} was trained on data of its caller's, which only the caller can load"
         )
     config = config.replace(data_dir=data_dir) if data_dir is not None else config
-    loaded = datasets.read(config)
+    loaded = datasets.read(config, several=True)
     if loaded.digest() != trained.about["data"]["digest"]:
         raise TrainError(
             f"the data must be those that {trained.folder} was trained on, but {config.dataset} "

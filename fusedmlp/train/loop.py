@@ -7,18 +7,19 @@ are left as they were. Only rank 0 writes, and only into the run folder.
 
 import math
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import nn
 
-from . import build, engines
+from . import build, engines, ensemble
+from .best import best_epoch, best_for
 from .build import evaluate, evaluate_batches
 from .config import RunOptions, TrainConfig, checked
 from .console import Quiet
 from .data import datasets, inputs, loaders
+from .data.defaults import preset_notes, resolved
 from .data.frames import is_frame
-from .data.types import Data, permutation, prepared, resolved
+from .data.types import Data, permutation, prepared
 from .data.weights import row_weights
 from .errors import TrainError, UsageError, WriteError
 from .losses import mean_figures, rounded
@@ -35,6 +36,7 @@ from .process import (
 )
 from .run_folder import create_folder, load_checkpoint, reopen_folder
 from .run_state import (
+    Result,
     Run,
     check_loss,
     check_same_run,
@@ -51,19 +53,6 @@ from .task import Task
 
 READ_SECONDS = 0.1  # between two reads of the losses; each waits for the device
 SAVE_SECONDS = 1.0  # between two checkpoints at the end of short epochs
-
-
-@dataclass
-class Result:
-    """model is the one given to fit, trained in place; history has one dict an epoch."""
-
-    model: nn.Module
-    history: list[dict]
-    config: TrainConfig
-    interrupted: bool = False
-    folder: Path | None = None
-    paths: dict[str, Path] = field(default_factory=dict)
-    summary: dict = field(default_factory=dict)
 
 
 def fit(
@@ -97,7 +86,7 @@ def fit(
     saved = None
     if options is not None and options.resume is not None:
         saved = load_checkpoint(options.resume)
-        config = config.filled_from(TrainConfig.from_dict(saved["config"]))
+        config = config.filled(vars(TrainConfig.from_dict(saved["config"])))
     given = inputs.as_data(data, config)
     if saved is None:
         config = resolved(config, given)
@@ -108,9 +97,11 @@ def fit(
     with run_settings(config, device), stop_on_signals() as stop:
         epoch = 0 if saved is None else saved["position"]["epoch"]
         task, data = _task(model, given, config, device, world, epoch)
+        best = best_for(config, isinstance(data, Data) and data.x_val is not None)
         seed_epoch(config, world, 0, device)
         about, engine = describe_run(model, data), engines.choose(config.engine, task)
         run = Run(config, options, world, task, engine, data, progress or Quiet(), stop, about)
+        run.best = best
         try:
             _open(run, saved)
             _loop(run, saved)
@@ -142,24 +133,31 @@ def run(
         raise TypeError(f"run: data must be a DataFrame, got {type(data).__name__}")
     config = inputs.config_for(data, config or TrainConfig())
     config = checked("run", config, options).with_absolute_paths()
-    progress = progress or Quiet()
+    if options.resume is not None:
+        config = config.filled(
+            vars(TrainConfig.from_dict(load_checkpoint(options.resume)["config"]))
+        )
+    asked, progress = config, progress or Quiet()
     world = join_processes(pick_device(config).type)
+    several = world.size == 1 and options.resume is None
     try:
         loaded = None
 
         def load_first() -> str:
             # Rank 0 before the others: the one download, and the choice of a data set, are for all.
             nonlocal loaded
-            loaded = datasets.read(config, data)
+            loaded = datasets.read(config, data, several)
             return loaded.name if config.dataset == "auto" else config.dataset
 
         config = config.replace(dataset=world.run_on_lead(load_first))
-        loaded = loaded or datasets.read(config, data)
-        config = resolved(config, loaded)
+        loaded = loaded or datasets.read(config, data, several)
+        config = resolved(config, loaded, several)
         loaded = prepared(loaded, config.standardize)
         if world.is_lead:
-            for note in loaded.notes:
+            for note in (*loaded.notes, *preset_notes(config, asked, loaded)):
                 progress.note(note)
+        if config.networks > 1:
+            return ensemble.run(config, options, loaded, progress)
         network = build.build_network(config, loaded)
         progress = progress if world.is_lead else Quiet()
         return fit(network, loaded, config, options, progress=progress)
@@ -178,10 +176,14 @@ def _check_continuation(config: TrainConfig, folder: Path, saved: dict) -> None:
             f"--lr-schedule {was.lr_schedule} ends there"
         )
     done = saved["position"]["epoch"]
+    is_over = was.patience is not None and done - best_epoch(saved["history"]) >= was.patience
     # A run that was cut off before its end, or has no picture, gets what is missing now.
     last_files = [folder / name for name in ("summary.json", "curves.png")]
-    if config.epochs < done or (config.epochs == done and all(f.exists() for f in last_files)):
+    is_done = config.epochs == done or is_over
+    if config.epochs < done or (is_done and all(f.exists() for f in last_files)):
         way_on = f"--epochs above {done} goes on from there"
+        if is_over:
+            way_on = f"none of the last {was.patience} was better, which is its --patience"
         if was.lr_schedule != "constant":
             way_on = f"its --lr-schedule {was.lr_schedule} has ended"
         raise UsageError(f"--resume: {folder} has done its {done} epochs; {way_on}")
@@ -250,7 +252,7 @@ def _open(run: Run, saved: dict | None) -> None:
 def _loop(run: Run, saved: dict | None) -> None:
     position = run.position
     rng = saved["rng"] if saved is not None and position.step else None
-    while position.epoch < run.config.epochs and not run.halted:
+    while position.epoch < run.config.epochs and not (run.halted or run.is_over):
         seed_epoch(run.config, run.world, position.epoch, run.task.device)
         run.task.model.train()
         train_epoch = _train_epoch if isinstance(run.data, Data) else _train_loader
@@ -258,6 +260,8 @@ def _loop(run: Run, saved: dict | None) -> None:
             break
         rng = None
         run.history.append(_row(run))
+        if run.best is not None:
+            run.best.see(run.history, run.task.model)
         position.next_epoch()
         run.progress.epoch(run.history[-1])
         if any(run.world.max(int(time.monotonic() - run.saved_at >= SAVE_SECONDS))):
@@ -369,8 +373,10 @@ def _evaluate(run: Run, part: str) -> tuple[float | None, float | None]:
 
 
 def _close(run: Run) -> Result:
-    interrupted = run.position.epoch < run.config.epochs
+    interrupted = run.position.epoch < run.config.epochs and not run.is_over
     result = Result(run.task.model, run.history, run.config, interrupted)
+    if run.best is not None:
+        run.best.put_back(run.task.model)
     result.summary = summary(run)
     if run.folder is not None:
         result.folder = run.folder.path

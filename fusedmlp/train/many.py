@@ -15,12 +15,15 @@ from torch import Tensor, nn
 
 from ..nn import FusedMLP
 from . import engines
-from .build import task_for
+from .best import best_for
+from .build import evaluate, task_for
 from .config import TrainConfig
 from .data import inputs
+from .data.defaults import resolved
 from .data.rows import type_names
-from .data.types import Data, Scaling, permutation, resolved
+from .data.types import Data, Scaling, permutation
 from .data.weights import check_weights
+from .engines import native_op
 from .engines.native import Native
 from .engines.native_many import NativeMany, Share
 from .errors import UsageError
@@ -40,11 +43,13 @@ class Member:
     config  as `fit` reads it: optimiser, rates, epochs, batch size, seed, precision, engine, ...
             What describes data, network or run folder is not read
     rows    (n,) int64, numbers of the rows of x to train on
+    held    (m,) int64, numbers of the rows that tell the best epoch, with config.keep "best"
     """
 
     model: nn.Module
     config: TrainConfig
     rows: Tensor
+    held: Tensor | None = None
 
 
 def reasons_against_many(members: Sequence[Member], x: Tensor, y: Tensor, loss: str) -> list[str]:
@@ -87,6 +92,9 @@ def fit_many(
     returns   for each member one dict an epoch: train_loss, and train_accuracy (None for mse)
     raises    UsageError, TrainError for arguments that `fit` would not take; TypeError
 
+    With config.keep "best" a member ends with the weights of its best epoch, and with
+    config.patience it leaves the others when no better one is in sight; its rows then have val_loss
+    and val_accuracy too, and best.best_epoch tells which it was.
     A member whose loss is no longer finite does not end the others: the rest of its rows, that
     epoch's among them, say nan, and it is not trained further. A member with fewer epochs than
     another keeps its last weights. Settings that are None are those of `fit`.
@@ -108,13 +116,18 @@ def fit_many(
     epochs, done = max((t.config.epochs for t in trainings), default=0), 0
     while done < epochs:
         under_way, count = [t for t in trainings if not t.is_done], 1
-        if together and under_way:
-            if on_epoch is None:
+        if not under_way:  # all are over early
+            if progress is not None:
+                progress(epochs, epochs)
+            break
+        if together:
+            if on_epoch is None and not any(t.best for t in under_way):
                 count = min(many.epochs_ahead(max(t.steps for t in under_way)), epochs - done)
             _train_epochs(many, under_way, count)
         else:
             for training in under_way:
                 training.train_epoch()
+        _validate([t for t in under_way if t.best is not None], together)
         for _ in range(count):
             done += 1
             if on_epoch is not None:
@@ -123,6 +136,9 @@ def fit_many(
                     training.engine.task.model.train()
             if progress is not None:
                 progress(done, epochs)
+    for training in trainings:
+        if training.best is not None:
+            training.best.put_back(training.engine.task.model)
     return [training.history for training in trainings]
 
 
@@ -132,6 +148,8 @@ class _Training:
     def __init__(self, config: TrainConfig, task: Task, member: Member, is_native: bool):
         self.config, self.device = config, task.device
         self.rows = member.rows.cpu()
+        self.held = None if member.held is None else member.held.cpu()
+        self.best = best_for(config, self.held is not None)
         with run_settings(config, task.device):
             self.engine = Native(task) if is_native else engines.choose(config.engine, task)
         self.engine.set_step(0)
@@ -140,7 +158,8 @@ class _Training:
 
     @property
     def is_done(self) -> bool:
-        return self.epoch == self.config.epochs
+        is_over = self.best is not None and self.best.is_over(self.epoch)
+        return is_over or self.epoch == self.config.epochs
 
     @property
     def steps(self) -> int:
@@ -166,8 +185,29 @@ class _Training:
             epochs, loss, right = self.config.epochs - self.epoch, math.nan, math.nan
         mean, accuracy = map(rounded, mean_figures(kind, (loss, right, rows)))
         row = {"train_loss": mean, "train_accuracy": accuracy}
+        if self.best is not None:
+            row |= {"val_loss": math.nan, "val_accuracy": None}
         self.history += [dict(row) for _ in range(epochs)]
         self.epoch += epochs
+
+    def validate(self) -> None:
+        task, rows = self.engine.task, self.held.to(self.device)
+        with run_settings(self.config, self.device):
+            figures = evaluate(
+                task.model,
+                task.x[rows],
+                task.y[rows],
+                task.scaling,
+                task.loss,
+                precision=task.precision,
+            )
+        self.close_validation(*figures)
+
+    def close_validation(self, loss: float, accuracy: float | None) -> None:
+        """Complete the row of the last epoch."""
+        if math.isfinite(self.history[-1]["train_loss"]):
+            self.history[-1] |= {"val_loss": rounded(loss), "val_accuracy": rounded(accuracy)}
+        self.best.see(self.history, self.engine.task.model)
 
 
 def _train_epochs(many: NativeMany, trainings: list[_Training], count: int) -> None:
@@ -184,6 +224,23 @@ def _train_epochs(many: NativeMany, trainings: list[_Training], count: int) -> N
     for training, sums in zip(trainings, many.run(shares), strict=True):
         for each in sums:
             training.close_epoch(*each)
+
+
+def _validate(trainings: list[_Training], together: bool) -> None:
+    """Look at the rows that these hold out, after an epoch."""
+    if not trainings:
+        return
+    task = trainings[0].engine.task
+    if together:
+        layers, held = [t.engine.layers for t in trainings], [t.held for t in trainings]
+        sums, _ = native_op.evaluate(
+            layers, task.x, task.y, held, task.scaling, task.loss, torch.empty(1, 0)
+        )
+        for training, each in zip(trainings, sums.tolist(), strict=True):
+            training.close_validation(*mean_figures(task.loss, each))
+        return
+    for training in trainings:
+        training.validate()
 
 
 def _kind(model: nn.Module) -> tuple:
@@ -269,15 +326,15 @@ def _check(members: Sequence[Member], x: Tensor, y: Tensor, loss: str) -> None:
 
 
 def _check_member(name: str, member: Member, count: int) -> None:
-    rows = member.rows
     member.config.check()
-    if rows.dtype != torch.int64 or rows.dim() != 1 or len(rows) == 0:
-        raise UsageError(
-            f"{name}: rows must be (n,) int64 with n > 0, got {tuple(rows.shape)} of {rows.dtype}"
-        )
-    if int(rows.min()) < 0 or int(rows.max()) >= count:
-        raise UsageError(
-            f"{name}: rows must be in [0, {count}), got {int(rows.min())} to {int(rows.max())}"
-        )
+    for what, rows in (("rows", member.rows), ("held", member.held)):
+        if rows is None:
+            continue
+        if rows.dtype != torch.int64 or rows.dim() != 1 or len(rows) == 0:
+            given = f"{tuple(rows.shape)} of {rows.dtype}"
+            raise UsageError(f"{name}: {what} must be (n,) int64 with n > 0, got {given}")
+        if int(rows.min()) < 0 or int(rows.max()) >= count:
+            given = f"{int(rows.min())} to {int(rows.max())}"
+            raise UsageError(f"{name}: {what} must be in [0, {count}), got {given}")
     if not any(p.requires_grad for p in member.model.parameters()):
         raise UsageError(f"{name}: its model must have parameters that require gradients, got none")

@@ -241,6 +241,11 @@ def save_checkpoint(path: Path, content: dict) -> None:
 def load_checkpoint(folder: Path) -> dict:
     """The checkpoint of a run folder, on the CPU."""
     path = Path(folder) / "checkpoint.pt"
+    if not path.is_file() and _is_ensemble(Path(folder)):
+        raise TrainError(
+            f"{folder} holds an ensemble of networks, which does not go on from a checkpoint; "
+            "train it anew"
+        )
     if not path.is_file():
         wanted = "a run folder" if Path(folder).exists() else "an existing run folder"
         raise TrainError(f"{folder} must be {wanted} with a checkpoint.pt, and there is none")
@@ -253,6 +258,14 @@ def load_checkpoint(folder: Path) -> dict:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise TrainError(f"{path} must be a checkpoint of format {CHECKPOINT_FORMAT}, got {found}")
     return content
+
+
+def _is_ensemble(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return (config.get("networks") or 1) > 1
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
 
 
 def check_same_model(model: nn.Module, state: dict, where: str) -> None:

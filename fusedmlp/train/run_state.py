@@ -1,11 +1,12 @@
-"""Run: what the training loop works on, how it continues from a checkpoint, and the results that it
-writes at its end."""
+"""Run and Result: what the training loop works on, how it continues from a checkpoint, and the
+results that it writes at its end."""
 
 import functools
 import math
 import platform
 import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from ..backends import choice
 from ..nn import FusedMLP
 from ..spec import activations
 from . import plots
+from .best import Best
 from .build import dims_of, predict, regression, shape_of
 from .config import RunOptions, TrainConfig, flag_name
 from .console import Quiet
@@ -27,6 +29,20 @@ from .task import Task
 
 # Settings that may differ between a run and its continuation; others would make it another run.
 MAY_CHANGE = ("epochs", "data_dir", "device", "backend", "engine")
+
+
+@dataclass
+class Result:
+    """model is the one given to fit, trained in place; history has one dict an epoch. With
+    `keep="best"` the model has the weights of the epoch summary["kept_epoch"]."""
+
+    model: nn.Module
+    history: list[dict]
+    config: TrainConfig
+    interrupted: bool = False
+    folder: Path | None = None
+    paths: dict[str, Path] = field(default_factory=dict)
+    summary: dict = field(default_factory=dict)
 
 
 @dataclass
@@ -72,12 +88,18 @@ class Run:
     stop: StopRequest
     about: dict  # what evaluate and predict need later
     folder: RunFolder | None = None
+    best: Best | None = None  # None: the weights of the last epoch are kept
     history: list[dict] = field(default_factory=list)
     position: Position = field(default_factory=Position)
     saved_at: float = -math.inf
     saved_step: int = -1
     chunk: int = 1  # steps between two reads of the losses
     halted: bool = False  # all processes have agreed to stop
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it ends early, with no better epoch in sight."""
+        return self.best is not None and self.best.is_over(self.position.epoch)
 
 
 def check_same_run(config: TrainConfig, saved: TrainConfig) -> None:
@@ -105,6 +127,8 @@ def restore(run: Run, saved: dict) -> None:
     run.engine.load_scaler_state(saved["scaler"])
     run.history[:] = saved["history"]
     run.position = Position(**saved["position"])
+    if run.best is not None:
+        run.best = Best(run.best.patience, **saved["best"])
 
 
 def set_rng(run: Run, rng: dict[str, Tensor]) -> None:
@@ -131,6 +155,7 @@ def save(run: Run) -> None:
         "scaler": run.engine.scaler_state(),
         "position": asdict(run.position),
         "history": run.history,
+        "best": None if run.best is None else run.best.to_dict(),
         "rng": rng,
         "torch": str(torch.__version__),
     }
@@ -182,7 +207,8 @@ def describe_run(model: nn.Module, data) -> dict:
 
 def summary(run: Run) -> dict:
     config, history, position = run.config, run.history, run.position
-    last = history[-1] if history else {}
+    kept = position.epoch if run.best is None else run.best.epoch
+    last = history[kept - 1] if history else {}
     about = run.about["model"]
     content = {
         "dataset": run.data.name,
@@ -190,6 +216,7 @@ def summary(run: Run) -> dict:
         "activation": about.get("activation"),
         "dropout": about.get("dropout"),
         "epochs": position.epoch,
+        "kept_epoch": kept,
         "seed": config.seed,
         "test_accuracy": last.get("test_accuracy"),
         "test_loss": last.get("test_loss"),

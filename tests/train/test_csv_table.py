@@ -107,7 +107,7 @@ def test_separator_and_encoding_are_read_off_the_file(tmp_path, separator, encod
     path = tmp_path / "P.CSV"
     lines += 4 * lines[1:]
     path.write_bytes("".join(separator.join(line) + ending for line in lines).encode(encoding))
-    found = datasets.read(TrainConfig(dataset=str(path), target="kind"))
+    found = datasets.read(TrainConfig(dataset=str(path), target="kind", val_split=0.0))
     assert found.features == ("gr\u00f6\u00dfe", "a, b; c|") and found.classes == ("x;, |y", "z")
     assert found.x_test.tolist() == [[-300.0, 4.0], [1.0, 2.5]]
     assert found.y_test.tolist() == [1, 0] and len(found.x_train) == 8

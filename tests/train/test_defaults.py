@@ -12,7 +12,7 @@ import torch
 
 from fusedmlp import cli
 from fusedmlp.train import RunOptions, TrainConfig, TrainError, UsageError, build, fit
-from fusedmlp.train.data import datasets, inputs, types
+from fusedmlp.train.data import datasets, defaults, inputs, types
 
 from .. import made_data
 from .test_train import network
@@ -43,7 +43,7 @@ def table(rows: int = 400, **changes) -> types.Data:
 
 
 def settings_of(given, **settings) -> dict:
-    found = types.resolved(TrainConfig(**settings), given).to_dict()
+    found = defaults.resolved(TrainConfig(**settings), given).to_dict()
     names = ("init", "init_std", "optimizer", "lr", "standardize", "epochs", "batch_size")
     return {name: found[name] for name in names}
 
@@ -57,6 +57,7 @@ COURSE = {
     "epochs": 10,
     "batch_size": 256,
 }
+PLAIN = ("--preset", "plain", "--device", "cpu")
 OF_TABLES = {
     "init": "default",
     "init_std": None,
@@ -116,7 +117,7 @@ FLAGS = {
 @pytest.mark.parametrize("name", FLAGS)
 def test_a_setting_that_is_given_decides(name):
     for given in (table(), made_data.pictures()):
-        found = types.resolved(TrainConfig(**FLAGS[name]), given)
+        found = defaults.resolved(TrainConfig(**FLAGS[name]), given)
         for setting, value in FLAGS[name].items():
             assert getattr(found, setting) == value
     assert settings_of(table(), init_std=0.02)["init"] == "normal"
@@ -143,7 +144,7 @@ def _stamped(path) -> str:
 
 
 def test_a_table_is_learned_and_reported_in_its_own_units(tmp_path, capsys):
-    assert run("train", "--dataset", _stamped(tmp_path / "P.CSV"), "--device", "cpu") == 0
+    assert run("train", "--dataset", _stamped(tmp_path / "P.CSV"), *PLAIN) == 0
     said = capsys.readouterr().out
     assert "note: losses are in units of the variance of price" in said
     assert "optimizer=adam" in said and "standardize=True" in said and "init=default" in said
@@ -170,7 +171,7 @@ def test_a_table_is_learned_and_reported_in_its_own_units(tmp_path, capsys):
 def test_a_cross_validation_of_a_table_takes_its_defaults(tmp_path, capsys):
     file = _stamped(tmp_path / "a.csv")
     flags = ("--hidden", 8, "/", 16, "--folds", 2, "--epochs", 20, "--out", "found")
-    assert run("crossval", "--dataset", file, "--device", "cpu", *flags) == 0
+    assert run("crossval", "--dataset", file, *PLAIN, *flags) == 0
     said = capsys.readouterr().out
     summary = json.loads((tmp_path / "found" / "summary.json").read_text())
     config = json.loads((tmp_path / "found" / "config.json").read_text())
@@ -186,7 +187,7 @@ def test_a_cross_validation_of_a_table_takes_its_defaults(tmp_path, capsys):
 
 def test_a_table_run_goes_on_with_its_settings(tmp_path, capsys):
     file = _stamped(tmp_path / "a.csv")
-    common = ("--dataset", file, "--device", "cpu")
+    common = ("--dataset", file, *PLAIN)
     assert run("train", *common, "--epochs", 4, "--out", "whole") == 0
     assert run("train", *common, "--epochs", 2, "--out", "part") == 0
     assert run("train", "--resume", "part", "--epochs", 4) == 0
@@ -245,7 +246,7 @@ def test_an_npz_of_floats_is_a_table_and_pictures_are_not(tmp_path):
     np.savez("b.npz", x_train=x.astype(np.uint8), y_train=np.arange(20) % 2)
     for file, is_table in (("t.npz", True), ("p.npz", False), ("b.npz", False)):
         config = TrainConfig(dataset=file)
-        assert types.resolved(config, datasets.read(config)).standardize is is_table
+        assert defaults.resolved(config, datasets.read(config)).standardize is is_table
     found = datasets.load(TrainConfig(dataset="t.npz"))
     assert len(found.x_train[:, 0].unique()) == len(found.x_train)
 

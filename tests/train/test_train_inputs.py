@@ -299,7 +299,7 @@ def test_configs_and_options_are_what_they_must_be(arguments, message):
     "setting, message",
     [
         (dict(dropout="a"), "dropout must be a sequence, got str"),
-        (dict(hidden=None), "hidden must be a sequence, got NoneType"),
+        (dict(hidden="a"), "hidden must be a sequence, got str"),
         (dict(hidden=(2.5,)), "hidden must be an int, got float"),
         (dict(epochs="5"), "epochs must be an int, got str"),
         (dict(epochs=True), "epochs must be an int, got bool"),

@@ -13,6 +13,7 @@ import torch
 from ..config import FRAME, TABLE_FILES, TrainConfig, is_table_file
 from ..errors import TrainError, UsageError
 from . import images, tables
+from .defaults import resolved
 from .frame_data import read_table
 from .scaling import Scaling
 from .types import (
@@ -20,7 +21,6 @@ from .types import (
     Data,
     hold_out,
     prepared,
-    resolved,
     seeded,
     with_test,
     with_validation,
@@ -34,12 +34,21 @@ def load(config: TrainConfig | None = None, frame=None) -> Data:
     config = TrainConfig() if config is None else config
     if frame is not None:
         config = config.replace(dataset=FRAME)
-    data = read(config.check(), frame)
-    return prepared(data, resolved(config, data).standardize)
+    several = config.preset == "ensemble" or (config.networks or 1) > 1
+    data = read(config.check(), frame, several)
+    return prepared(data, resolved(config, data, several).standardize)
 
 
-def read(config: TrainConfig, frame=None) -> Data:
-    """The same before it is scaled: tables as raw rows in fp64."""
+def read(config: TrainConfig, frame=None, several: bool = False) -> Data:
+    """The same before it is scaled: tables as raw rows in fp64.
+
+    several  whether it may be for several networks, which hold out rows of their own
+    """
+    data = with_test(_read(config, frame))
+    return with_validation(data, resolved(config, data, several).val_split)
+
+
+def _read(config: TrainConfig, frame) -> Data:
     name = str(config.dataset)
     if name.lower().endswith(".npz"):
         data = tables.read_npz(name, config.loss)
@@ -76,7 +85,7 @@ def read(config: TrainConfig, frame=None) -> Data:
             f"--loss cross_entropy needs classes, but the target of {data.name} is a float; "
             "take --loss mse"
         )
-    return with_validation(with_test(data), config.val_split)
+    return data
 
 
 def digits(config, notes: tuple[str, ...] = ()) -> Data:

@@ -132,7 +132,7 @@ def _tensors(arrays: list[Tensor], config: TrainConfig) -> Data:
         image_shape=tuple(x.shape[1:]) if x.dim() == 3 and x.dtype == torch.uint8 else None,
         scaling=Scaling(255.0) if x.dtype == torch.uint8 else Scaling(),
     )
-    data = with_validation(data, config.val_split)
+    data = with_validation(data, config.validation_share())
     return standardized(data) if config.standardize else data
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..errors import TrainError, UsageError
+from ..errors import TrainError
 from . import preparation
 from .columns import Schema
 from .preparation import Preparation
@@ -20,7 +20,6 @@ from .scaling import Scaling
 
 SPLIT_SEED = 20  # picks held-out rows: the same for every run seed, so that runs can be compared
 TEST_SHARE = 0.2  # of the rows of a file without test rows
-COURSE_HIDDEN = (256, 256)  # the one network of several hidden layers with the course's weights
 
 
 @dataclass(frozen=True)
@@ -131,15 +130,7 @@ def hold_out(
 
     labels (rows,) int64
     """
-    generator = seeded("split", seed)
-    order = torch.randperm(rows, generator=generator)
-    if labels is not None:
-        by_class = order[torch.argsort(labels.cpu()[order], stable=True)]
-        # Every class is spread evenly over the list, so any cut of it holds the same share of each.
-        counts = torch.bincount(labels.cpu())
-        counts = counts[counts > 0]
-        place = torch.cat([(torch.arange(int(n)) + 0.5) / n for n in counts])
-        order = by_class[torch.argsort(place, stable=True)]
+    order = _spread(rows, labels, seed)
     held = round(rows * share)
     if share > 0 and not 0 < held < rows:
         raise TrainError(
@@ -147,6 +138,29 @@ def hold_out(
             "or more data"
         )
     return order[held:].sort().values, order[:held].sort().values
+
+
+def parts_of(
+    rows: int, count: int, labels: Tensor | None = None, seed: int = SPLIT_SEED
+) -> list[tuple[Tensor, Tensor]]:
+    """(kept, held) row numbers for each of `count` parts, every row in one of those held; with
+    labels as in hold_out."""
+    parts = _spread(rows, labels, seed).tensor_split(count)
+    others = (torch.cat([*parts[:i], *parts[i + 1 :]]) for i in range(count))
+    return [(o.sort().values, p.sort().values) for o, p in zip(others, parts, strict=True)]
+
+
+def _spread(rows: int, labels: Tensor | None, seed: int) -> Tensor:
+    """(rows,) int64: the rows in a random order, any cut of which has the same share of every
+    class."""
+    order = torch.randperm(rows, generator=seeded("split", seed))
+    if labels is None:
+        return order
+    by_class = order[torch.argsort(labels.cpu()[order], stable=True)]
+    counts = torch.bincount(labels.cpu())
+    counts = counts[counts > 0]
+    place = torch.cat([(torch.arange(int(n)) + 0.5) / n for n in counts])
+    return by_class[torch.argsort(place, stable=True)]
 
 
 def with_validation(data: Data, share: float) -> Data:
@@ -244,43 +258,3 @@ def _tabulated(data: Data, standardize: bool, rows: Tensor | None) -> Data:
     if standardize and not data.is_classes:
         found = _with_scaled_target(found, Scaling.from_rows(y))
     return found
-
-
-def resolved(config, data):
-    """The config with every setting filled in that it left to the data.
-
-    data  a Data, or Loaders, which are taken as images are
-    """
-    is_table = isinstance(data, Data) and data.is_table
-    if is_table and config.momentum and config.optimizer is None:
-        raise UsageError(
-            f"--momentum belongs to --optimizer sgd, and for a table as {data.name} the default is "
-            "adam; give --optimizer sgd too"
-        )
-    batch, epochs = 256, 10
-    if is_table:
-        batch, epochs = _table_lengths(len(data.x_train))
-    elif data.name == "digits":
-        batch, epochs = 32, 30
-    init = config.init
-    if init is None:
-        is_normal = not is_table and (len(config.hidden) < 2 or config.hidden == COURSE_HIDDEN)
-        init = "normal" if is_normal or config.init_std is not None else "default"
-    config = config.replace(
-        batch_size=config.batch_size or batch,
-        epochs=config.epochs or epochs,
-        optimizer=config.optimizer or ("adam" if is_table else "sgd"),
-        standardize=is_table if config.standardize is None else config.standardize,
-        init=init,
-        init_std=0.01 if init == "normal" and config.init_std is None else config.init_std,
-    )
-    if config.lr is None and isinstance(data, Data):
-        loss = "cross_entropy" if data.is_classes else "mse"
-        config = config.replace(lr=config.learning_rate(loss))
-    return config.check()
-
-
-def _table_lengths(rows: int) -> tuple[int, int]:
-    """(batch size, epochs) of a table. Small ones take small steps: about 60 an epoch."""
-    batch = min(256, max(16, 1 << (rows // 64).bit_length()))
-    return batch, 50 if rows < 10_000 else 30
