@@ -18,9 +18,9 @@ from sklearn.utils import check_random_state, shuffle
 # Private by name; estimators outside scikit-learn use them, as there is no public one.
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 
+from ..backends import registry
 from ..train.config import TrainConfig
 from ..train.process import pick_device
-from ..backends import registry
 from . import lbfgs, loop, settings
 from .weights import Weights, glorot, outputs
 
