@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
-from . import build, engines
+from . import build, engines, logs
 from .build import evaluate, evaluate_batches
 from .config import RunOptions, TrainConfig, checked
 from .console import Quiet
@@ -36,6 +36,7 @@ from .process import (
 from .run_folder import create_folder, load_checkpoint, reopen_folder
 from .run_state import (
     Run,
+    about_time,
     check_loss,
     check_same_run,
     describe_run,
@@ -110,7 +111,8 @@ def fit(
         task, data = _task(model, given, config, device, world, epoch)
         seed_epoch(config, world, 0, device)
         about, engine = describe_run(model, data), engines.choose(config.engine, task)
-        run = Run(config, options, world, task, engine, data, progress or Quiet(), stop, about)
+        progress = logs.with_tracker(progress or Quiet(), options if world.is_lead else None)
+        run = Run(config, options, world, task, engine, data, progress, stop, about)
         try:
             _open(run, saved)
             _loop(run, saved)
@@ -143,6 +145,7 @@ def run(
     config = inputs.config_for(data, config or TrainConfig())
     config = checked("run", config, options).with_absolute_paths()
     progress = progress or Quiet()
+    logs.check(options)
     world = join_processes(pick_device(config).type)
     try:
         loaded = None
@@ -251,6 +254,9 @@ def _loop(run: Run, saved: dict | None) -> None:
     position = run.position
     rng = saved["rng"] if saved is not None and position.step else None
     while position.epoch < run.config.epochs and not run.halted:
+        run.check_time()
+        if run.timed_out:
+            break
         seed_epoch(run.config, run.world, position.epoch, run.task.device)
         run.task.model.train()
         train_epoch = _train_epoch if isinstance(run.data, Data) else _train_loader
@@ -369,9 +375,11 @@ def _evaluate(run: Run, part: str) -> tuple[float | None, float | None]:
 
 
 def _close(run: Run) -> Result:
-    interrupted = run.position.epoch < run.config.epochs
+    interrupted = run.position.epoch < run.config.epochs and not run.timed_out
     result = Result(run.task.model, run.history, run.config, interrupted)
     result.summary = summary(run)
+    if run.timed_out:
+        run.progress.note(about_time(run))
     if run.folder is not None:
         result.folder = run.folder.path
         if not interrupted:

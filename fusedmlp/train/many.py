@@ -270,7 +270,8 @@ def _check(members: Sequence[Member], x: Tensor, y: Tensor, loss: str) -> None:
 
 def _check_member(name: str, member: Member, count: int) -> None:
     rows = member.rows
-    member.config.check()
+    if member.config.check().time_limit is not None:
+        raise UsageError(f"{name}: --time-limit belongs to fit, which trains one network")
     if rows.dtype != torch.int64 or rows.dim() != 1 or len(rows) == 0:
         raise UsageError(
             f"{name}: rows must be (n,) int64 with n > 0, got {tuple(rows.shape)} of {rows.dtype}"
