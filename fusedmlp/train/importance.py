@@ -20,7 +20,7 @@ from .drawing import PART_COLOURS, new_figure, png, readable
 MOST_COLUMNS = 1_000  # of a table with more there is none, since each is predicted again
 # Shuffles of each column, with many columns fewer; rows, and rows predicted in all.
 REPEATS, MOST_SHUFFLES = 5, 500
-MOST_ROWS, MOST_OUTPUTS = 10_000, 1_000_000
+MOST_ROWS, MOST_OUTPUTS, MANY_CLASSES = 10_000, 1_000_000, 50
 MOST_BARS = 30
 
 
@@ -44,7 +44,8 @@ def importance(data: Data, predict: Callable[[Tensor], Tensor]) -> Importance:
     repeats = max(1, min(REPEATS, MOST_SHUFFLES // len(inputs)))
     generator = seeded("importance", 0)
     order = torch.randperm(len(data.x_test), generator=generator)
-    rows = order[: min(MOST_ROWS, MOST_OUTPUTS // (repeats * len(inputs)))]
+    outputs = repeats * len(inputs) * max(1, len(data.classes or ()) // MANY_CLASSES)
+    rows = order[: min(MOST_ROWS, MOST_OUTPUTS // outputs)]
     x, y = data.x_test[rows.to(data.x_test.device)], data.y_test[rows.to(data.y_test.device)].cpu()
     measure = _of_classes(data, y) if data.is_classes else _of_numbers(data, y)
     whole = measure(predict(x))

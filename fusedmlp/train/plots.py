@@ -124,7 +124,7 @@ def confidence(data: Data, outputs: Tensor) -> bytes:
     )
     axis.set(
         xlabel="probability of the predicted class",
-        ylabel="test rows",
+        ylabel="rows",
         title=f"{readable(data.name)}: predictions",
     )
     axis.legend()
