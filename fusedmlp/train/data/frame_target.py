@@ -107,15 +107,15 @@ def _from_text(text: Text, name: str, loss: str, where: str) -> Target:
             notes = _about_mixed(text, name, where)
     if count > FEW_CLASSES and date_column(name, text.texts)[0] is not None:
         raise _of_dates(name, where)
-    if count == rows >= LEAST_ROWS:
-        raise TrainError(
-            f"{where}: column {name!r} must hold classes of several rows, got another value in "
-            f"each of its {rows} rows" + ("; --loss mse predicts a number" if is_whole else "")
-        )
     if count > MAX_CLASSES:
         raise TrainError(
             f"{where}: column {name!r} holds {count} different values, more than {MAX_CLASSES} "
             "classes" + ("; for a number to predict take --loss mse" if is_whole else "")
+        )
+    if loss == "auto" and count == rows >= LEAST_ROWS:
+        raise TrainError(
+            f"{where}: column {name!r} must hold classes of several rows, got another value in "
+            f"each of its {rows} rows" + ("; --loss mse predicts a number" if is_whole else "")
         )
     if count < 2:
         raise TrainError(
