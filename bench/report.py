@@ -17,7 +17,7 @@ import re
 import sys
 from pathlib import Path
 
-from fusedmlp.train import TrainError, plots
+from fusedmlp.train import TrainError, drawing
 
 from . import record, rivals, tables
 
@@ -123,7 +123,7 @@ def plot(results: dict[Path, dict], folder: Path) -> list[Path]:
         for what, part in frame.groupby(list(_PLOTTED_BY), dropna=False, sort=False):
             if part[part["provider"] == "eager"]["elements"].nunique() < 3:
                 continue
-            figure, ((axes,),) = plots.new_figure(6, 4)
+            figure, ((axes,),) = drawing.new_figure(6, 4)
             for provider, of in part.sort_values("elements").groupby("provider", sort=False):
                 axes.plot(of["elements"], of["ms"], marker="o", label=provider)
                 axes.fill_between(of["elements"], of["ms_p20"], of["ms_p80"], alpha=0.2)
@@ -133,7 +133,7 @@ def plot(results: dict[Path, dict], folder: Path) -> list[Path]:
             axes.legend()
             name = "-".join(map(str, what)).replace("/", "_").replace("+", "_")
             made.append(folder / f"{name}.png")
-            made[-1].write_bytes(plots.png(figure))
+            made[-1].write_bytes(drawing.png(figure))
     return made
 
 
