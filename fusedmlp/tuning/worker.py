@@ -1,0 +1,149 @@
+"""Checks and times candidates in a process of its own, which may end or hang without harm.
+
+Reads works as lines of JSON from stdin, writes what it does and finds as lines of JSON to stdout:
+`python -m fusedmlp.tuning.worker THREADS GPU MODULE`, where MODULE has the function `candidates`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from .check import wrong, wrong_masks
+from .work import Problem, Work
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None
+
+_SAMPLE_SECONDS = 2.5e-4
+_LEAST_ROUNDS, _MOST_CALLS = 7, 200
+
+
+def _calls(work: Work, found: dict, names: list[str]) -> dict[str, Callable[[], object]]:
+    """Name -> forward and backward, or forward alone, on one problem for all."""
+    problem = Problem(work)
+
+    def whole(call):
+        if not work.gradients:
+            return call
+        parameters, dy = problem.params, problem.dy
+
+        def run():
+            call().backward(dy)
+            for t in parameters:
+                t.grad = None
+
+        return run
+
+    return {name: whole(found[name](problem)) for name in names}
+
+
+def _disturbances() -> int:
+    """How often the kernel has taken a processor away from this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource else 0
+
+
+def timed(
+    device: str, calls: dict[str, Callable[[], object]], seconds: float
+) -> dict[str, list[float]]:
+    """Microseconds a call of each in each round, host time included. A round times all of them, in
+    another order each time; one in which another process took the processor is left out where
+    enough remain."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    counts = {}
+    for name, call in calls.items():
+        call()
+        wait()
+        start = time.perf_counter()
+        call()
+        wait()
+        taken = time.perf_counter() - start
+        counts[name] = max(1, min(_MOST_CALLS, int(_SAMPLE_SECONDS / max(taken, 1e-7))))
+    clean: list[dict[str, float]] = []
+    disturbed: list[dict[str, float]] = []
+    shuffle, order = random.Random(0).shuffle, list(calls)
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(clean) + len(disturbed) < _LEAST_ROUNDS:
+        shuffle(order)
+        before, row = _disturbances(), {}
+        for name in order:
+            call, count = calls[name], counts[name]
+            wait()
+            start = time.perf_counter()
+            for _ in range(count):
+                call()
+            wait()
+            row[name] = (time.perf_counter() - start) / count * 1e6
+        (clean if _disturbances() == before else disturbed).append(row)
+    rounds = clean if len(clean) >= _LEAST_ROUNDS else clean + disturbed
+    return {name: [row[name] for row in rounds] for name in calls}
+
+
+def judge(work: Work, seconds: float, found: dict, tell: Callable[..., None]) -> dict:
+    """Check each candidate, then time those that are right: a row of the table, with eager's time
+    over each one's, the median over the rounds.
+
+    tell  is told what is being done, which the parent needs where it does not return
+    """
+    reasons: dict[str, str] = {}
+    for name, make in found.items():
+        tell(doing=name)
+        if name == "eager":
+            continue
+        try:
+            reason = wrong_masks(name, work) or wrong(work, make)
+        except Exception as error:  # a candidate that raises is a finding
+            told = str(error).strip().splitlines() or [""]
+            reason = f"it raises {type(error).__name__}: {told[0]}"
+        if reason is not None:
+            reasons[name] = reason
+    tell(doing="timing")
+    names = [name for name in found if name not in reasons]
+    with torch.set_grad_enabled(work.gradients):
+        rounds = timed(work.device, _calls(work, found, names), seconds)
+    ratios = {
+        name: statistics.median(e / t for e, t in zip(rounds["eager"], times, strict=True))
+        for name, times in rounds.items()
+    }
+    times = {name: float(f"{statistics.median(t):.4g}") for name, t in rounds.items()}
+    return {"times": times, "wrong": reasons, "ratios": ratios}
+
+
+def _requests() -> Iterator[dict]:
+    for line in sys.stdin:
+        yield json.loads(line)
+
+
+def main(threads: int, gpu: int, module: str) -> None:
+    # What a library prints does not get between the answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def tell(**line) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(line), file=answers, flush=True)
+
+    torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(gpu)
+    candidates = importlib.import_module(module).candidates
+    tell(doing="ready")
+    for request in _requests():
+        work = Work.from_dict(request["work"])
+        found = {n: c for n, c in candidates(work).items() if n not in request["without"]}
+        tell(result=judge(work, request["seconds"], found, tell))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
