@@ -18,6 +18,7 @@ LAYERS = (
     ("ops",),
     ("autograd",),
     ("functional",),
+    ("tuning",),
     ("nn",),
     ("fusion",),
     ("commands", "train"),

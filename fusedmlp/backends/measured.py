@@ -63,7 +63,7 @@ def kind(device_type: str) -> str:
     """What measurements belong to: the present GPU's name, or the CPU's and the threads."""
     if device_type == "cpu":
         return f"{_cpu()}, threads {torch.get_num_threads()}"
-    if device_type == "cuda":
+    if device_type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return device_type
 
@@ -282,13 +282,14 @@ def class_key(
     in_features 0 is an activation alone."""
     widths = [in_features, *[n for _, _, n in layers]]
     weights = max(k * n for k, n in zip(widths, widths[1:], strict=False))
-    cheap = all(act in _CHEAP for act, _, _ in layers)
+    acts = {act for act, _, _ in layers} - _CHEAP
+    like = "gelu" if acts == {activations.GELU} else "tanh" if acts else "relu"
     drops = any(drops for _, drops, _ in layers)
     return ", ".join(
         (
             f"{dtypes.SHORT[dtype]} {'step' if gradients else 'infer'}",
             f"{'dropout' if drops else 'no dropout'}",
-            "relu and the like" if cheap else "tanh and the like",
+            f"{like} and the like",
             *(
                 (_range("elements", rows * widths[1], _ELEMENTS),)
                 if in_features == 0

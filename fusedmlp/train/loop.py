@@ -109,7 +109,10 @@ def fit(
         epoch = 0 if saved is None else saved["position"]["epoch"]
         task, data = _task(model, given, config, device, world, epoch)
         seed_epoch(config, world, 0, device)
-        about, engine = describe_run(model, data), engines.choose(config.engine, task)
+        about = describe_run(model, data)
+        if config.tune == "auto" and config.backend == "auto" and isinstance(data, Data):
+            engines.tuned.at_start(task, config.batch_size, (progress or Quiet()).note)
+        engine = engines.choose(config.engine, task, config.batch_size)
         run = Run(config, options, world, task, engine, data, progress or Quiet(), stop, about)
         try:
             _open(run, saved)
@@ -210,7 +213,7 @@ def explain(model: nn.Module, data, config: TrainConfig | None = None) -> str:
     device = pick_device(config)
     with run_settings(config, device):
         task, _ = _task(model, given, config, device, current_world())
-        return "\n".join(engines.explain(config.engine, task))
+        return "\n".join(engines.explain(config.engine, task, config.batch_size))
 
 
 def _task(

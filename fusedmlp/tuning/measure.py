@@ -79,7 +79,7 @@ def measure(
     """(work, {'times': microseconds, 'wrong': reasons, 'ratios': eager's time over each one's})
     of each work, as they are found.
 
-    module   whose function `candidates` says what is tried
+    module   whose function `candidates` says what is tried, or whose `judge` compares it
     raises   BackendError where plain PyTorch itself cannot be measured
     """
     worker = None

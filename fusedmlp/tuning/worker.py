@@ -1,7 +1,8 @@
 """Checks and times candidates in a process of its own, which may end or hang without harm.
 
 Reads works as lines of JSON from stdin, writes what it does and finds as lines of JSON to stdout:
-`python -m fusedmlp.tuning.worker THREADS GPU MODULE`, where MODULE has the function `candidates`.
+`python -m fusedmlp.tuning.worker THREADS GPU MODULE`, where MODULE has the function `candidates`,
+or a `judge` of its own.
 """
 
 from __future__ import annotations
@@ -68,15 +69,15 @@ def timed(
         start = time.perf_counter()
         call()
         wait()
-        taken = time.perf_counter() - start
-        counts[name] = max(1, min(_MOST_CALLS, int(_SAMPLE_SECONDS / max(taken, 1e-7))))
+        once = max(time.perf_counter() - start, 1e-7)
+        counts[name] = max(1, min(_MOST_CALLS, int(_SAMPLE_SECONDS / once)))
     clean: list[dict[str, float]] = []
     disturbed: list[dict[str, float]] = []
     shuffle, order = random.Random(0).shuffle, list(calls)
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(clean) + len(disturbed) < _LEAST_ROUNDS:
         shuffle(order)
-        before, row = _disturbances(), {}
+        before, taken = _disturbances(), {}
         for name in order:
             call, count = calls[name], counts[name]
             wait()
@@ -84,10 +85,10 @@ def timed(
             for _ in range(count):
                 call()
             wait()
-            row[name] = (time.perf_counter() - start) / count * 1e6
-        (clean if _disturbances() == before else disturbed).append(row)
+            taken[name] = (time.perf_counter() - start) / count * 1e6
+        (clean if _disturbances() == before else disturbed).append(taken)
     rounds = clean if len(clean) >= _LEAST_ROUNDS else clean + disturbed
-    return {name: [row[name] for row in rounds] for name in calls}
+    return {name: [taken[name] for taken in rounds] for name in calls}
 
 
 def judge(work: Work, seconds: float, found: dict, tell: Callable[..., None]) -> dict:
@@ -112,11 +113,16 @@ def judge(work: Work, seconds: float, found: dict, tell: Callable[..., None]) ->
     names = [name for name in found if name not in reasons]
     with torch.set_grad_enabled(work.gradients):
         rounds = timed(work.device, _calls(work, found, names), seconds)
+    return row(rounds, reasons)
+
+
+def row(rounds: dict[str, list[float]], reasons: dict[str, str], parts: int = 1) -> dict:
+    """A row of the table from the times of calls, each of so many parts."""
     ratios = {
         name: statistics.median(e / t for e, t in zip(rounds["eager"], times, strict=True))
         for name, times in rounds.items()
     }
-    times = {name: float(f"{statistics.median(t):.4g}") for name, t in rounds.items()}
+    times = {name: float(f"{statistics.median(t) / parts:.4g}") for name, t in rounds.items()}
     return {"times": times, "wrong": reasons, "ratios": ratios}
 
 
@@ -137,12 +143,16 @@ def main(threads: int, gpu: int, module: str) -> None:
     torch.set_num_threads(threads)
     if torch.cuda.is_available():
         torch.cuda.set_device(gpu)
-    candidates = importlib.import_module(module).candidates
+    tried = importlib.import_module(module)
     tell(doing="ready")
     for request in _requests():
         work = Work.from_dict(request["work"])
-        found = {n: c for n, c in candidates(work).items() if n not in request["without"]}
-        tell(result=judge(work, request["seconds"], found, tell))
+        seconds, without = request["seconds"], request["without"]
+        if hasattr(tried, "judge"):
+            tell(result=tried.judge(work, seconds, without, tell))
+            continue
+        found = {n: c for n, c in tried.candidates(work).items() if n not in without}
+        tell(result=judge(work, seconds, found, tell))
 
 
 if __name__ == "__main__":
