@@ -20,6 +20,7 @@ LAYERS = (
     ("functional",),
     ("tuning",),
     ("nn",),
+    ("trial",),
     ("fusion",),
     ("commands", "train"),
     ("sklearn",),

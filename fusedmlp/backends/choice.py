@@ -7,7 +7,9 @@ PyTorch runs on a GPU; on a CPU what every kind that was shipped has found to be
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -47,6 +49,20 @@ class Way(NamedTuple):
     @property
     def name(self) -> str:
         return self.backend if self.backend in (EAGER, "reference") else f"{self[0]} {self[1]}"
+
+
+_forced: Way | None = None
+
+
+@contextlib.contextmanager
+def forced(way: Way) -> Iterator[None]:
+    """Inside, networks and layers of their own run that way: how candidates are timed."""
+    global _forced
+    before, _forced = _forced, way
+    try:
+        yield
+    finally:
+        _forced = before
 
 
 def _way(name: str, why: str) -> Way:
@@ -222,6 +238,8 @@ def select(
     raises        BackendError if a backend was named that cannot run the call
     """
     named = registry.explicit(backend)
+    if _forced is not None and named is None:
+        return _forced.backend
     if named is not None or torch.compiler.is_compiling() or isinstance(rows, torch.SymInt):
         # Compiled, sizes may be symbolic: choosing by them would compile once per size class.
         order = _NATIVE if device_type == "cpu" else _UNMEASURED
@@ -273,6 +291,8 @@ def select_net(
         if not has_mlp(named, device_type, dtype):
             return None
         return Way(named, "mlp", "it was asked for by name")
+    if _forced is not None:
+        return _forced
     drops = any(drops for _, drops, _ in layers)
     names = ["reference" if drops else EAGER]
     for backend in ("native", "triton"):

@@ -21,7 +21,7 @@ from ..autograd.mlp import Net
 from ..backends import choice, composite, registry
 from ..spec import activations, dtypes, layers, philox
 from ..spec.budget import excess
-from ..tuning.check import SEED, STREAM, masks_agree
+from ..trial.check import SEED, STREAM, masks_agree
 
 DTYPES = {dtypes.SHORT[d]: d for d in dtypes.KERNEL}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -22,8 +23,9 @@ from .work import Work
 log = logging.getLogger("fusedmlp")
 
 SECONDS = 0.25  # of timing one work
-LIMIT = 60.0  # seconds without a sign of life, compilation included
-_MODULE = "fusedmlp.tuning.work"
+LIMIT = 120.0  # seconds without a sign of life, compilation included
+# The other process is started by name: what it imports is built on this.
+_WORKER, _MODULE = "fusedmlp.trial.worker", "fusedmlp.trial.candidates"
 
 
 class _Worker:
@@ -37,14 +39,15 @@ class _Worker:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
         environment.pop("FUSEDMLP_BACKEND", None)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "fusedmlp.tuning.worker", *settings],
+            [sys.executable, "-m", _WORKER, *settings],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
         )
         self._lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         for line in self.process.stdout:
@@ -52,10 +55,9 @@ class _Worker:
         self._lines.put(None)
 
     def ask(self, request: dict) -> None:
-        try:
+        # Where it has ended, `answer` says so.
+        with contextlib.suppress(BrokenPipeError):
             print(json.dumps(request), file=self.process.stdin, flush=True)
-        except BrokenPipeError:
-            pass  # it has ended, which `answer` says
 
     def answer(self, seconds: float) -> dict | str:
         """Its next line, or why there is none."""
@@ -70,7 +72,10 @@ class _Worker:
     def end(self) -> None:
         self.process.kill()
         self.process.wait()
-        self.process.stdin.close()
+        self._reader.join()
+        self.process.stdout.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
 
 
 def measure(
@@ -90,7 +95,7 @@ def measure(
             while result is None:
                 if worker is None:
                     worker = _Worker(module)
-                    ready = worker.answer(limit)
+                    ready = worker.answer(LIMIT)
                     if isinstance(ready, str):
                         raise BackendError(f"tune: the process that measures did not start: {ready}")
                 request = {"work": work.to_dict(), "seconds": seconds, "without": list(failed)}

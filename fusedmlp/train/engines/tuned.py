@@ -13,7 +13,8 @@ from ...backends import measured
 from ...backends.registry import BackendError
 from ...nn import FusedMLP
 from ...spec import activations, dtypes
-from ...tuning import first_call, measure, worker
+from ...trial import worker
+from ...tuning import first_call, measure
 from ...tuning.work import Work
 from ..data.scaling import Scaling
 from ..task import Task

@@ -12,7 +12,8 @@ from .. import functional as FF
 from ..backends import composite, registry
 from ..spec import activations, philox
 from ..spec.budget import excess
-from .work import Problem, Work
+from ..tuning.work import Work
+from .candidates import Problem
 
 SEED, STREAM = 0x1234_5678_9ABC_DEF0, -7
 
@@ -71,7 +72,7 @@ def _used(got: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype) -> floa
 def wrong(work: Work, make: Callable[[Problem], Callable[[], Tensor]]) -> str | None:
     """What is wrong with the results of a candidate, or None.
 
-    make  as in work.candidates
+    make  the call of a Candidate
     """
     half = work.torch_dtype != torch.float32
     if half and len(work.layers) > 1:

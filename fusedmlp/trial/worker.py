@@ -1,7 +1,7 @@
 """Checks and times candidates in a process of its own, which may end or hang without harm.
 
 Reads works as lines of JSON from stdin, writes what it does and finds as lines of JSON to stdout:
-`python -m fusedmlp.tuning.worker THREADS GPU MODULE`, where MODULE has the function `candidates`,
+`python -m fusedmlp.trial.worker THREADS GPU MODULE`, where MODULE has the function `candidates`,
 or a `judge` of its own.
 """
 
@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from ..tuning.work import Work
+from .candidates import Candidate
 from .check import wrong, wrong_masks
-from .work import Problem, Work
 
 try:
     import resource
@@ -31,23 +32,26 @@ _SAMPLE_SECONDS = 2.5e-4
 _LEAST_ROUNDS, _MOST_CALLS = 7, 200
 
 
-def _calls(work: Work, found: dict, names: list[str]) -> dict[str, Callable[[], object]]:
-    """Name -> forward and backward, or forward alone, on one problem for all."""
-    problem = Problem(work)
+def calls(work: Work, found: dict[str, Candidate]) -> dict[str, Callable[[], object]]:
+    """Name -> forward and backward, or forward alone, as the user's module makes it."""
+    like = {"device": work.device, "dtype": work.torch_dtype}
+    x = torch.randn(work.rows, work.in_features or work.layers[0][2], **like)
+    x.requires_grad_(work.gradients and not work.in_features)
+    dy = torch.randn(work.rows, work.layers[-1][2], **like)
 
-    def whole(call):
+    def whole(module: torch.nn.Module):
         if not work.gradients:
-            return call
-        parameters, dy = problem.params, problem.dy
+            return lambda: module(x)
+        leaves = [t for t in (x, *module.parameters()) if t.requires_grad]
 
         def run():
-            call().backward(dy)
-            for t in parameters:
+            module(x).backward(dy)
+            for t in leaves:
                 t.grad = None
 
         return run
 
-    return {name: whole(found[name](problem)) for name in names}
+    return {n: whole(c.module(work).train(work.gradients)) for n, c in found.items()}
 
 
 def _disturbances() -> int:
@@ -56,14 +60,14 @@ def _disturbances() -> int:
 
 
 def timed(
-    device: str, calls: dict[str, Callable[[], object]], seconds: float
+    device: str, ways: dict[str, Callable[[], object]], seconds: float
 ) -> dict[str, list[float]]:
     """Microseconds a call of each in each round, host time included. A round times all of them, in
     another order each time; one in which another process took the processor is left out where
     enough remain."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     counts = {}
-    for name, call in calls.items():
+    for name, call in ways.items():
         call()
         wait()
         start = time.perf_counter()
@@ -73,13 +77,13 @@ def timed(
         counts[name] = max(1, min(_MOST_CALLS, int(_SAMPLE_SECONDS / once)))
     clean: list[dict[str, float]] = []
     disturbed: list[dict[str, float]] = []
-    shuffle, order = random.Random(0).shuffle, list(calls)
+    shuffle, order = random.Random(0).shuffle, list(ways)
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(clean) + len(disturbed) < _LEAST_ROUNDS:
         shuffle(order)
         before, taken = _disturbances(), {}
         for name in order:
-            call, count = calls[name], counts[name]
+            call, count = ways[name], counts[name]
             wait()
             start = time.perf_counter()
             for _ in range(count):
@@ -88,7 +92,7 @@ def timed(
             taken[name] = (time.perf_counter() - start) / count * 1e6
         (clean if _disturbances() == before else disturbed).append(taken)
     rounds = clean if len(clean) >= _LEAST_ROUNDS else clean + disturbed
-    return {name: [taken[name] for taken in rounds] for name in calls}
+    return {name: [taken[name] for taken in rounds] for name in ways}
 
 
 def judge(work: Work, seconds: float, found: dict, tell: Callable[..., None]) -> dict:
@@ -98,21 +102,21 @@ def judge(work: Work, seconds: float, found: dict, tell: Callable[..., None]) ->
     tell  is told what is being done, which the parent needs where it does not return
     """
     reasons: dict[str, str] = {}
-    for name, make in found.items():
+    for name, candidate in found.items():
         tell(doing=name)
-        if name == "eager":
+        if candidate.call is None:
             continue
         try:
-            reason = wrong_masks(name, work) or wrong(work, make)
+            reason = wrong_masks(name, work) or wrong(work, candidate.call)
         except Exception as error:  # a candidate that raises is a finding
             told = str(error).strip().splitlines() or [""]
             reason = f"it raises {type(error).__name__}: {told[0]}"
         if reason is not None:
             reasons[name] = reason
     tell(doing="timing")
-    names = [name for name in found if name not in reasons]
+    right = {name: candidate for name, candidate in found.items() if name not in reasons}
     with torch.set_grad_enabled(work.gradients):
-        rounds = timed(work.device, _calls(work, found, names), seconds)
+        rounds = timed(work.device, calls(work, right), seconds)
     return row(rounds, reasons)
 
 
