@@ -1,12 +1,12 @@
-"""Networks drawn at random, eager PyTorch against automatic choice after `fuse`: how often, and by how
-much, it is the slower one.
+"""Networks drawn at random, eager PyTorch against automatic choice after `fuse`: how often, and by
+how much, it is the slower one.
 
-    python -m bench.never_slower --nets 300 --seed 1 --threads 2 --out bench/results/never_slower.json
+    python -m bench.never_slower --threads 2 --out bench/results/never_slower.json
 
-Sizes are log-uniform, 4 to 1024, of 1 to 3 layers and 1 to 512 rows, with four activations, with and
-without dropout: sizes that nobody tuned for. Each is a training step (forward, sum of squares,
-backward and SGD) and inference. How it is timed: timing.py; a cell that looks slow is measured again,
-longer, up to twice, and the new figure replaces the old one.
+Sizes are log-uniform, 4 to 1024, of 1 to 3 layers and 1 to 512 rows, with four activations, with
+and without dropout: sizes that nobody tuned for. Each is a training step (forward, mean of squares,
+backward and SGD) and inference. How it is timed: timing.py; a cell that looks slow is measured
+again, longer, up to twice, and the new figure replaces the old one.
 """
 
 from __future__ import annotations

@@ -299,9 +299,7 @@ def select_net(
         if registry.is_usable(backend, device_type, dtype, "linear_act"):
             names += [f"{backend} mlp"] * has_mlp(backend, device_type, dtype)
             names += [f"{backend} {route}" for route in ROUTES.get(device_type, ())]
-    way = _measured(
-        device_type, dtype, rows, in_features, layers, torch.is_grad_enabled(), names
-    )
+    way = _measured(device_type, dtype, rows, in_features, layers, torch.is_grad_enabled(), names)
     if way is not None or device_type == "cpu":
         return way
     registry.log_once(unmeasured(device_type))

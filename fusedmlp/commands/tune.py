@@ -1,5 +1,5 @@
-"""`fusedmlp tune`: measures on this machine which way of running a network is the fastest, and keeps
-it for all later runs.
+"""`fusedmlp tune`: measures on this machine which way of running a network is the fastest, and
+keeps it for all later runs.
 
 Takes sizes from arguments, shows progress and prints a line for each result.
 """
@@ -165,7 +165,7 @@ def _measure_classes(count: int, seed: int) -> int:
         except KeyboardInterrupt:
             say(f"ended after {len(found)} of {len(works)} calls")
     rows = classes.rows_of(found)
-    for key, row in rows.items():
+    for row in rows.values():
         row["ratios"] = {n: pair for n, pair in row["ratios"].items() if n not in reported}
     measured.keep_all("cpu", "classes", rows)
     print("\n".join(classes.summary(rows)))

@@ -2,7 +2,8 @@
 
 Oracle: the reference backend in fp64 on the same inputs and masks. Yardstick: plain PyTorch in the
 tested dtype, with the same masks. Outputs and all gradients must be within the error budget of
-spec/budget.py. The test suite spends the same budget on more cases. Nothing here is imported by the core.
+spec/budget.py. The test suite spends the same budget on more cases. Nothing here is imported by
+the core.
 """
 
 from __future__ import annotations

@@ -59,9 +59,7 @@ class GroupStep:
             what = (x.shape, x.dtype, x.layout, x.device, torch.is_grad_enabled())
             key = (*what, threshold != 0, named, id(w), id(b), id(slope))
             if self.key != key:
-                self.backend = _choose(
-                    group, x, w, b, slope, threshold != 0, named, self.way
-                )
+                self.backend = _choose(group, x, w, b, slope, threshold != 0, named, self.way)
                 self.key = key
             if self.backend is None:
                 return group.run_plain(x)
@@ -188,7 +186,6 @@ def network_steps(
         return []
     rows = checks.rows(x)
     kinds = [(e.act, e.threshold != 0, w.shape[0]) for w, e in found]
-    device_type = x.device.type
     what = x.device.type, x.dtype, rows, x.shape[-1], kinds
     if masks.named is None:
         at_first_call(*what)

@@ -1,1 +1,1 @@
-"""What the process does that `fusedmlp tune` starts: checks the candidates for a network, and times them."""
+"""The process that `fusedmlp tune` starts: checks candidates for a network, and times them."""

@@ -1,5 +1,5 @@
-"""The ways that can run a work: as calls of ops on given tensors, whose results are checked, and as the
-modules that a user has, which are timed."""
+"""The ways that can run a work: as calls of ops on given tensors, whose results are checked, and as
+the modules that a user has, which are timed."""
 
 from __future__ import annotations
 

@@ -69,7 +69,9 @@ def rows_of(found: Iterable[tuple[Work, dict]]) -> dict[str, dict]:
         # One that was wrong, or could not run, on some of them is not among those to choose.
         whole = {name: sorted(r) for name, r in by_name.items() if len(r) == count}
         if count >= _FEWEST:
-            pairs = {n: [round(r[count // 25], 3), round(r[count // 2], 3)] for n, r in whole.items()}
+            pairs = {
+                n: [round(r[count // 25], 3), round(r[count // 2], 3)] for n, r in whole.items()
+            }
             rows[key] = {"networks": count, "ratios": pairs}
     return rows
 

@@ -97,7 +97,9 @@ def measure(
                     worker = _Worker(module)
                     ready = worker.answer(LIMIT)
                     if isinstance(ready, str):
-                        raise BackendError(f"tune: the process that measures did not start: {ready}")
+                        raise BackendError(
+                            f"tune: the process that measures did not start: {ready}"
+                        )
                 request = {"work": work.to_dict(), "seconds": seconds, "without": list(failed)}
                 worker.ask(request)
                 doing = "eager"

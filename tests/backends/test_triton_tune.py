@@ -63,7 +63,9 @@ def test_a_stored_tile_serves_its_size_class(tune, target):
     assert tune._stored("dgrad_act", *SIZES[1:], 2, target, False) is None
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"x": 3}', '{"x": {"versions": {}, "tiles": {"y": ["a"]}}}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"x": 3}', '{"x": {"versions": {}, "tiles": {"y": ["a"]}}}']
+)
 def test_a_damaged_file_is_named_and_not_used(text, tune, target, caplog):
     _write(tune, text)
     with caplog.at_level("WARNING", "fusedmlp"):

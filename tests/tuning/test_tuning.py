@@ -1,5 +1,5 @@
-"""Measured choices: candidates of every kind of failure, the table that they are kept in, and what a
-call does with it. The times of most tests are made up."""
+"""Measured choices: candidates of every kind of failure, the table that they are kept in, and what
+a call does with it. The times of most tests are made up."""
 
 from __future__ import annotations
 
@@ -350,7 +350,9 @@ def test_the_command_says_what_was_tried_what_won_and_what_is_wrong(made_up, cap
     assert cli.main(asked) == cli.FAILED  # a candidate is wrong
     said = capsys.readouterr()
     assert made_up == [WORK, Work(*_values(WORK, gradients=False)), DROPS]
-    assert "native mlp wins, 2.00 times as fast as plain PyTorch (native mlp 50 us, eager" in said.out
+    assert (
+        "native mlp wins, 2.00 times as fast as plain PyTorch (native mlp 50 us, eager" in said.out
+    )
     assert said.out.count("This is a bug; please report this line: fusedmlp") == 3
     assert f"kept in {measured.path()}" in said.out and "3 failed" in said.err
     assert cli.main([*asked, "--missing"]) == 0 and len(made_up) == 3

@@ -64,8 +64,8 @@ def explain(name: str, task: Task, batch: int | None = None) -> Iterable[str]:
             yield f"{engine.name}: taken" + ("" if name == "auto" else ", asked for by name")
         elif name == "auto" and not is_candidate:
             yield (
-                f"{engine.name}: only when asked for by name, or where `fusedmlp tune` or the start "
-                "of a training has found it right and faster than autograd"
+                f"{engine.name}: only when asked for by name, or where the start of a training has "
+                "found it right and faster than autograd"
             )
         else:
             yield f"{engine.name}: can run it"

@@ -1,8 +1,8 @@
 """The `graph` engine: several training steps in one CUDA graph of fused kernels.
 
 Parameters are updated in place and the optimizer's state is in the torch.optim object, so its
-checkpoints are those of the `autograd` engine. It has never run on a GPU: `auto` takes it only where
-it was found there to be right and faster (tuned.py).
+checkpoints are those of the `autograd` engine. It has never run on a GPU: `auto` takes it only
+where it was found there to be right and faster (tuned.py).
 On other devices the same calls run one by one, which is how they are tested.
 """
 

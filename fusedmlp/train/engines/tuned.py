@@ -12,7 +12,7 @@ import torch
 from ...backends import measured
 from ...backends.registry import BackendError
 from ...nn import FusedMLP
-from ...spec import activations, dtypes
+from ...spec import activations
 from ...trial import worker
 from ...tuning import first_call, measure
 from ...tuning.work import Work
@@ -166,5 +166,7 @@ def _wrong(work: Work, engine, plain, before: list) -> str | None:
         change = (wanted - was).abs().max().item()
         off = (got - wanted).abs().max().item()
         if not off <= _TOLERANCE[work.dtype] * change + 1e-7:
-            return f"parameter {i} is off by {off:.3g} after two steps that change it by {change:.3g}"
+            return (
+                f"parameter {i} is off by {off:.3g} after two steps that change it by {change:.3g}"
+            )
     return None
