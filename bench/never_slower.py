@@ -114,7 +114,12 @@ def measured(case: Case, budget_s: float) -> dict:
         if ratio[0] >= _AGAIN_BELOW:
             break
     ms = {f"{name}_ms": timing.spread(t.ms)[0] for name, t in found.items()}
-    row = case.columns() | {"eager_over_this": ratio, "route": route(fused)} | ms
+    row = (
+        {k: v for k, v in case.columns().items() if k != "group"}
+        | {"eager_over_this": ratio, "route": route(fused)}
+        | ms
+    )
+    row["mode"] = "infer" if case.mode == "infer" else "step"
     return row | {"measured": again + 1, "rounds": len(found["eager"].ms)}
 
 
