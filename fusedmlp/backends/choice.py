@@ -36,6 +36,8 @@ _LEAST, _MEDIAN = 0.97, 1.03
 _LEAST_ELSEWHERE = 1.1
 # A row of this very size: what makes another way than plain PyTorch worth it.
 GAIN = 1.03
+# Weights from which a layer is better off with the library's product where nothing is known.
+_LARGE = 1 << 18
 
 
 class Way(NamedTuple):
@@ -300,6 +302,10 @@ def select_net(
             names += [f"{backend} mlp"] * has_mlp(backend, device_type, dtype)
             names += [f"{backend} {route}" for route in ROUTES.get(device_type, ())]
     way = _measured(device_type, dtype, rows, in_features, layers, torch.is_grad_enabled(), names)
+    widths = [in_features, *[n for _, _, n in layers]]
+    is_small = all(k * n < _LARGE for k, n in zip(widths, widths[1:], strict=False))
+    if way is None and drops and is_small and "native mlp" in names and device_type == "cpu":
+        return _way("native mlp", "plain PyTorch takes longer to make this package's masks")
     if way is not None or device_type == "cpu":
         return way
     registry.log_once(unmeasured(device_type))

@@ -1,5 +1,5 @@
-"""What was measured on a GPU decides on the engine; pretended on a CPU, where `graph` runs its calls
-one by one."""
+"""What was measured on a GPU decides on the engine; pretended on a CPU, where `graph` runs its
+calls one by one."""
 
 from __future__ import annotations
 
