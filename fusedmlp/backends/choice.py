@@ -141,6 +141,11 @@ def _measured(
             found = _by_class({kind: classes}, names, _LEAST, key)
             if found is not None:
                 return found
+    if kind not in shipped and "classes" not in own:
+        registry.log_once(
+            f"a CPU like this one ({kind}) was not measured: ops run where they were clearly faster "
+            "on all that were; `fusedmlp tune` measures it, in minutes"
+        )
     return _by_class(shipped, names, _LEAST_ELSEWHERE, key)
 
 

@@ -7,11 +7,14 @@ import logging
 import torch
 
 from .. import environment
+from ..backends.registry import BackendError
 from ..spec import activations, dtypes
 from . import measure
 from .work import Work
 
 log = logging.getLogger("fusedmlp")
+
+_failed: set[str] = set()  # keys that are not tried again in this process
 
 
 def is_allowed(device_type: str) -> bool:
@@ -41,14 +44,15 @@ def at_first_call(
     named = tuple((activations.NAMES[act], drops, n) for act, drops, n in layers)
     gradients = torch.is_grad_enabled()
     work = Work(device_type, dtypes.SHORT[dtype], rows, in_features, named, gradients)
-    if not measure.is_kept(work):
-        measure_and_keep([work])
-
-
-def measure_and_keep(works: list[Work], say=log.info) -> None:
-    """Measure works, keep the rows; a candidate that is wrong is a warning."""
-    for work, result in measure.measure(works):
-        measure.keep(work, result)
-        say(measure.summary(work, result))
-        for line in measure.bugs(work, result):
-            log.warning("%s", line)
+    if measure.is_kept(work) or work.key in _failed:
+        return
+    try:
+        for _, result in measure.measure([work]):
+            measure.keep(work, result)
+            log.info("%s", measure.summary(work, result))
+            for line in measure.bugs(work, result):
+                log.warning("%s", line)
+    except (BackendError, OSError) as error:
+        # The call itself can do without.
+        _failed.add(work.key)
+        log.warning("FUSEDMLP_AUTOTUNE=1: %s could not be measured: %s", work, error)

@@ -323,6 +323,29 @@ def test_the_first_call_of_a_size_measures_where_it_was_asked_for(made_up, monke
     assert [work.gradients for work in made_up] == [True, False]
 
 
+def test_a_first_call_that_cannot_be_measured_runs_all_the_same(monkeypatch, caplog):
+    def fails(works, *rest, **more):
+        raise registry.BackendError("tune: the process that measures did not start")
+        yield
+
+    monkeypatch.setattr(measure, "measure", fails)
+    monkeypatch.setenv("FUSEDMLP_AUTOTUNE", "1")
+    for _ in range(2):
+        assert _ran(_network()) == "eager"
+    (message,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert "could not be measured: tune: the process that measures did not start" in message
+
+
+def test_a_cpu_that_nobody_measured_is_told_once(monkeypatch, caplog):
+    _with_classes(monkeypatch, other=(1.05, 1.5))
+    registry.log_once.cache_clear()
+    with caplog.at_level(logging.INFO, "fusedmlp"):
+        for _ in range(2):
+            _ran(_network())
+    (message,) = [r.getMessage() for r in caplog.records if "was not measured" in r.getMessage()]
+    assert message.startswith("a CPU like this one (Test cpu) was not measured")
+
+
 def test_nothing_is_measured_inside_of_a_trace_or_in_deterministic_mode(made_up, monkeypatch):
     monkeypatch.setenv("FUSEDMLP_AUTOTUNE", "1")
     torch.use_deterministic_algorithms(True)
