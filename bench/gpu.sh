@@ -77,7 +77,7 @@ part_bench() {  # whole training steps and epochs, then ops and networks
 }
 
 part_tune() {
-    limited 470 "$PYTHON" -m fusedmlp tune --missing \
+    limited 470 "$PYTHON" -m fusedmlp tune --missing --dtype bf16 \
         256x784x256 256x256x10 4096x784x256 4096x256x10 16384x784x256 16384x256x10 \
         8192x1024x4096 8192x4096x1024 8192x4096x16384 8192x16384x4096
 }

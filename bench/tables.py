@@ -400,12 +400,35 @@ def _dropout_table(rows: list[dict]) -> str:
 
 TABULAR_OURS = "fusedmlp, preset table"
 
+
+def _never_slower_table(rows: list[dict]) -> str:
+    """Networks drawn at random: how many cells are slower than eager, and the lowest of them."""
+    lines = []
+    for name in ("step", "infer"):
+        part = [row for row in rows if (row["mode"] == "infer") == (name == "infer")]
+        ratios = sorted(row["eager_over_this"][0] for row in part)
+        if not ratios:
+            continue
+        below = {
+            f"below {bound:g}": f"{sum(r < bound for r in ratios) / len(ratios):.1%}"
+            for bound in (0.97, 0.93)
+        }
+        lowest = {"lowest": ratios[0], "median": ratios[len(ratios) // 2], "highest": ratios[-1]}
+        lines.append({"mode": name, "networks": len(ratios)} | lowest | below)
+    shown = sorted(rows, key=lambda row: row["eager_over_this"][0])[:_LOWEST]
+    columns = _CALL | {"runs on": _at("route")}
+    columns["eager / fused"] = lambda r: spread(r["eager_over_this"], "{:.3f}".format)
+    worst = markdown(columns, shown, len(columns) - 1)
+    return f"{_plain_table(lines)}\nThe {len(shown)} lowest:\n\n{worst}"
+
+
 # By the name of a results file; every other file is a plain table.
 OF_FILE = {
     "engine_step": _engine_table,
     "saved_bytes": _saved_bytes_table,
     "crossval": _crossval_table,
     "tabular": tabular_table,
+    "never_slower": _never_slower_table,
     "kernels": _triton_table,
     "cuda_kernels": _cuda_table,
     "dropout_instructions": _dropout_table,

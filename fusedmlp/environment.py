@@ -17,7 +17,7 @@ VARIABLES = {
     "FUSEDMLP_DATA": "folder of data sets for fusedmlp train",
     "FUSEDMLP_BUILD": "what a build makes: auto, cpu, cuda or none",
     "FUSEDMLP_DDP_SECONDS": "how long a process waits for the others of a torchrun; default 180",
-    "FUSEDMLP_AUTOTUNE": "1 lets a call tune its Triton tiles; 0 ignores the kept ones",
+    "FUSEDMLP_AUTOTUNE": "1 lets a call measure what is not known of its size; 0 ignores what is",
 }
 CHOICES = {
     "FUSEDMLP_BACKEND": ("native", "triton", "reference"),

@@ -92,8 +92,8 @@ class BaseFusedTable(BaseEstimator):
         self.n_estimators_ = self.network_.config.networks
 
     def _frame(self, X, reset: bool):
-        """X as a DataFrame whose columns are named by text: a frame as it is, an array (n, features)
-        with columns x0, x1, ..."""
+        """X as a DataFrame whose columns are named by text: a frame as it is, an array
+        (n, features) with columns x0, x1, ..."""
         import pandas as pd
 
         if is_frame(X):

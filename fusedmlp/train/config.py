@@ -108,6 +108,9 @@ class TrainConfig:
     """kernels of the fused layers; auto: the fastest known"""
     engine: Literal["auto", "autograd", "native", "graph"] = "auto"
     """how a training step is run; auto: the fastest that supports it"""
+    tune: Literal["auto", "off"] = "auto"
+    """auto: on a GPU that was not measured for this network, measure it first, in seconds; off: do
+    not"""
     seed: int = 0
     """of the initial weights, the order of the rows and the dropout masks"""
 

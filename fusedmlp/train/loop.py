@@ -100,8 +100,11 @@ def fit(
         task, data = _task(model, given, config, device, world, epoch)
         best = best_for(config, isinstance(data, Data) and data.x_val is not None)
         seed_epoch(config, world, 0, device)
-        about, engine = describe_run(model, data), engines.choose(config.engine, task)
+        about = describe_run(model, data)
         progress = logs.with_tracker(progress or Quiet(), options if world.is_lead else None)
+        if config.tune == "auto" and config.backend == "auto" and isinstance(data, Data):
+            engines.tuned.at_start(task, config.batch_size, progress.note)
+        engine = engines.choose(config.engine, task, config.batch_size)
         run = Run(config, options, world, task, engine, data, progress, stop, about)
         run.best = best
         try:
@@ -215,7 +218,7 @@ def explain(model: nn.Module, data, config: TrainConfig | None = None) -> str:
     device = pick_device(config)
     with run_settings(config, device):
         task, _ = _task(model, given, config, device, current_world())
-        return "\n".join(engines.explain(config.engine, task))
+        return "\n".join(engines.explain(config.engine, task, config.batch_size))
 
 
 def _task(

@@ -27,7 +27,7 @@ from .run_folder import RunFolder, check_same_model, load_checkpoint, model_byte
 from .task import Task
 
 # Settings that may differ between a run and its continuation; others would make it another run.
-MAY_CHANGE = ("epochs", "time_limit", "data_dir", "device", "backend", "engine")
+MAY_CHANGE = ("epochs", "time_limit", "data_dir", "device", "backend", "engine", "tune")
 
 
 @dataclass

@@ -3,11 +3,8 @@
 import pickle
 
 import numpy as np
+import pandas as pd
 import pytest
-
-pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-pd = pytest.importorskip("pandas", reason="pandas is not installed")
-
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.utils.estimator_checks import parametrize_with_checks
