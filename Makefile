@@ -17,7 +17,7 @@ CSRC   = $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
-	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) WORKERS=$(WORKERS) ARGS="..." RESULTS=folder PART=build|test|...'
+	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) WORKERS=$(WORKERS) ARGS="..." RESULTS=folder PART=first|measure|deep'
 
 setup:  ## make the environment (torch: about 5 GB) and build the package and its extension into it
 	@command -v "$(PYTHON)" >/dev/null || { echo 'setup: no $(PYTHON) here; give one: make PYTHON=...' >&2; exit 1; }
@@ -55,8 +55,8 @@ semantics: setup  ## run what Triton makes of each GPU kernel on the CPU, in .ve
 readme: setup  ## write the README's tables from the results files
 	$(PY) -m bench.report $(ARGS)
 
-gpu:  ## on a machine with an NVIDIA GPU: build, test, sanitize, bench with PYTHON as it is, into RESULTS
-	@PYTHON="$(PYTHON)" RESULTS="$(RESULTS)" bash bench/gpu.sh $(PART)
+gpu:  ## on an NVIDIA GPU, with PYTHON as it is, into RESULTS: PART=first (right?), measure, deep; REHEARSE=1 on a CPU
+	@PYTHON="$(PYTHON)" RESULTS="$(RESULTS)" REHEARSE="$(REHEARSE)" bash bench/gpu.sh $(PART)
 
 verify: setup  ## check every backend of this machine against fp64, now
 	$(VENV)/bin/fusedmlp verify $(ARGS)
