@@ -1,6 +1,7 @@
 """The tables of README.md and docs/: the text of each from the rows of a results file.
 
-The one place where figures become text for people; report.py puts the tables into the documents.
+Where figures become text for people, with evidence_tables.py, which is of many files together;
+report.py puts the tables into the documents.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def _micros(column: str) -> Callable[[dict], str]:
     return lambda r: f"{r[column][0]:.0f}" if r[column][0] >= 100 else f"{r[column][0]:.3g}"
 
 
-def _at(column: str) -> Callable[[dict], object]:
+def at(column: str) -> Callable[[dict], object]:
     return lambda row: row.get(column)
 
 
@@ -167,25 +168,25 @@ def grid_table(rows: list[dict]) -> str:
 
 def _engine_table(rows: list[dict]) -> str:
     """The native step engine, bench.steps: against its GEMMs and eager, threads, or an ensemble."""
-    columns: Columns = {"network": _at("case"), "threads": _at("threads")}
+    columns: Columns = {"network": at("case"), "threads": at("threads")}
     if any(r.get("busy") for r in rows):
-        columns["busy programs"] = _at("busy")
+        columns["busy programs"] = at("busy")
     micros = _micros("native_us")
     if rows[0]["group"] == "threads":
-        columns |= {"native, µs": micros, "times faster than with 1": _at("faster")}
+        columns |= {"native, µs": micros, "times faster than with 1": at("faster")}
     elif rows[0]["group"] == "ensemble":
-        columns |= {"networks": _at("members"), "a step of each, µs": micros}
-        columns |= {"over one network": _at("over_one")}
+        columns |= {"networks": at("members"), "a step of each, µs": micros}
+        columns |= {"over one network": at("over_one")}
         each = lambda r: [ratio / r["members"] for ratio in r["over_one"]]  # noqa: E731
         columns["a network, over one alone"] = each
     else:
         columns |= {"native, µs": micros, "its GEMMs, µs": _micros("gemms_us")}
-        columns |= {"eager, µs": _micros("eager_us"), "native / GEMMs": _at("over_gemms")}
-        columns["eager / native"] = _at("over_eager")
+        columns |= {"eager, µs": _micros("eager_us"), "native / GEMMs": at("over_gemms")}
+        columns["eager / native"] = at("over_eager")
     if any("over_quiet" in r for r in rows):
-        columns["over quiet"] = _at("over_quiet")
+        columns["over quiet"] = at("over_quiet")
     if any("share of peak" in r for r in rows):
-        columns["share of peak"] = _at("share of peak")
+        columns["share of peak"] = at("share of peak")
     return markdown(columns, rows)
 
 
@@ -200,10 +201,10 @@ def _saved_bytes_table(rows: list[dict]) -> str:
 
 def _crossval_table(rows: list[dict]) -> str:
     """Time and score of every way to choose a model; ratios are over this package's of one task."""
-    columns: Columns = {"": _at("what")}
-    columns |= {name: _at(name) for name in ("way", "seconds", "time over fusedmlp's")}
+    columns: Columns = {"": at("what")}
+    columns |= {name: at(name) for name in ("way", "seconds", "time over fusedmlp's")}
     columns["score"] = lambda r: f"{r['score is']} {r['score']:.2%}"
-    return markdown(columns | {"rounds": _at("rounds")}, rows, 2)
+    return markdown(columns | {"rounds": at("rounds")}, rows, 2)
 
 
 def train_table(rows: list[dict], seeds: list[dict]) -> str:
@@ -216,7 +217,7 @@ def train_table(rows: list[dict], seeds: list[dict]) -> str:
 
     names = ["network", "way", "seconds", "time over fusedmlp's", "compile, s", "busy", "rounds"]
     names = [name for name in names if any(name in row for row in rows)]
-    columns: Columns = {name: _at(name) for name in names} | {"test accuracy": accuracy}
+    columns: Columns = {name: at(name) for name in names} | {"test accuracy": accuracy}
     columns["seeds"] = lambda r: of.get((r["network"], r["way"]), {}).get("seeds")
     return markdown(columns, rows, 2)
 
@@ -226,7 +227,7 @@ def _plain_table(rows: list[dict]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row))
     text = [name for name in names if any(isinstance(row.get(name), str) for row in rows)]
     ordered = text + [name for name in names if name not in text]
-    return markdown({name.replace("_", " "): _at(name) for name in ordered}, rows, len(text))
+    return markdown({name.replace("_", " "): at(name) for name in ordered}, rows, len(text))
 
 
 # --- compiled kernels -----------------------------------------------------------------------------
@@ -311,12 +312,12 @@ def _dropout_table(rows: list[dict]) -> str:
     """What dropout adds to a kernel, an element."""
     columns: Columns = {
         "kernel": lambda r: _name(r["kernel"].removesuffix("_kernel")),
-        "dtype": _at("dtype"),
-        "target": _at("target"),
+        "dtype": at("dtype"),
+        "target": at("target"),
         "tile": lambda r: r["tile"].replace("x", " x "),
         "largest shares": _largest_shares,
-        "instructions without": _at("without"),
-        "with": _at("with"),
+        "instructions without": at("without"),
+        "with": at("with"),
         "more, an element": lambda r: f"{r['per_element']:.1f}",
     }
     return markdown(columns, rows, 5)
