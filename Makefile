@@ -13,7 +13,7 @@ CLANG  = $(shell PATH="$(VENV)/bin:$$PATH" command -v clang-format)
 CSRC   = $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h tests/ptx/*.cpp tests/ptx/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test sanitize train lint format bench kernels semantics readme gpu verify info clean
+.PHONY: help setup test sanitize train lint format bench kernels evidence semantics readme gpu verify info clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +48,9 @@ bench: setup  ## time the ops against eager and compiled PyTorch; ARGS replace -
 kernels: setup  ## compile each GPU kernel and list registers, spills and tensor-core instructions
 	@if [ -f fusedmlp/_native_cuda.so ]; then $(PY) -m bench.cuda_kernels; else echo 'kernels: the CUDA extension is not built; make info says why'; fi
 	$(PY) -m bench.kernels $(ARGS)
+
+evidence: setup  ## count what each GPU kernel did in the tests without a GPU, for docs/kernels.md
+	$(PY) -m bench.evidence $(ARGS)
 
 semantics: setup  ## run what Triton makes of each GPU kernel on the CPU, in .venv-semantics (Python 3.12, 5 GB)
 	$(PY) -m bench.semantics $(ARGS)

@@ -41,9 +41,15 @@ def _kernels(found: Evidence) -> list[dict]:
     return [made[key] for key in sorted(made, key=lambda key: (key[0] == "CUDA", key[1]))]
 
 
-def _launches(column: str) -> Callable[[dict], str | None]:
-    """Their number, by where they were."""
-    return lambda k: "; ".join(f"{where}: {n}" for where, n in k[column].items()) or None
+def _launches(column: str, counted: bool) -> Callable[[dict], str | None]:
+    """Their number, by where they were; what bench.evidence has not counted is no dash."""
+
+    def made(kernel: dict) -> str | None:
+        there = "; ".join(f"{where}: {n}" for where, n in kernel[column].items())
+        counts = (column == "source") == (kernel["language"] == "Triton")
+        return there or ("not counted" if counts and not counted else None)
+
+    return made
 
 
 def table(found: Evidence) -> str:
@@ -51,8 +57,8 @@ def table(found: Evidence) -> str:
     columns: tables.Columns = {
         "kernel": lambda k: f"`{k['name']}`",
         "": tables.at("language"),
-        "launches of its source": _launches("source"),
-        "launches of its compiled code": _launches("compiled"),
+        "launches of its source": _launches("source", "evidence" in found),
+        "launches of its compiled code": _launches("compiled", "evidence" in found),
         "machine code for": lambda k: ", ".join(k["targets"]) or None,
         "programs run at every stage of the compiler": lambda k: k["stages"] or None,
     }
@@ -65,17 +71,17 @@ def summary(found: Evidence) -> str:
     """The same in a few lines."""
     kernels = _kernels(found)
 
-    def of(language: str) -> tuple[int, int, str]:
+    def of(language: str) -> tuple[int, str, str]:
         rows = [k for k in kernels if k["language"] == language]
         launches = sum(k["compiled"].total() for k in rows)
         targets = dict.fromkeys(target for k in rows for target in k["targets"])
-        return len(rows), launches, ", ".join(targets)
+        return len(rows), f" in {launches} launches" if launches else "", ", ".join(targets)
 
     where = ", ".join(found["gpus"])
     begin = f"Results of a GPU: {where}." if where else "**Nothing has run on a GPU so far.**"
     return (
         f"{begin} The {{}} Triton kernels run in Triton's interpreter;\n"
-        "the code that its compiler makes of them for sm_90 ran on a CPU, in {} launches; machine\n"
+        "the code that its compiler makes of them for sm_90 ran on a CPU{}; machine\n"
         "code is made for {}. Of the {} CUDA kernels nvcc's PTX ran\n"
-        "on a CPU, in {} launches; machine code is made for {}.\n"
+        "on a CPU{}; machine code is made for {}.\n"
     ).format(*of("Triton"), *of("CUDA"))

@@ -123,7 +123,7 @@ step_layers() {
 step_tune() {  # the table of measured choices for this card
     local layers=(256x784x256 256x256x10 4096x784x256 16384x784x256 8192x1024x4096 8192x4096x1024
         8192x4096x16384 8192x16384x4096)
-    if [ "$REHEARSE" ]; then limited 30 "$PYTHON" -m fusedmlp tune --help; return; fi
+    if [ "$REHEARSE" ]; then limited 60 "$PYTHON" -m fusedmlp tune --help; return; fi
     limited 240 "$PYTHON" -m fusedmlp tune --missing "${layers[@]}"
     local status=$?
     cp "${XDG_CACHE_HOME:-$HOME/.cache}"/fusedmlp/*.json "$RESULTS" || status=1

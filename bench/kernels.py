@@ -174,6 +174,9 @@ def main(argv: list[str] | None = None) -> int:
             return 0 if len(results.rows) == len(todo) else 1
         if args.resume:
             results.rows = kept(args.out, todo, results.head["versions"]["triton"])
+        from . import triton_build
+
+        results.head["kernels"] = triton_build.kernels_hash()[:16]
         compile_all(results, todo, args.workers)
     wrong = [row for row in results.rows if row["wrong"]]
     seconds = time.perf_counter() - start

@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 def test_the_results_are_of_the_present_kernels_and_complete():
     if not evidence.RESULTS.exists():
-        pytest.skip("evidence.json is not in this checkout")
+        pytest.skip("evidence.json is not in this checkout: run python -m bench.evidence")
     rows = record.read(evidence.RESULTS)["rows"]
     assert {row["suite"]: row["code"] for row in rows} == {
         suite: evidence.code(suite) for suite in evidence.SUITES
@@ -108,6 +108,10 @@ def test_the_table_says_what_ran_where_and_leaves_out_what_was_wrong():
     ]
     assert lines[-1] == "On a GPU: none of them, never."
     assert "a GPU: A GPU." in evidence_tables.table(FOUND | {"gpus": ["A GPU"]})
+    less = {name: rows for name, rows in FOUND.items() if name != "evidence"}
+    assert "| CUDA | – | not counted | sm_75 | – |" in evidence_tables.table(less)
+    assert "Triton | not counted | sm_90: 7 |" in evidence_tables.table(less)
+    assert "nvcc's PTX ran\non a CPU; machine" in evidence_tables.summary(less)
 
 
 def test_the_readme_says_the_same_in_a_few_lines(tmp_path):
