@@ -5,8 +5,9 @@
 
 A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`. NAME is `grid`, a group of
 bench/cases.py (these with `gpu-` before them for a GPU's figures), `gpu-steps` or `gpu-epochs` and
-`engine-` with a group, both of bench/steps.py, or the name of another results file, such as `train`
-or `saved-bytes`; `tabular-each` has a line for each table of `tabular`. Losing shapes stay in.
+`engine-` with a group, both of bench/steps.py, `evidence-table` or `evidence-summary`, of all
+files, or the name of another results file, such as `train` or `saved-bytes`; `tabular-each` has a
+line for each table of `tabular`. Losing shapes stay in.
 Measures nothing.
 """
 
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from fusedmlp.train import TrainError, drawing
 
-from . import record, rivals, tables
+from . import evidence_tables, record, rivals, tables, tabular_tables
 
 _MARKED = re.compile(
     r"(?P<open><!-- bench:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<close><!-- /bench:(?P=name) -->)",
@@ -64,6 +65,11 @@ def _rows(found: dict, name: str) -> list[dict]:
 
 def table(name: str, results: dict[Path, dict]) -> str:
     """The text of table `name`: one part for each results file that holds it."""
+    if name in ("evidence-table", "evidence-summary"):
+        rows = {found["name"]: found["rows"] for found in results.values()}
+        gpus = {found["machine"].get("gpu") for found in results.values()} - {None}
+        made = evidence_tables.table if name == "evidence-table" else evidence_tables.summary
+        return made(rows | {"gpus": sorted(gpus)})
     parts = []
     seeds = [found for found in results.values() if found["name"] == "seeds"]
     for found in results.values():
@@ -75,7 +81,9 @@ def table(name: str, results: dict[Path, dict]) -> str:
             parts.append(text + source(found) + "".join(map(source, seeds)))
             continue
         if name == "tabular-each":
-            text = tables.tabular_each(rows)
+            text = tabular_tables.tabular_each(rows)
+        elif name == "tabular":
+            text = tabular_tables.tabular_table(rows)
         elif "provider" not in rows[0]:
             text = tables.of_file(found["name"], rows)
         else:
