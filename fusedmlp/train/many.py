@@ -234,7 +234,7 @@ def _validate(trainings: list[_Training], together: bool) -> None:
     if together:
         layers, held = [t.engine.layers for t in trainings], [t.held for t in trainings]
         sums, _ = native_op.evaluate(
-            layers, task.x, task.y, held, task.scaling, task.loss, torch.empty(1, 0)
+            layers, task.x, task.y, held, task.scaling, task.loss, task.precision, torch.empty(1, 0)
         )
         for training, each in zip(trainings, sums.tolist(), strict=True):
             training.close_validation(*mean_figures(task.loss, each))
