@@ -209,9 +209,10 @@ def _check(config: TrainConfig, options: RunOptions | None, folds: int) -> None:
         raise UsageError(f"--folds must be at least 2, got {folds}")
     if config.time_limit is not None:
         raise UsageError("--time-limit belongs to train; candidates are compared at equal epochs")
-    if options is not None and options.log is not None:
+    options = RunOptions() if options is None else options.check()
+    if options.log is not None:
         raise UsageError("--log belongs to train; a cross-validation has many networks at once")
-    if options is not None and options.check().resume is not None:
+    if options.resume is not None:
         raise UsageError("--resume belongs to train; a cross-validation starts anew")
     if started_by_torchrun():
         raise UsageError("crossval runs in one process; start it without torchrun")
@@ -304,8 +305,7 @@ def _with_held(rows: Tensor, data: Data, config: TrainConfig) -> tuple[Tensor, T
 
 
 def _tell(progress: Quiet, before: int, group, total: int, epoch: int, epochs: int) -> None:
-    done = sum(min(epoch, candidate.config.epochs) for candidate, _ in group)
-    progress.trained(before + done, total)
+    progress.trained(before + sum(min(epoch, c.config.epochs) for c, _ in group), total)
 
 
 def _loss_name(data: Data) -> str:
