@@ -259,7 +259,9 @@ def tabular_table(rows: list[dict]) -> str:
                 "splits": len(of),
                 "score": f"{_mean(r['score'] for r in of):.4f}",
                 "over ours": f"{_mean(r['score'] - o['score'] for r, o in pairs):+.4f}",
-                "log loss": f"{_mean(r['log loss'] for r in of):.4f}",
+                "log loss": loss
+                if (loss := _mean(r["log loss"] for r in of)) is None
+                else f"{loss:.4f}",
                 "rank": f"{_mean(ranks[way]):.2f}" if ranks[way] else None,
                 "fit": f"{seconds / len(of):.2f}",
                 "predict": f"{_mean(r['predict'] for r in of):.3f}",

@@ -61,6 +61,7 @@ CHOICE = {
     "vote92": ("vote", ()),
     "Benefits": ("joblost", ()),
     "digits": ("target", ()),
+    "biopsy": ("class", ("ID",)),
     "RetSchool": ("wage76", ()),
     "Workinghours": ("hours", ()),
     "VietNamH": ("lntotal", ("commune",)),
@@ -264,6 +265,7 @@ def main(argv: list[str] | None = None) -> int:
     head = record.header("tabular", "bench.tabular", argv, packages=PACKAGES)
     results = record.resumed(head, args.out)
     results.rows += [row for path in args.merge for row in record.read(path)["rows"]]
+    results.write()
     done = {(r["table"], r["split"], r["way"]) for r in results.rows}
     for number in range(args.splits):
         for name in args.tables or tables:

@@ -68,7 +68,7 @@ class Job:
 def jobs(data_dir: Path | None, epochs: int, device: str) -> list[Job]:
     """The two networks that the project is measured by."""
     base = TrainConfig(dataset="fashion_mnist", data_dir=data_dir, batch_size=256, epochs=epochs)
-    first = base.replace(device=device)
+    first = base.replace(device=device, hidden=(256,), dropout=(0.0,))
     second = first.replace(hidden=(256, 256), dropout=(0.2, 0.5), lr=0.5)
     return [Job("784-256-10", first), Job("784-256-256-10, dropout 0.2, 0.5", second)]
 

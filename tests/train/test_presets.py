@@ -81,6 +81,7 @@ def test_each_flag_decides_over_the_preset(name):
 def test_another_update_rule_has_rates_of_its_own():
     assert settings(optimizer="sgd").lr == 0.1 and settings(optimizer="sgd").weight_decay == 0.0
     assert settings(epochs=1).warmup_epochs <= 1
+    assert settings("table", rows=7).keep == "last" and settings("table", rows=8).keep == "best"
     with pytest.raises(UsageError, match="--momentum belongs to .* the default is adamw"):
         settings(momentum=0.9)
 

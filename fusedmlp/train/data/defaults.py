@@ -1,5 +1,7 @@
 """What a config leaves to the data: presets, and the defaults of each kind of data set."""
 
+import math
+
 from ..config import TrainConfig
 from ..errors import UsageError
 from .types import Data
@@ -21,6 +23,7 @@ _TABLE = {
 }
 _ENSEMBLE = _TABLE | {"hidden": (128, 128, 128), "lr": 1e-2, "networks": 8}
 _CLASS_EPOCHS, _NUMBER_EPOCHS = 50, 100
+_LEAST_STEPS = 200  # of a run: small tables take more epochs
 _SMOOTHING = 0.1
 _WARMUP_EPOCHS = 2.0
 
@@ -52,7 +55,8 @@ def resolved(config: TrainConfig, data, several: bool = False) -> TrainConfig:
     if filled.keep is None:
         # Rows that are still raw are split after this.
         is_split = isinstance(data, Data) and (data.x_val is not None or data.schema is not None)
-        is_best = config.patience is not None or (preset != "plain" and is_split)
+        is_best = preset != "plain" and is_split and _rows(data) * HELD_OUT >= 1
+        is_best = is_best or config.patience is not None
         filled = filled.replace(keep="best" if is_best else "last")
     filled = filled.replace(val_split=filled.validation_share())
     if filled.lr is None and isinstance(data, Data):
@@ -119,7 +123,12 @@ def _plain(config: TrainConfig, data) -> dict:
 def _of_preset(preset: str, config: TrainConfig, data) -> dict:
     is_classes = not isinstance(data, Data) or data.is_classes
     found = dict(_ENSEMBLE if preset == "ensemble" else _TABLE)
+    if config.init is None and config.init_std is None:
+        found |= {"init": "default", "init_std": None}
     found["epochs"] = _CLASS_EPOCHS if is_classes else _NUMBER_EPOCHS
+    if isinstance(data, Data):
+        steps = math.ceil(_rows(data) * (1 - HELD_OUT) / (config.batch_size or found["batch_size"]))
+        found["epochs"] = max(found["epochs"], math.ceil(_LEAST_STEPS / steps))
     found["label_smoothing"] = _SMOOTHING if is_classes else 0.0
     found["warmup_epochs"] = min(_WARMUP_EPOCHS, (config.epochs or found["epochs"]) / 4)
     if config.optimizer not in (None, "adamw"):
