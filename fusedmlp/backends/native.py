@@ -60,6 +60,12 @@ def cpu_isa() -> str:
     return _answer(library("cpu"), "fusedmlp_cpu_isa")
 
 
+def bf16_isa() -> str:
+    """The instruction set of the training engine's products in bf16, or "" where there is none.
+    The extension for the CPU can be opened."""
+    return _answer(library("cpu"), "fusedmlp_bf16_isa")
+
+
 def _ends_early(path: Path) -> bool:
     """Whether the file lacks bytes that its ELF headers name: to read them from a mapping of it
     ends the process. What is no ELF file is left to the loader, which refuses it."""
@@ -151,7 +157,7 @@ def unavailable(device_type: str) -> str | None:
         return (
             f"{path.name} was built from another version: it has no {', '.join(lacking)}; {rebuild}"
         )
-    if device_type == "cpu" and isa is not None and cpu_isa() != isa:
+    if device_type == "cpu" and isa is not None and isa not in (cpu_isa(), bf16_isa()):
         log.info("FUSEDMLP_CPU_ISA=%s: this processor lacks it, %s is used", isa, cpu_isa())
     return _no_gpu_for_it() if device_type == "cuda" else None
 

@@ -207,6 +207,10 @@ def candidate_configs(config: TrainConfig, compare: Mapping[str, Sequence]) -> l
 def _check(config: TrainConfig, options: RunOptions | None, folds: int) -> None:
     if not isinstance(folds, int) or folds < 2:
         raise UsageError(f"--folds must be at least 2, got {folds}")
+    if config.time_limit is not None:
+        raise UsageError("--time-limit belongs to train; candidates are compared at equal epochs")
+    if options is not None and options.log is not None:
+        raise UsageError("--log belongs to train; a cross-validation has many networks at once")
     if options is not None and options.check().resume is not None:
         raise UsageError("--resume belongs to train; a cross-validation starts anew")
     if started_by_torchrun():
@@ -341,6 +345,7 @@ def _scores(
                 splits,
                 loss=_loss_name(data),
                 scaling=data.scaling,
+                precision=config.precision,
             )
     if sums is None:
         for member, split in zip(members, splits, strict=True):

@@ -326,7 +326,8 @@ def _check(members: Sequence[Member], x: Tensor, y: Tensor, loss: str) -> None:
 
 
 def _check_member(name: str, member: Member, count: int) -> None:
-    member.config.check()
+    if member.config.check().time_limit is not None:
+        raise UsageError(f"{name}: --time-limit belongs to fit, which trains one network")
     for what, rows in (("rows", member.rows), ("held", member.held)):
         if rows is None:
             continue
