@@ -10,7 +10,8 @@ from fusedmlp.backends import native
 from fusedmlp.train import fit
 from fusedmlp.train.data.types import permutation
 from fusedmlp.train.engines import native_evaluate, native_op
-from fusedmlp.train.errors import UsageError
+from fusedmlp.train.errors import TrainError
+from fusedmlp.train.many import Member, fit_many, reasons_against_many
 
 from .. import made_data
 from ..engines import (
@@ -161,6 +162,29 @@ def test_fit_in_bf16_takes_the_engine_and_learns(isa):
     assert results["bf16"]["train_loss"] == pytest.approx(results["fp32"]["train_loss"], rel=0.05)
 
 
+def test_networks_of_one_precision_are_trained_in_one_call_and_others_are_not(isa):
+    data = made_data.pictures(rows=200)
+    rows = torch.arange(len(data.x_train))
+
+    def members(*precisions):
+        return [
+            Member(network(sizes=(64, 40, 4)), config(precision=p, lr=0.05), rows)
+            for p in precisions
+        ]
+
+    given = data.x_train, data.y_train
+    both = members("bf16", "fp32")
+    assert reasons_against_many(both, *given, "cross_entropy") == [
+        "one call has one precision, got bf16 and fp32"
+    ]
+    together = members("bf16", "bf16")
+    assert reasons_against_many(together, *given, "cross_entropy") == []
+    for each in (both, together):
+        fit_many(each, *given, loss="cross_entropy", scaling=data.scaling)
+    assert state_equal(both[0].model, together[0].model)
+    assert not state_equal(both[0].model, both[1].model)
+
+
 def test_a_processor_without_bf16_is_named_and_the_run_goes_on(without_bf16):
     reason = (
         f"its bf16 needs AVX512-BF16 or AMX, and this processor or FUSEDMLP_CPU_ISA has no more "
@@ -168,7 +192,7 @@ def test_a_processor_without_bf16_is_named_and_the_run_goes_on(without_bf16):
     )
     assert native_op.reason_against("bf16") == reason
     data = made_data.pictures(rows=100)
-    with pytest.raises(UsageError) as error:
+    with pytest.raises(TrainError) as error:
         fit(network(), data, config(precision="bf16", engine="native"))
     assert reason in str(error.value)
     assert fit(network(), data, config(precision="bf16")).history[-1]["train_loss"] < 3
