@@ -1,6 +1,7 @@
 """FusedTableClassifier and FusedTableRegressor: DataFrames with words and missing cells, as they
 are, to an average of networks. Columns, preset and training are those of train.fit_table."""
 
+from dataclasses import replace
 from numbers import Integral
 
 import numpy as np
@@ -13,7 +14,7 @@ from sklearn.utils.multiclass import check_classification_targets
 # Private by name; estimators outside scikit-learn use them, as there is no public one.
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
-from ..train import TrainConfig, TrainError, UsageError, fit_table
+from ..train import Scaling, TrainConfig, TrainError, UsageError, fit_table
 from ..train.data.frames import is_frame
 
 _LEAST_ROWS = 2
@@ -83,12 +84,15 @@ class BaseFusedTable(BaseEstimator):
                 device=self.device,
                 seed=int(check_random_state(self.random_state).randint(2**31 - 1)),
             )
-            self.network_ = fit_table(X.assign(**{target: y}), config, weights=weights)
+            found = fit_table(X.assign(**{target: y}), config, weights=weights)
         except (TrainError, UsageError) as error:
             said = str(error)
             for flag, name in _FLAGS.items():
                 said = said.replace(flag, name)
             raise ValueError(f"{type(self).__name__}: {said}") from error
+        # In fp64 a row's prediction does not depend on the rows beside it, as scikit-learn asks.
+        model = found.model.cpu().double()
+        self.network_ = replace(found, model=model, scaling=Scaling(dtype=torch.float64))
         self.n_estimators_ = self.network_.config.networks
 
     def _frame(self, X, reset: bool):
@@ -161,7 +165,7 @@ class FusedTableClassifier(ClassifierMixin, BaseFusedTable):
     random_state        the same seed, or None for another one at each fit
 
     Attributes: classes_, n_features_in_, feature_names_in_, n_estimators_, and network_, the
-    fusedmlp.train.Trained that predicts.
+    fusedmlp.train.Trained that predicts, in fp64 on the CPU.
     """
 
     def __init__(
