@@ -1,7 +1,5 @@
 """crossval: K-fold cross-validation of candidates. The best is trained on all training rows and
-tested once.
-
-fit_many trains folds and candidates together, where one engine can run them together.
+tested once. fit_many trains folds and candidates together, where one engine can run them together.
 """
 
 import functools
@@ -45,9 +43,8 @@ SEQUENCES = ("hidden", "dropout")  # settings with a value for each layer
 
 @dataclass(frozen=True)
 class Score:
-    """error: the share of rows that one network gets wrong, or for regression the mean squared
-    error in the target's own units; loss: the one it was trained on. nan where training diverged.
-    """
+    """error: the share of rows that one network gets wrong, or the mean squared error in the
+    target's own units; loss: the one it was trained on. nan where training diverged."""
 
     error: float
     loss: float
