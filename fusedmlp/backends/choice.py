@@ -143,8 +143,8 @@ def _measured(
                 return found
     if kind not in shipped and "classes" not in own:
         registry.log_once(
-            f"a CPU like this one ({kind}) was not measured: ops run where they were clearly faster "
-            "on all that were; `fusedmlp tune` measures it, in minutes"
+            f"a CPU like this one ({kind}) was not measured: ops run where they were clearly "
+            "faster on all that were; `fusedmlp tune` measures it, in minutes"
         )
     return _by_class(shipped, names, _LEAST_ELSEWHERE, key)
 
@@ -270,12 +270,8 @@ def named_for_engine(device_type: str, dtype: torch.dtype, op: str) -> str | Non
     """The backend of an engine that was itself asked for by name: what the user has named, or else
     on a GPU fused kernels, where they run, as that is what such an engine is for."""
     named = registry.explicit(None)
-    if (
-        named is None
-        and device_type != "cpu"
-        and registry.is_usable("triton", device_type, dtype, op)
-    ):
-        return "triton"
+    if named is None and device_type != "cpu":
+        return "triton" if registry.is_usable("triton", device_type, dtype, op) else None
     return named
 
 
@@ -370,11 +366,8 @@ def explain(
         raise ValueError(f"explain: unknown op {op!r}; known: {', '.join(OPS)}")
     act = checks.activation("explain", activation)
     dropout = checks.probability("explain", p) > 0
-    for name, size in (
-        ("rows", rows),
-        ("in_features", in_features),
-        ("out_features", out_features),
-    ):
+    sizes = {"rows": rows, "in_features": in_features, "out_features": out_features}
+    for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int):
             raise TypeError(f"explain: {name} must be an int, got {type(size).__name__}")
         if size < 0:
@@ -385,12 +378,8 @@ def explain(
     named = registry.explicit(backend)
     refusals = {b.name: b.reasons_against(device_type, dtype) for b in registry.BACKENDS}
     refusals = {name: reasons for name, reasons in refusals.items() if reasons}
-    size = (
-        f"{rows} x {in_features} x {out_features}"
-        if op == "linear_act"
-        else f"{rows} x {out_features}"
-    )
-    call = f"{size}, {activation}, p = {p:g}, {dtypes.SHORT[dtype]}, {device_type}"
+    inner = f" x {in_features}" if op == "linear_act" else ""
+    call = f"{rows}{inner} x {out_features}, {activation}, p = {p:g}, {dtypes.SHORT[dtype]}, {device_type}"
     if named is not None:
         if named in refusals:
             return Explanation(op, call, "nothing", f"{named!r} was asked for and raises", refusals)

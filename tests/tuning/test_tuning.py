@@ -3,7 +3,6 @@ a call does with it. The times of most tests are made up."""
 
 from __future__ import annotations
 
-import json
 import logging
 
 import pytest
@@ -20,43 +19,9 @@ from fusedmlp.tuning import classes, measure
 from fusedmlp.tuning.work import Work
 
 from . import fakes
+from .works import DROPS, WORK, keep, network, ran
 
-WORK = Work("cpu", "fp32", 32, 20, (("relu", False, 64), ("none", False, 10)), True)
-DROPS = Work("cpu", "fp32", 32, 20, (("relu", True, 64), ("none", False, 10)), True)
 HAS_NATIVE = registry.is_usable("native", "cpu", torch.float32, "mlp")
-
-
-@pytest.fixture(autouse=True)
-def table(tmp_path, monkeypatch):
-    """A machine of a kind of its own, of which nothing is known."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("FUSEDMLP_AUTOTUNE", raising=False)
-    monkeypatch.setattr(measured, "kind", lambda device_type: f"Test {device_type}")
-    monkeypatch.setattr(measured, "shipped", lambda: {})
-    measured.forget()
-    yield measured
-    monkeypatch.undo()
-    measured.forget()
-
-
-def _keep(work: Work, wrong=None, **times: float) -> None:
-    named = {name.replace("_", " "): us for name, us in times.items()}
-    measure.keep(work, {"times": named, "wrong": wrong or {}})
-
-
-def _network(work: Work = WORK) -> fusedmlp.FusedMLP:
-    first, last = work.layers
-    p = 0.5 * first[1]
-    return fusedmlp.FusedMLP(work.in_features, [first[2]], last[2], dropout=p)
-
-
-def _ran(net, rows: int = 32) -> str:
-    """What the network runs on."""
-    x = torch.randn(rows, net[0].in_features)
-    net(x).sum().backward()
-    steps = [step for _, step in net._plan.last.steps]
-    route = getattr(getattr(steps[0], "way", None), "name", None)
-    return route or getattr(steps[0], "backend", None) or "eager"
 
 
 # --- candidates ---------------------------------------------------------------------------------
@@ -120,39 +85,39 @@ def test_the_same_work_has_the_same_numbers():
 
 @pytest.mark.skipif(not HAS_NATIVE, reason="the native backend is not built")
 def test_a_network_runs_on_what_was_the_fastest_at_its_size():
-    assert _ran(_network()) == "eager"
+    assert ran(network()) == "eager"
     for times, wanted in (
         (dict(eager=100.0, native_mlp=80.0, native_layers=90.0), "native mlp"),
         (dict(eager=100.0, native_mlp=95.0, native_layers=90.0), "native layers"),
         (dict(eager=100.0, native_mlp=99.0, native_layers=120.0), "eager"),  # not worth it
         (dict(eager=100.0), "eager"),
     ):
-        _keep(WORK, **times)
-        assert _ran(_network()) == wanted
-        assert _ran(_network(), 31) == wanted  # the same size class
-        assert _ran(_network(), 64) == "eager"
-    _keep(WORK, {"native mlp": "its output is wrong"}, eager=100.0)
-    assert _ran(_network()) == "eager"
+        keep(WORK, **times)
+        assert ran(network()) == wanted
+        assert ran(network(), 31) == wanted  # the same size class
+        assert ran(network(), 64) == "eager"
+    keep(WORK, {"native mlp": "its output is wrong"}, eager=100.0)
+    assert ran(network()) == "eager"
 
 
 @pytest.mark.skipif(not HAS_NATIVE, reason="the native backend is not built")
 def test_with_dropout_plain_pytorch_is_not_chosen_however_fast():
-    _keep(DROPS, eager=1.0, native_mlp=50.0, native_layers=40.0, reference=90.0)
-    assert _ran(_network(DROPS)) == "native layers"
-    _keep(DROPS, eager=1.0, native_mlp=50.0, native_layers=40.0, reference=9.0)
-    assert _ran(_network(DROPS)) == "reference"
+    keep(DROPS, eager=1.0, native_mlp=50.0, native_layers=40.0, reference=90.0)
+    assert ran(network(DROPS)) == "native layers"
+    keep(DROPS, eager=1.0, native_mlp=50.0, native_layers=40.0, reference=9.0)
+    assert ran(network(DROPS)) == "reference"
 
 
 @pytest.mark.skipif(not HAS_NATIVE, reason="the native backend is not built")
 def test_the_ways_of_a_network_agree(monkeypatch):
     torch.manual_seed(3)
-    nets = [_network(DROPS) for _ in range(3)]
+    nets = [network(DROPS) for _ in range(3)]
     outputs = []
     for net, times in zip(
         nets, (dict(native_mlp=1.0), dict(native_layers=1.0), dict(reference=1.0)), strict=True
     ):
         net.load_state_dict(nets[0].state_dict())
-        _keep(DROPS, eager=9.0, **times)
+        keep(DROPS, eager=9.0, **times)
         torch.manual_seed(5)
         x = torch.randn(32, 20)
         outputs.append(net(x))
@@ -188,39 +153,39 @@ def _with_classes(monkeypatch, **kinds) -> None:
 )
 def test_a_class_of_networks_decides_where_the_size_is_not_known(kinds, wanted, monkeypatch):
     _with_classes(monkeypatch, **kinds)
-    assert _ran(_network()) == wanted
+    assert ran(network()) == wanted
 
 
 @pytest.mark.skipif(not HAS_NATIVE, reason="the native backend is not built")
 def test_the_size_comes_before_the_class(monkeypatch):
     _with_classes(monkeypatch, Test_cpu=(1.5, 2.0))
-    assert _ran(_network()) == "native mlp"
-    _keep(WORK, eager=10.0, native_mlp=20.0)
-    assert _ran(_network()) == "eager"
+    assert ran(network()) == "native mlp"
+    keep(WORK, eager=10.0, native_mlp=20.0)
+    assert ran(network()) == "eager"
 
 
 @pytest.mark.skipif(not HAS_NATIVE, reason="the native backend is not built")
 def test_deterministic_mode_and_the_environment_read_what_was_shipped_alone(monkeypatch):
-    _keep(WORK, eager=100.0, native_mlp=10.0)
-    net = _network()
-    assert _ran(net) == "native mlp"
+    keep(WORK, eager=100.0, native_mlp=10.0)
+    net = network()
+    assert ran(net) == "native mlp"
     torch.use_deterministic_algorithms(True)
     try:
-        assert _ran(net) == "eager"
+        assert ran(net) == "eager"
     finally:
         torch.use_deterministic_algorithms(False)
     monkeypatch.setenv("FUSEDMLP_AUTOTUNE", "0")
-    assert _ran(_network()) == "eager"
+    assert ran(network()) == "eager"
 
 
 @pytest.mark.skipif(not HAS_NATIVE, reason="the native backend is not built")
 def test_report_and_explain_quote_the_times():
     rows_256 = Work("cpu", "fp32", 256, 20, WORK.layers, True)
-    _keep(rows_256, eager=100.0, native_mlp=80.0)
-    text = str(fusedmlp.report(_network()))
+    keep(rows_256, eager=100.0, native_mlp=80.0)
+    text = str(fusedmlp.report(network()))
     assert "measured on this machine: native mlp 80 us, eager 100 us" in text
     one = Work("cpu", "fp32", 256, 784, (("relu", False, 256),), True)
-    _keep(one, eager=100.0, native_layers=70.0)
+    keep(one, eager=100.0, native_layers=70.0)
     e = fusedmlp.explain()
     assert e.choice == "native" and "native layers 70 us, eager 100 us" in e.why
 
@@ -232,62 +197,6 @@ def test_every_class_that_is_shipped_can_be_read_and_is_met():
     for name, entry in shipped.items():
         assert entry["classes"], name
         assert len(set(entry["classes"]) - keys) < 0.1 * len(entry["classes"])
-
-
-# --- the file -----------------------------------------------------------------------------------
-
-
-def _damaged() -> list[str]:
-    entry = {"versions": measured.versions("cpu")}
-    rows = (
-        {"calls": {"x": 3}},
-        {"calls": {"x": {"times": {"eager": "fast"}, "wrong": {}}}},
-        {"calls": {"x": {"times": {"eager": -1.0}, "wrong": {}}}},
-        {"classes": {"x": {"ratios": {"native mlp": [1.0]}}}},
-        {"tiles": {"x": 3}},
-    )
-    return ["{", "[]", '{"x": 3}', *(json.dumps({"Test cpu": entry | row}) for row in rows)]
-
-
-@pytest.mark.parametrize("text", _damaged())
-def test_a_damaged_file_is_named_once_and_written_anew(text, caplog):
-    measured.path().parent.mkdir(parents=True)
-    measured.path().write_text(text)
-    for _ in range(3):
-        assert _ran(_network()) == "eager"
-    (message,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert str(measured.path()) in message and "cannot be read" in message
-    _keep(WORK, eager=2.0, native_mlp=1.0)
-    measured.forget()
-    assert measured.own("cpu")["calls"][WORK.key]["times"] == {"eager": 2.0, "native mlp": 1.0}
-
-
-def test_a_table_of_other_versions_is_named_once_and_makes_room(caplog):
-    _keep(WORK, eager=100.0, native_mlp=10.0)
-    tables = json.loads(measured.path().read_text())
-    tables["Test cpu"]["versions"]["torch"] = "1.0"
-    measured.path().write_text(json.dumps(tables))
-    measured.forget()
-    for _ in range(3):
-        assert _ran(_network()) == "eager"
-    (message,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert str(measured.path()) in message
-    assert f"torch 1.0, now {torch.__version__}" in message
-    _keep(DROPS, eager=1.0)
-    assert list(measured.own("cpu")["calls"]) == [DROPS.key]
-
-
-def test_entries_of_other_devices_stay():
-    measured.keep("cuda", "tiles", "x", [1, 2, 3])
-    _keep(WORK, eager=1.0)
-    assert set(json.loads(measured.path().read_text())) == {"Test cuda", "Test cpu"}
-
-
-def test_a_folder_that_cannot_be_written_is_an_error_that_names_it(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(OSError, match="file"):
-        _keep(WORK, eager=1.0)
 
 
 # --- measuring at the first call ----------------------------------------------------------------
@@ -312,14 +221,14 @@ def made_up(monkeypatch) -> list[Work]:
 
 @pytest.mark.skipif(not HAS_NATIVE, reason="the native backend is not built")
 def test_the_first_call_of_a_size_measures_where_it_was_asked_for(made_up, monkeypatch, caplog):
-    assert _ran(_network()) == "eager" and not made_up
+    assert ran(network()) == "eager" and not made_up
     monkeypatch.setenv("FUSEDMLP_AUTOTUNE", "1")
     for _ in range(2):
-        assert _ran(_network()) == "native mlp"
+        assert ran(network()) == "native mlp"
     assert made_up == [WORK]
     assert "triton mlp is never chosen here" in caplog.text
     with torch.no_grad():
-        _network()(torch.randn(32, 20))
+        network()(torch.randn(32, 20))
     assert [work.gradients for work in made_up] == [True, False]
 
 
@@ -331,7 +240,7 @@ def test_a_first_call_that_cannot_be_measured_runs_all_the_same(monkeypatch, cap
     monkeypatch.setattr(measure, "measure", fails)
     monkeypatch.setenv("FUSEDMLP_AUTOTUNE", "1")
     for _ in range(2):
-        assert _ran(_network()) == "eager"
+        assert ran(network()) == "eager"
     (message,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert "could not be measured: tune: the process that measures did not start" in message
 
@@ -341,7 +250,7 @@ def test_a_cpu_that_nobody_measured_is_told_once(monkeypatch, caplog):
     registry.log_once.cache_clear()
     with caplog.at_level(logging.INFO, "fusedmlp"):
         for _ in range(2):
-            _ran(_network())
+            ran(network())
     (message,) = [r.getMessage() for r in caplog.records if "was not measured" in r.getMessage()]
     assert message.startswith("a CPU like this one (Test cpu) was not measured")
 
@@ -350,10 +259,10 @@ def test_nothing_is_measured_inside_of_a_trace_or_in_deterministic_mode(made_up,
     monkeypatch.setenv("FUSEDMLP_AUTOTUNE", "1")
     torch.use_deterministic_algorithms(True)
     try:
-        _network()(torch.randn(32, 20))
+        network()(torch.randn(32, 20))
     finally:
         torch.use_deterministic_algorithms(False)
-    net = nn.Sequential(*_network())
+    net = nn.Sequential(*network())
     torch.compile(fusedmlp.fuse(net), backend="eager")(torch.randn(32, 20))
     torch.fx.symbolic_trace(fusedmlp.fuse(net))
     assert not made_up
@@ -430,7 +339,7 @@ def test_wrong_arguments(arguments, message, capsys):
 
 
 def test_a_named_backend_is_not_overruled():
-    _keep(WORK, eager=100.0, native_mlp=1.0)
+    keep(WORK, eager=100.0, native_mlp=1.0)
     with fusedmlp.use_backend("reference"):
         assert choice.select_net("cpu", torch.float32, 32, 20, WORK.kinds, "reference") is None
-        assert _ran(_network()) == "reference"
+        assert ran(network()) == "reference"
