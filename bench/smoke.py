@@ -25,6 +25,7 @@ from torch import Tensor
 from fusedmlp import functional as FF
 from fusedmlp.backends import registry
 from fusedmlp.commands import verify
+from fusedmlp.trial import check
 
 from . import record, timing, ways
 
@@ -42,7 +43,7 @@ def _within_budget(case: verify.Case, backend: str) -> str:
 
 
 def _masks(backend: str, device: str) -> str:
-    if not verify._masks_agree(backend, device):
+    if not check.masks_agree(backend, device):
         raise ValueError("they are not those of the specification")
     return "bit for bit"
 
@@ -155,10 +156,10 @@ def main(argv: list[str] | None = None) -> int:
         large(args.device, usable, args.scale)
         return 1 if failed else 0
     made = checks(args.device, usable)
-    for name, check in made.items():
+    for name, one in made.items():
         start = time.perf_counter()
         try:
-            said = check()
+            said = one()
         except Exception as error:  # one that fails is a line, not the end
             failed += 1
             text = (str(error).strip().splitlines() or [""])[0]

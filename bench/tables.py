@@ -341,7 +341,8 @@ def _never_slower_table(rows: list[dict]) -> str:
     columns = _CALL | {"runs on": at("route")}
     columns["eager / fused"] = lambda r: spread(r["eager_over_this"], "{:.3f}".format)
     worst = markdown(columns, shown, len(columns) - 1)
-    return f"{_plain_table(lines)}\nThe {len(shown)} lowest:\n\n{worst}"
+    totals = markdown({name: at(name) for name in lines[0]}, lines, 1) if lines else ""
+    return f"{totals}\nThe {len(shown)} lowest:\n\n{worst}"
 
 
 # By the name of a results file; every other file is a plain table.

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import compat
+from .. import compat, context
 from ..spec import activations, checks, dtypes
 from . import measured, registry
 from .registry import EAGER
@@ -178,6 +178,7 @@ def _measured_order(
 
     gradients, deterministic  what autograd and torch's deterministic mode are set to
     """
+    context.watch_forks()
     if act == activations.NONE and not dropout:
         return _UNMEASURED, "without activation and dropout there is nothing to fuse"
     names = [f"{backend} layers" for backend in ("native", "triton")] + [EAGER] * (not dropout)
@@ -302,6 +303,9 @@ def select_net(
         if registry.is_usable(backend, device_type, dtype, "linear_act"):
             names += [f"{backend} mlp"] * has_mlp(backend, device_type, dtype)
             names += [f"{backend} {route}" for route in ROUTES.get(device_type, ())]
+    context.watch_forks()
+    if len(names) == 1:
+        return None
     way = _measured(device_type, dtype, rows, in_features, layers, torch.is_grad_enabled(), names)
     widths = [in_features, *[n for _, _, n in layers]]
     is_small = all(k * n < _LARGE for k, n in zip(widths, widths[1:], strict=False))
@@ -379,7 +383,8 @@ def explain(
     refusals = {b.name: b.reasons_against(device_type, dtype) for b in registry.BACKENDS}
     refusals = {name: reasons for name, reasons in refusals.items() if reasons}
     inner = f" x {in_features}" if op == "linear_act" else ""
-    call = f"{rows}{inner} x {out_features}, {activation}, p = {p:g}, {dtypes.SHORT[dtype]}, {device_type}"
+    call = f"{rows}{inner} x {out_features}, {activation}, p = {p:g}, {dtypes.SHORT[dtype]}"
+    call += f", {device_type}"
     if named is not None:
         if named in refusals:
             return Explanation(op, call, "nothing", f"{named!r} was asked for and raises", refusals)
@@ -391,6 +396,5 @@ def explain(
         device_type, op, dtype, act, dropout, rows, k, out_features, *modes
     )
     why = _why(choice, order[0], why)
-    if choice in refusals:
-        refusals.pop(choice)
+    refusals.pop(choice, None)
     return Explanation(op, call, choice, why, refusals)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from .. import compat, environment
+from .. import compat, context, environment
 from ..spec import activations
 
 log = logging.getLogger("fusedmlp")
@@ -96,16 +96,6 @@ def _lacks(device_type: str) -> list[str]:
     )
 
 
-def _one_thread() -> None:
-    """Torch's threads do not survive a fork: a child that asks for them waits for ever."""
-    torch.set_num_threads(1)
-
-
-@functools.cache
-def _watch_forks() -> None:
-    os.register_at_fork(after_in_child=_one_thread)
-
-
 def _not_built(target: str) -> str:
     info = build_info() or {}
     reason = (info.get("left_out") or {}).get(target)
@@ -123,7 +113,7 @@ def _torch_version() -> tuple[int, int]:
 @functools.cache
 def unavailable(device_type: str) -> str | None:
     """Why no native kernel runs on tensors of this device type, or None; opens the library."""
-    _watch_forks()
+    context.watch_forks()
     target = _TARGETS.get(device_type)
     if target is None:
         return f"the extension has kernels for cpu and cuda tensors, not for {device_type!r}"

@@ -121,10 +121,8 @@ class Native:
     def reasons_against(task: Task) -> list[str]:
         if task.device.type != "cpu":
             return [f"it runs on a CPU, the device is {task.device.type}"]
-        reason = native_op.unavailable(task.backend)
-        if reason is None:
-            reason = native_op.reason_against(task.precision)
-        reasons = [] if reason is None else [reason]
+        found = native_op.unavailable(task.backend), native_op.reason_against(task.precision)
+        reasons = [reason for reason in found if reason is not None]
         if task.world.size > 1:
             reasons.append("it runs in one process")
         reasons += reasons_against_optimizer(task.optimizer)

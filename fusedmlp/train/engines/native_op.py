@@ -85,11 +85,13 @@ def unavailable(backend: str | None = None) -> str | None:
 
 
 def reason_against(precision: str) -> str | None:
-    """Why the ops, which can be opened, cannot compute in it, or None."""
-    if precision == "fp32" or (precision == "bf16" and native.bf16_isa()):
+    """Why the ops cannot compute in it, where they can be opened, or None."""
+    if precision == "fp32":
         return None
     if precision != "bf16":
         return f"it computes in fp32 or bf16, --precision is {precision}"
+    if native.unavailable("cpu") is not None or native.bf16_isa():
+        return None
     return (
         "its bf16 needs AVX512-BF16 or AMX, and this processor or FUSEDMLP_CPU_ISA has no more "
         f"than {native.cpu_isa()}"
