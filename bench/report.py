@@ -37,7 +37,7 @@ def _words(machine: dict) -> str:
 
 def source(found: dict) -> str:
     """The lines under a table, one a run: command, machine, versions, commit, date."""
-    names = ("torch", "triton", *rivals.PACKAGES, "scikit-learn", "lightgbm", "pytabkit")
+    names = ("torch", "triton", *rivals.PACKAGES, "lightgbm", "pytabkit")
     named = ((name, found["versions"].get(name)) for name in names)
     versions = [f"{name} {version}" for name, version in named if version]
     where = "; ".join([_words(found["machine"]), ", ".join(versions)])
