@@ -13,11 +13,11 @@ CLANG  = $(shell PATH="$(VENV)/bin:$$PATH" command -v clang-format)
 CSRC   = $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h tests/ptx/*.cpp tests/ptx/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test sanitize train lint format bench kernels semantics readme gpu verify info clean
+.PHONY: help setup test sanitize train lint format bench kernels evidence semantics readme gpu verify info clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
-	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) WORKERS=$(WORKERS) ARGS="..." RESULTS=folder PART=build|test|...'
+	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) WORKERS=$(WORKERS) ARGS="..." RESULTS=folder PART=first|measure|deep'
 
 setup:  ## make the environment (torch: about 5 GB) and build the package and its extension into it
 	@command -v "$(PYTHON)" >/dev/null || { echo 'setup: no $(PYTHON) here; give one: make PYTHON=...' >&2; exit 1; }
@@ -49,14 +49,17 @@ kernels: setup  ## compile each GPU kernel and list registers, spills and tensor
 	@if [ -f fusedmlp/_native_cuda.so ]; then $(PY) -m bench.cuda_kernels; else echo 'kernels: the CUDA extension is not built; make info says why'; fi
 	$(PY) -m bench.kernels $(ARGS)
 
+evidence: setup  ## count what each GPU kernel did in the tests without a GPU, for docs/kernels.md
+	$(PY) -m bench.evidence $(ARGS)
+
 semantics: setup  ## run what Triton makes of each GPU kernel on the CPU, in .venv-semantics (Python 3.12, 5 GB)
 	$(PY) -m bench.semantics $(ARGS)
 
 readme: setup  ## write the README's tables from the results files
 	$(PY) -m bench.report $(ARGS)
 
-gpu:  ## on a machine with an NVIDIA GPU: build, test, sanitize, bench with PYTHON as it is, into RESULTS
-	@PYTHON="$(PYTHON)" RESULTS="$(RESULTS)" bash bench/gpu.sh $(PART)
+gpu:  ## on an NVIDIA GPU, with PYTHON as it is, into RESULTS: PART=first (right?), measure, deep; REHEARSE=1 on a CPU
+	@PYTHON="$(PYTHON)" RESULTS="$(RESULTS)" REHEARSE="$(REHEARSE)" bash bench/gpu.sh $(PART)
 
 verify: setup  ## check every backend of this machine against fp64, now
 	$(VENV)/bin/fusedmlp verify $(ARGS)

@@ -12,7 +12,10 @@ a kernel that is meant to run on tensor cores has none of their instructions.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +26,28 @@ LIBRARY = record.ROOT / "fusedmlp" / "_native_cuda.so"
 FAMILIES = {0: "plain", 1: "prelu", 2: "smooth"}  # Family in csrc/cuda/epilogue.cuh
 # Bytes of shared memory that launches ask for (the binary does not say): kSumShared and the like.
 DYNAMIC_SHARED = {"bias_act_dropout_bwd": 4096, "add_rows": 1024, "add_column": 1024}
+
+
+SOURCES = ("csrc/cuda", "csrc/common")
+
+
+def sources_hash() -> str:
+    """Of what the kernels are compiled from, without comments and layout."""
+    found = hashlib.sha256()
+    for path in sorted(p for folder in SOURCES for p in (record.ROOT / folder).iterdir()):
+        text = re.sub(r"//[^\n]*", "", path.read_text())
+        found.update(f"{path.name} {' '.join(text.split())}".encode())
+    return found.hexdigest()[:16]
+
+
+def built_of_others(library: Path) -> str:
+    """Why a library beside its build record is not of the sources of this checkout; '' if it is."""
+    info = library.with_name("_build_info.json")
+    commit = json.loads(info.read_text()).get("commit") if info.exists() else None
+    git = ["git", "-C", str(record.ROOT), "diff", "--quiet", commit or "", "--", *SOURCES]
+    if commit and subprocess.run(git, capture_output=True).returncode == 1:
+        return f"{library} was built at commit {commit}, with other sources: build it again"
+    return ""
 
 
 def named(mangled: str) -> tuple[str, str]:
@@ -78,8 +103,12 @@ def main(argv: list[str] | None = None) -> int:
     if machine_code.cuobjdump() is None:
         print("no cuobjdump: neither a CUDA toolkit's nor Triton's", file=sys.stderr)
         return 2
+    if why := built_of_others(args.library):
+        print(why, file=sys.stderr)
+        return 2
     size = args.library.stat().st_size
-    head = record.header("cuda_kernels", "bench.cuda_kernels", argv) | {"bytes": size}
+    head = record.header("cuda_kernels", "bench.cuda_kernels", argv)
+    head |= {"bytes": size, "sources": sources_hash()}
     results = record.Results(head, args.out)
     results.add(*map(row, machine_code.functions(args.library)))
     wrong = [found for found in results.rows if found["wrong"]]

@@ -40,11 +40,11 @@ def _launch(kernel: Kernel) -> Any:
         return triton_build.launches_of(kernel.target, kernel.call)[kernel.part]
 
 
-def code_of(kernel: Kernel) -> str:
-    """A hash of all that decides a kernel's machine code; compiles nothing."""
+def code_of(kernel: Kernel, version: str) -> str:
+    """A hash of all that decides a kernel's machine code, by a Triton; compiles nothing."""
     from . import triton_build
 
-    return triton_build.code_hash(_launch(kernel), kernel.target)
+    return triton_build.code_hash(_launch(kernel), kernel.target, version)
 
 
 def report(kernel: Kernel) -> dict[str, Any]:
@@ -118,9 +118,9 @@ def dropout_instructions(target: str, small: bool = False) -> Iterator[dict[str,
         }
 
 
-def kept(path: Path, todo: list[Kernel]) -> list[dict[str, Any]]:
-    """Rows of an earlier run whose code is the same; those that were wrong are made again."""
-    codes = {kernel.case: code_of(kernel) for kernel in todo}
+def kept(path: Path, todo: list[Kernel], version: str) -> list[dict[str, Any]]:
+    """Rows of an earlier run whose code is the same by that Triton, and which were right."""
+    codes = {kernel.case: code_of(kernel, version) for kernel in todo}
     return record.kept(path, lambda r: r.get("code") == codes.get(r["case"], "") and not r["wrong"])
 
 
@@ -166,11 +166,17 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         todo = sample() if args.quick else kernels()
         todo = [kernel for kernel in todo if kernel.target in (args.target or TARGETS)]
-        if args.resume or args.check:
-            results.rows = kept(args.out, todo)
         if args.check:
+            # Of the Triton that the file is of, whichever is installed.
+            version = record.read(args.out)["versions"]["triton"]
+            results.rows = kept(args.out, todo, version)
             print(f"{len(results.rows)} of {len(todo)} kernels are in {args.out}, right")
             return 0 if len(results.rows) == len(todo) else 1
+        if args.resume:
+            results.rows = kept(args.out, todo, results.head["versions"]["triton"])
+        from . import triton_build
+
+        results.head["kernels"] = triton_build.kernels_hash()[:16]
         compile_all(results, todo, args.workers)
     wrong = [row for row in results.rows if row["wrong"]]
     seconds = time.perf_counter() - start

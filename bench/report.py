@@ -5,8 +5,9 @@
 
 A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`. NAME is `grid`, a group of
 bench/cases.py (these with `gpu-` before them for a GPU's figures), `gpu-steps` or `gpu-epochs` and
-`engine-` with a group, both of bench/steps.py, or the name of another results file, such as `train`
-or `saved-bytes`; `tabular-each` has a line for each table of `tabular`. Losing shapes stay in.
+`engine-` with a group, both of bench/steps.py, `evidence-table` or `evidence-summary`, of all
+files, or the name of another results file, such as `train` or `saved-bytes`; `tabular-each` has a
+line for each table of `tabular`. Losing shapes stay in.
 Measures nothing.
 """
 
@@ -17,9 +18,9 @@ import re
 import sys
 from pathlib import Path
 
-from fusedmlp.train import TrainError, plots
+from fusedmlp.train import TrainError, drawing
 
-from . import record, rivals, tables
+from . import evidence_tables, record, rivals, tables, tabular_tables
 
 _MARKED = re.compile(
     r"(?P<open><!-- bench:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<close><!-- /bench:(?P=name) -->)",
@@ -36,7 +37,7 @@ def _words(machine: dict) -> str:
 
 def source(found: dict) -> str:
     """The lines under a table, one a run: command, machine, versions, commit, date."""
-    names = ("torch", "triton", *rivals.PACKAGES, "scikit-learn", "lightgbm", "pytabkit")
+    names = ("torch", "triton", *rivals.PACKAGES, "lightgbm", "pytabkit")
     named = ((name, found["versions"].get(name)) for name in names)
     versions = [f"{name} {version}" for name, version in named if version]
     where = "; ".join([_words(found["machine"]), ", ".join(versions)])
@@ -64,6 +65,11 @@ def _rows(found: dict, name: str) -> list[dict]:
 
 def table(name: str, results: dict[Path, dict]) -> str:
     """The text of table `name`: one part for each results file that holds it."""
+    if name in ("evidence-table", "evidence-summary"):
+        rows = {found["name"]: found["rows"] for found in results.values()}
+        gpus = {found["machine"].get("gpu") for found in results.values()} - {None}
+        made = evidence_tables.table if name == "evidence-table" else evidence_tables.summary
+        return made(rows | {"gpus": sorted(gpus)})
     parts = []
     seeds = [found for found in results.values() if found["name"] == "seeds"]
     for found in results.values():
@@ -75,7 +81,9 @@ def table(name: str, results: dict[Path, dict]) -> str:
             parts.append(text + source(found) + "".join(map(source, seeds)))
             continue
         if name == "tabular-each":
-            text = tables.tabular_each(rows)
+            text = tabular_tables.tabular_each(rows)
+        elif name == "tabular":
+            text = tabular_tables.tabular_table(rows)
         elif "provider" not in rows[0]:
             text = tables.of_file(found["name"], rows)
         else:
@@ -123,7 +131,7 @@ def plot(results: dict[Path, dict], folder: Path) -> list[Path]:
         for what, part in frame.groupby(list(_PLOTTED_BY), dropna=False, sort=False):
             if part[part["provider"] == "eager"]["elements"].nunique() < 3:
                 continue
-            figure, ((axes,),) = plots.new_figure(6, 4)
+            figure, ((axes,),) = drawing.new_figure(6, 4)
             for provider, of in part.sort_values("elements").groupby("provider", sort=False):
                 axes.plot(of["elements"], of["ms"], marker="o", label=provider)
                 axes.fill_between(of["elements"], of["ms_p20"], of["ms_p80"], alpha=0.2)
@@ -133,7 +141,7 @@ def plot(results: dict[Path, dict], folder: Path) -> list[Path]:
             axes.legend()
             name = "-".join(map(str, what)).replace("/", "_").replace("+", "_")
             made.append(folder / f"{name}.png")
-            made[-1].write_bytes(plots.png(figure))
+            made[-1].write_bytes(drawing.png(figure))
     return made
 
 

@@ -1,6 +1,7 @@
 """The tables of README.md and docs/: the text of each from the rows of a results file.
 
-The one place where figures become text for people; report.py puts the tables into the documents.
+Where figures become text for people, with evidence_tables.py, which is of many files together;
+report.py puts the tables into the documents.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def spread(three: list[float], shown: Callable[[float], str] = digits) -> str:
     return "{} ({}–{})".format(*map(shown, three))
 
 
-def _name(text: str | None) -> str:
+def name_of(text: str | None) -> str:
     return (text or "").replace("_", "\\_")
 
 
@@ -66,7 +67,7 @@ def _micros(column: str) -> Callable[[dict], str]:
     return lambda r: f"{r[column][0]:.0f}" if r[column][0] >= 100 else f"{r[column][0]:.3g}"
 
 
-def _at(column: str) -> Callable[[dict], object]:
+def at(column: str) -> Callable[[dict], object]:
     return lambda row: row.get(column)
 
 
@@ -87,8 +88,8 @@ def _shape(row: dict) -> str:
 
 
 _CALL: Columns = {
-    "": lambda r: _name(_shape(r)),
-    "activation": lambda r: _name(r.get("act")),
+    "": lambda r: name_of(_shape(r)),
+    "activation": lambda r: name_of(r.get("act")),
     "p": _p,
     "dtype": lambda r: r["dtype"],
     "mode": lambda r: r["mode"] + (", cold" if r["cache"] == "cold" else ""),
@@ -167,32 +168,32 @@ def grid_table(rows: list[dict]) -> str:
 
 def _engine_table(rows: list[dict]) -> str:
     """The native step engine, bench.steps: against its GEMMs and eager, threads, or an ensemble."""
-    columns: Columns = {"network": _at("case"), "threads": _at("threads")}
+    columns: Columns = {"network": at("case"), "threads": at("threads")}
     if any(r.get("busy") for r in rows):
-        columns["busy programs"] = _at("busy")
+        columns["busy programs"] = at("busy")
     micros = _micros("native_us")
     if rows[0]["group"] == "threads":
-        columns |= {"native, µs": micros, "times faster than with 1": _at("faster")}
+        columns |= {"native, µs": micros, "times faster than with 1": at("faster")}
     elif rows[0]["group"] == "ensemble":
-        columns |= {"networks": _at("members"), "a step of each, µs": micros}
-        columns |= {"over one network": _at("over_one")}
+        columns |= {"networks": at("members"), "a step of each, µs": micros}
+        columns |= {"over one network": at("over_one")}
         each = lambda r: [ratio / r["members"] for ratio in r["over_one"]]  # noqa: E731
         columns["a network, over one alone"] = each
     else:
         columns |= {"native, µs": micros, "its GEMMs, µs": _micros("gemms_us")}
-        columns |= {"eager, µs": _micros("eager_us"), "native / GEMMs": _at("over_gemms")}
-        columns["eager / native"] = _at("over_eager")
+        columns |= {"eager, µs": _micros("eager_us"), "native / GEMMs": at("over_gemms")}
+        columns["eager / native"] = at("over_eager")
     if any("over_quiet" in r for r in rows):
-        columns["over quiet"] = _at("over_quiet")
+        columns["over quiet"] = at("over_quiet")
     if any("share of peak" in r for r in rows):
-        columns["share of peak"] = _at("share of peak")
+        columns["share of peak"] = at("share of peak")
     return markdown(columns, rows)
 
 
 def _saved_bytes_table(rows: list[dict]) -> str:
     """Bytes per element of a layer's output, in fp32 with dropout."""
     per = lambda name: lambda r: f"{r[name] / r['elements']:.2f}"  # noqa: E731
-    columns: Columns = {"activation": lambda r: _name(r["act"]), "eager, CPU": per("eager_cpu")}
+    columns: Columns = {"activation": lambda r: name_of(r["act"]), "eager, CPU": per("eager_cpu")}
     columns |= {"eager, GPU": per("eager_cuda"), "fused": per("fused_cpu")}
     columns["eager / fused, CPU"] = lambda r: f"{r['eager_cpu'] / r['fused_cpu']:.2f}"
     return markdown(columns, [r for r in rows if r["dtype"] == "fp32" and r["p"]])
@@ -200,10 +201,10 @@ def _saved_bytes_table(rows: list[dict]) -> str:
 
 def _crossval_table(rows: list[dict]) -> str:
     """Time and score of every way to choose a model; ratios are over this package's of one task."""
-    columns: Columns = {"": _at("what")}
-    columns |= {name: _at(name) for name in ("way", "seconds", "time over fusedmlp's")}
+    columns: Columns = {"": at("what")}
+    columns |= {name: at(name) for name in ("way", "seconds", "time over fusedmlp's")}
     columns["score"] = lambda r: f"{r['score is']} {r['score']:.2%}"
-    return markdown(columns | {"rounds": _at("rounds")}, rows, 2)
+    return markdown(columns | {"rounds": at("rounds")}, rows, 2)
 
 
 def train_table(rows: list[dict], seeds: list[dict]) -> str:
@@ -216,85 +217,9 @@ def train_table(rows: list[dict], seeds: list[dict]) -> str:
 
     names = ["network", "way", "seconds", "time over fusedmlp's", "compile, s", "busy", "rounds"]
     names = [name for name in names if any(name in row for row in rows)]
-    columns: Columns = {name: _at(name) for name in names} | {"test accuracy": accuracy}
+    columns: Columns = {name: at(name) for name in names} | {"test accuracy": accuracy}
     columns["seeds"] = lambda r: of.get((r["network"], r["way"]), {}).get("seeds")
     return markdown(columns, rows, 2)
-
-
-def _shared(rows: list[dict]) -> dict[str, list[dict]]:
-    """{way: its rows}, the ways that were measured on every split first."""
-    ways = {
-        way: [r for r in rows if r["way"] == way] for way in dict.fromkeys(r["way"] for r in rows)
-    }
-    return dict(sorted(ways.items(), key=lambda item: -len(item[1])))
-
-
-def _mean(values: Iterable) -> float | None:
-    found = [v for v in values if v is not None]
-    return sum(found) / len(found) if found else None
-
-
-def tabular_table(rows: list[dict]) -> str:
-    """Each way over all tables and splits, compared with our single preset on the same splits."""
-    ours = {(r["table"], r["split"]): r for r in rows if r["way"] == TABULAR_OURS}
-    ways = _shared(rows)
-    most = max(map(len, ways.values()))
-    ranks: dict[str, list[float]] = {way: [] for way in ways}
-    for place in ours:
-        there = {w: r["score"] for w, of in ways.items() for r in of if _place(r) == place}
-        whole = [w for w in there if len(ways[w]) == most]
-        for way in whole:
-            above = sum(there[w] > there[way] for w in whole)
-            equal = sum(there[w] == there[way] for w in whole)
-            ranks[way].append(above + (equal + 1) / 2)
-    lines = []
-    for way, of in ways.items():
-        of = [r for r in of if _place(r) in ours]
-        against = [ours[_place(r)] for r in of]
-        pairs = list(zip(of, against, strict=True))
-        seconds, other = (sum(r["fit"] for r in which) for which in (of, against))
-        lines.append(
-            {
-                "way": way,
-                "splits": len(of),
-                "score": f"{_mean(r['score'] for r in of):.4f}",
-                "over ours": f"{_mean(r['score'] - o['score'] for r, o in pairs):+.4f}",
-                "log loss": loss
-                if (loss := _mean(r["log loss"] for r in of)) is None
-                else f"{loss:.4f}",
-                "rank": f"{_mean(ranks[way]):.2f}" if ranks[way] else None,
-                "fit": f"{seconds / len(of):.2f}",
-                "predict": f"{_mean(r['predict'] for r in of):.3f}",
-                "time": f"{seconds / other:.2f}",
-            }
-        )
-    lines.sort(key=lambda line: (line["rank"] is None, line["rank"] or line["score"]))
-    columns: Columns = {"": _at("way"), "tables x splits": _at("splits"), "score": _at("score")}
-    columns |= {"over our one network": _at("over ours"), "log loss": _at("log loss")}
-    columns |= {"rank": _at("rank"), "fit, s": _at("fit"), "predict, s": _at("predict")}
-    columns["time over our one network"] = _at("time")
-    return markdown(columns, lines, 1)
-
-
-def _place(row: dict) -> tuple[str, int]:
-    return row["table"], row["split"]
-
-
-def tabular_each(rows: list[dict]) -> str:
-    """The mean score of each way on each table."""
-    ways = _shared(rows)
-    columns: Columns = {"": lambda g: _name(g[0]["table"]), "target": lambda g: g[0]["kind"]}
-    columns |= {"training rows": lambda g: g[0]["rows"], "columns": lambda g: g[0]["columns"]}
-
-    def score(way: str):
-        def made(group):
-            mean = _mean(r["score"] for r in group if r["way"] == way)
-            return None if mean is None else f"{mean:.3f}"
-
-        return made
-
-    columns |= {way: score(way) for way in ways}
-    return markdown(columns, _by(rows, "table"), 2)
 
 
 def _plain_table(rows: list[dict]) -> str:
@@ -302,13 +227,13 @@ def _plain_table(rows: list[dict]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row))
     text = [name for name in names if any(isinstance(row.get(name), str) for row in rows)]
     ordered = text + [name for name in names if name not in text]
-    return markdown({name.replace("_", " "): _at(name) for name in ordered}, rows, len(text))
+    return markdown({name.replace("_", " "): at(name) for name in ordered}, rows, len(text))
 
 
 # --- compiled kernels -----------------------------------------------------------------------------
 
 
-def _by(rows: Iterable[dict], *names: str) -> list[list[dict]]:
+def by(rows: Iterable[dict], *names: str) -> list[list[dict]]:
     """Rows that have these columns in common, in the order of their first."""
     found: dict[tuple, list[dict]] = {}
     for row in rows:
@@ -342,7 +267,7 @@ def _triton_table(rows: list[dict]) -> str:
     """One line for each target, op and kind of product; what is wrong is counted, not left out."""
     columns: Columns = {
         "target": lambda g: g[0]["target"],
-        "op": lambda g: _name(g[0]["op"]),
+        "op": lambda g: name_of(g[0]["op"]),
         "product": lambda g: _KINDS[g[0].get("kind", "")],
         "compiled": len,
         "registers": _range("registers"),
@@ -351,14 +276,14 @@ def _triton_table(rows: list[dict]) -> str:
         "tensor cores": lambda g: _units(g) or None,
         "wrong": lambda g: sum(bool(r["wrong"]) for r in g),
     }
-    return markdown(columns, _by(rows, "target", "op", "kind"), 3)
+    return markdown(columns, by(rows, "target", "op", "kind"), 3)
 
 
 def _cuda_table(rows: list[dict]) -> str:
     """One line for each kernel and architecture, its variants together."""
     in_order = sorted(rows, key=lambda r: (r["kernel"], int(re.sub(r"\D", "", r["arch"]))))
     columns: Columns = {
-        "kernel": lambda g: _name(g[0]["kernel"]),
+        "kernel": lambda g: name_of(g[0]["kernel"]),
         "architecture": lambda g: g[0]["arch"],
         "variants": len,
         "registers": _range("registers"),
@@ -367,7 +292,7 @@ def _cuda_table(rows: list[dict]) -> str:
         "shared memory, KiB": _range("shared", _kib),
         "tensor-core instructions": _range("tensor_core"),
     }
-    return markdown(columns, _by(in_order, "kernel", "arch"), 2)
+    return markdown(columns, by(in_order, "kernel", "arch"), 2)
 
 
 _WORDS = {"LOP3": "logic", "IMAD": "multiply", "FMUL": "scale", "FSEL": "select", "SEL": "select"}
@@ -386,26 +311,46 @@ def _largest_shares(row: dict) -> str:
 def _dropout_table(rows: list[dict]) -> str:
     """What dropout adds to a kernel, an element."""
     columns: Columns = {
-        "kernel": lambda r: _name(r["kernel"].removesuffix("_kernel")),
-        "dtype": _at("dtype"),
-        "target": _at("target"),
+        "kernel": lambda r: name_of(r["kernel"].removesuffix("_kernel")),
+        "dtype": at("dtype"),
+        "target": at("target"),
         "tile": lambda r: r["tile"].replace("x", " x "),
         "largest shares": _largest_shares,
-        "instructions without": _at("without"),
-        "with": _at("with"),
+        "instructions without": at("without"),
+        "with": at("with"),
         "more, an element": lambda r: f"{r['per_element']:.1f}",
     }
     return markdown(columns, rows, 5)
 
 
-TABULAR_OURS = "fusedmlp, preset table"
+def _never_slower_table(rows: list[dict]) -> str:
+    """Networks drawn at random: how many cells are slower than eager, and the lowest of them."""
+    lines = []
+    for name in ("step", "infer"):
+        part = [row for row in rows if (row["mode"] == "infer") == (name == "infer")]
+        ratios = sorted(row["eager_over_this"][0] for row in part)
+        if not ratios:
+            continue
+        below = {
+            f"below {bound:g}": f"{sum(r < bound for r in ratios) / len(ratios):.1%}"
+            for bound in (0.97, 0.93)
+        }
+        lowest = {"lowest": ratios[0], "median": ratios[len(ratios) // 2], "highest": ratios[-1]}
+        lines.append({"mode": name, "networks": len(ratios)} | lowest | below)
+    shown = sorted(rows, key=lambda row: row["eager_over_this"][0])[:_LOWEST]
+    columns = _CALL | {"runs on": at("route")}
+    columns["eager / fused"] = lambda r: spread(r["eager_over_this"], "{:.3f}".format)
+    worst = markdown(columns, shown, len(columns) - 1)
+    totals = markdown({name: at(name) for name in lines[0]}, lines, 1) if lines else ""
+    return f"{totals}\nThe {len(shown)} lowest:\n\n{worst}"
+
 
 # By the name of a results file; every other file is a plain table.
 OF_FILE = {
     "engine_step": _engine_table,
     "saved_bytes": _saved_bytes_table,
     "crossval": _crossval_table,
-    "tabular": tabular_table,
+    "never_slower": _never_slower_table,
     "kernels": _triton_table,
     "cuda_kernels": _cuda_table,
     "dropout_instructions": _dropout_table,

@@ -22,7 +22,6 @@ parity.json   error of all parameters after some steps, against an fp64 run of t
 from __future__ import annotations
 
 import argparse
-import gzip
 import math
 import statistics
 import sys
@@ -98,6 +97,15 @@ class Ours:
         return result.history[-1]["test_accuracy"]
 
 
+class OursBf16(Ours):
+    name = "fusedmlp, bf16"
+
+    def __init__(self, job: Job, data: types.Data):
+        if reason := engines.native_op.reason_against("bf16"):
+            raise RuntimeError(reason)
+        super().__init__(replace(job, config=job.config.replace(precision="bf16")), data)
+
+
 class InMemory:
     """A careful eager loop: fp32 images in memory, one permutation an epoch, nothing else."""
 
@@ -154,7 +162,7 @@ class DataLoaders:
 
         self.job, self.data = job, data
         self.folder = tempfile.TemporaryDirectory()
-        unpack(job.config.data_dir, Path(self.folder.name))
+        ways.unpack(job.config.data_dir, Path(self.folder.name))
         made = ((self.folder.name, part, transforms.ToTensor()) for part in (True, False))
         self.sets = [datasets.FashionMNIST(*arguments) for arguments in made]
 
@@ -208,18 +216,7 @@ class ScikitLearn:
         return float(net.score(self.x_test, self.y_test))
 
 
-WAYS = (Ours, Jax, InMemory, Medium, CompiledStep, NumPy, ScikitLearn, DataLoaders)
-
-
-def unpack(data_dir: Path | None, folder: Path) -> None:
-    """The four files where torchvision wants them, unpacked."""
-    raw = folder / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True, exist_ok=True)
-    root = data_dir if data_dir is not None else images.default_folder()
-    for path in images.find_files(images.IMAGE_SETS["fashion_mnist"], root):
-        content = path.read_bytes()
-        content = gzip.decompress(content) if path.suffix == ".gz" else content
-        (raw / path.name.removesuffix(".gz")).write_bytes(content)
+WAYS = (Ours, OursBf16, Jax, InMemory, Medium, CompiledStep, NumPy, ScikitLearn, DataLoaders)
 
 
 def time_rows(job: Job, data: types.Data, compared: list, rounds: int, **limits) -> list[dict]:

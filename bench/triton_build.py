@@ -117,20 +117,20 @@ def _is_compiled(node: ast.stmt) -> bool:
 
 
 @functools.cache
-def _kernels_hash() -> str:
+def kernels_hash() -> str:
     """Of all that is compiled in the Triton files, not of host code, comments and layout."""
-    found = hashlib.sha256(triton.__version__.encode())
+    found = hashlib.sha256()
     for path in sorted(Path(tiles.__file__).parent.glob("*.py")):
         for node in ast.parse(path.read_text()).body:
             if _is_compiled(node):
-                found.update(ast.dump(node).encode())
+                found.update(ast.unparse(node).encode())
     return found.hexdigest()
 
 
-def code_hash(launch: Launch, target: str) -> str:
+def code_hash(launch: Launch, target: str, version: str = triton.__version__) -> str:
     """Of all that decides the machine code: kernels, specialisation, target, Triton's version."""
     made = source(launch)
-    parts = [_kernels_hash(), launch.kernel.__name__, target, launch.warps, launch.stages]
+    parts = [version, kernels_hash(), launch.kernel.__name__, target, launch.warps, launch.stages]
     for named in (made.signature, made.constants, made.attrs):
         parts += sorted(f"{key}={value}" for key, value in named.items())
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

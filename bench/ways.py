@@ -6,9 +6,11 @@ nothing.
 from __future__ import annotations
 
 import copy
+import gzip
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from fusedmlp.nn import FusedMLP
 from fusedmlp.spec import philox
-from fusedmlp.train.data import types
+from fusedmlp.train.data import images, types
 from fusedmlp.train.engines.graph import Graph
 from fusedmlp.train.engines.native import Native
 from fusedmlp.train.task import Task, autocast
@@ -306,3 +308,14 @@ def compiling(way, call: Callable[[], object]) -> float | None:
 
 def flat(net: nn.Module) -> Tensor:
     return torch.cat([p.detach().double().flatten() for p in net.parameters()])
+
+
+def unpack(data_dir: Path | None, folder: Path) -> None:
+    """The four files where torchvision wants them, unpacked."""
+    raw = folder / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True, exist_ok=True)
+    root = data_dir if data_dir is not None else images.default_folder()
+    for path in images.find_files(images.IMAGE_SETS["fashion_mnist"], root):
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+        (raw / path.name.removesuffix(".gz")).write_bytes(content)

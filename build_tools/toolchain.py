@@ -19,9 +19,13 @@ ROOT = Path(__file__).resolve().parent.parent
 TORCH_AT_LEAST = (2, 11)
 ARCHS = ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0+PTX")
 OLDEST_ARCH = 75
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 X86_FLAGS = {
-    "_avx2": "-mavx2 -mfma -mf16c".split(),
-    "_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c".split(),
+    "_avx2": AVX2,
+    "_avx512": AVX512,
+    "_avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "_amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 NVCC_FLAGS = "-O3 -std=c++20 -Xcompiler -fPIC,-fvisibility=hidden --expt-relaxed-constexpr".split()
 

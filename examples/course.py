@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from fusedmlp.train import TrainConfig, plots
+from fusedmlp.train import TrainConfig, drawing
 from fusedmlp.train.data import datasets
 from fusedmlp.train.data.defaults import resolved
 from fusedmlp.train.data.types import permutation
@@ -49,7 +49,7 @@ def order(args, epoch, rows):
 
 
 def figure(width, height):
-    plots.import_matplotlib()
+    drawing.import_matplotlib()
     from matplotlib.figure import Figure
 
     return Figure((width, height), layout="constrained")

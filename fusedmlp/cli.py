@@ -16,6 +16,7 @@ USAGE = """usage: fusedmlp COMMAND [...]
 
   train      train an MLP: fusedmlp train --dataset fashion_mnist --hidden 256
   crossval   compare settings by cross-validation: fusedmlp crossval --hidden 64 / 128 64
+  compare    run folders beside each other: settings that differ, scores, seconds
   evaluate   test the network of a run folder again, or on a table of yours
   predict    predict the rows of a table, name what is on pictures or on the test rows
   info       versions, devices, and what each backend can run here
@@ -27,6 +28,7 @@ fusedmlp COMMAND --help lists the command's flags; fusedmlp --version shows the 
 NEEDS = {  # packages of the train extra
     "train": ("tyro", "safetensors"),
     "crossval": ("tyro", "rich", "safetensors", "sklearn"),
+    "compare": ("tyro", "rich"),
     "evaluate": ("tyro", "safetensors"),
     "predict": ("tyro", "safetensors"),
 }

@@ -1,4 +1,5 @@
-"""The settings of `use_backend` and `dropout_state`, which belong to the context.
+"""The settings of `use_backend` and `dropout_state`, which belong to the context; and torch's
+threads in a forked child.
 
 Every thread and every asyncio task has its own: a new thread starts without any, a task starts
 with those of the code that made it. Threads of autograd, in which backward runs on a GPU, have
@@ -8,6 +9,8 @@ checkpointing) is the same forward. Does not know what the settings mean.
 
 from __future__ import annotations
 
+import functools
+import os
 import threading
 from contextvars import ContextVar
 
@@ -84,3 +87,14 @@ def leave(settings: Settings) -> None:
 
 # Of the main thread, which so need not look for a backward pass that it runs in.
 _VAR.set(Settings(None, ()))
+
+
+def _one_thread() -> None:
+    """Torch's threads do not survive a fork: a child that asks for them waits for ever."""
+    torch.set_num_threads(1)
+
+
+@functools.cache
+def watch_forks() -> None:
+    """Called where this package is first used, whatever runs the call."""
+    os.register_at_fork(after_in_child=_one_thread)

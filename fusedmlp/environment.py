@@ -12,15 +12,16 @@ from pathlib import Path
 
 VARIABLES = {
     "FUSEDMLP_BACKEND": "backend of every call that names none: native, triton or reference",
-    "FUSEDMLP_CPU_ISA": "highest instruction set of the CPU kernels: baseline, avx2 or avx512",
+    "FUSEDMLP_CPU_ISA": "highest instruction set of the CPU kernels: baseline, avx2, avx512; for "
+    "products in bf16 also avx512_bf16, amx",
     "FUSEDMLP_DATA": "folder of data sets for fusedmlp train",
     "FUSEDMLP_BUILD": "what a build makes: auto, cpu, cuda or none",
     "FUSEDMLP_DDP_SECONDS": "how long a process waits for the others of a torchrun; default 180",
-    "FUSEDMLP_AUTOTUNE": "1 lets a call tune its Triton tiles; 0 ignores the kept ones",
+    "FUSEDMLP_AUTOTUNE": "1 lets a call measure what is not known of its size; 0 ignores what is",
 }
 CHOICES = {
     "FUSEDMLP_BACKEND": ("native", "triton", "reference"),
-    "FUSEDMLP_CPU_ISA": ("baseline", "avx2", "avx512"),
+    "FUSEDMLP_CPU_ISA": ("baseline", "avx2", "avx512", "avx512_bf16", "amx"),
     "FUSEDMLP_BUILD": ("auto", "cpu", "cuda", "none"),
     "FUSEDMLP_AUTOTUNE": ("0", "1"),
 }

@@ -7,6 +7,7 @@ Everything below this file takes ids, numbers and a backend's name.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
@@ -155,10 +156,12 @@ def run_linear_act(x: Tensor, w: Tensor, e: Epilogue, backend: str | None) -> Te
     return linear_act_on(chosen, x, w, e)
 
 
-def linear_act_on(backend: str, x: Tensor, w: Tensor, e: Epilogue) -> Tensor:
-    """linear_act on a backend that choice.select has chosen."""
+def linear_act_on(backend: str, x: Tensor, w: Tensor, e: Epilogue, route: str = "layers") -> Tensor:
+    """linear_act on a backend and a route that choice.py has chosen."""
     if backend == registry.EAGER:
         return composite.linear_act(x, w, e)
+    if route == "epilogue":
+        return bias_act_dropout_on(backend, F.linear(x, w), e)
     if _needs_grad(x, w, e.bias, e.slope):
         return LinearAct.apply(x, w, e.bias, e.slope, e.state, backend, *e.numbers)
     return ops.BY_BACKEND[backend].linear_act_infer(x, w, *e)

@@ -53,9 +53,11 @@ int64_t train(
     std::vector<int64_t> member_ints,
     std::vector<double> member_numbers,
     double divisor,
-    int64_t loss
+    int64_t loss,
+    bool is_bf16
 ) {
     const char* op = "train";
+    check_precision(op, is_bf16);
     const DataArgs data(op, x, y, mean, std, divisor, loss);
     const LayerArgs args{op, params, m1, m2, ints, numbers};
     args.check();
@@ -82,6 +84,7 @@ int64_t train(
         p.mask_layers = i[4];
         check_rule(op, p);
         const double* f = member_numbers.data() + m * kMemberFloats;
+        p.is_bf16 = is_bf16;
         p.smoothing = float(f[0]);
         p.momentum = f[1];
         p.beta1 = f[2];
@@ -121,9 +124,11 @@ int64_t evaluate(
     std::vector<int64_t> layers,
     double divisor,
     int64_t batch,
-    int64_t loss
+    int64_t loss,
+    bool is_bf16
 ) {
     const char* op = "evaluate";
+    check_precision(op, is_bf16);
     const DataArgs data(op, x, y, mean, std, divisor, loss);
     const Tensors none;
     const LayerArgs args{op, params, none, none, ints, numbers};
@@ -136,6 +141,7 @@ int64_t evaluate(
     for (size_t m = 0; m < count; ++m) {
         data.fill(all[m], orders[m], batch, 1);
         all[m].steps.totals = sums + 3 * m;
+        all[m].steps.is_bf16 = is_bf16;
         for (cpu::StepLayer& l : all[m].steps.layers) {
             l.layer.saves = kSavesNothing;
             l.layer.e.drop.threshold = 0;

@@ -217,6 +217,11 @@ struct DataArgs {
     }
 };
 
+inline void check_precision(const char* op, bool is_bf16) {
+    if (is_bf16 && !cpu::gemm_bf16())
+        fail(op, ": bf16 must be false where the processor has no products in bf16, got true");
+}
+
 inline void check_rule(const char* op, const cpu::StepParams& p) {
     if (p.rule < cpu::kSgd || p.rule > cpu::kAdamEpsilonHat)
         fail(op, ": rule must be in [0, 4], got ", p.rule);

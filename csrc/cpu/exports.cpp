@@ -53,10 +53,12 @@ EXPORT const char* fusedmlp_activations() {
     return table.c_str();
 }
 
-// The instruction set in use.
+// The instruction set in use, and that of the products in bf16, "" where there are none.
 EXPORT const char* fusedmlp_cpu_isa() { return fusedmlp::cpu::isa().name; }
 
-// 1 if the processor has it; otherwise the next lower one is taken.
+EXPORT const char* fusedmlp_bf16_isa() { return fusedmlp::cpu::bf16_isa(); }
+
+// 1 if the processor has it; otherwise the next lower one is taken. Null: as at the start.
 EXPORT int fusedmlp_set_cpu_isa(const char* name) { return fusedmlp::cpu::set_isa(name); }
 
 // act(z), act'(z) from z, or from y, for n values; 0 where there is no such function.

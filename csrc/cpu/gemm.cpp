@@ -11,43 +11,32 @@ namespace fusedmlp::cpu {
 namespace {
 
 constexpr int64_t kWork = int64_t(1) << 20;  // products for which another thread is worth its start
-constexpr int64_t kBlockRows = 128;
 constexpr int64_t kBlockCols = 256;
 constexpr int64_t kBlocks = 16;  // at least, so that all threads have some
 constexpr int64_t kFewRows = 8;  // of A, for which B is not worth packing
 // Operands up to this size are read where they lie: they stay in the L1 cache.
 constexpr int64_t kDirect = 6 * 1024;
-// Rows so far apart share one set of the L1 cache, which holds 8 lines.
-constexpr int64_t kAlias = 1024;
 
 int64_t panels_of(int64_t n, int64_t width) { return (n + width - 1) / width; }
 
-// Rows of B that are few, small or far enough from aliasing are read where they lie.
-bool is_direct(const Gemm& g) {
-    return g.b_is == Layout::kRows &&
-           (g.b_padded || g.m <= kFewRows || g.n * g.k <= kDirect || g.ldb % kAlias != 0);
-}
-
-// Parts of B that must be packed: panels [first, panels).
-int64_t first_packed(const Gemm& g, int64_t nr) {
-    const int64_t panels = panels_of(g.n, nr);
-    if (g.b_is == Layout::kPanels)
-        return panels;
-    if (!is_direct(g))
-        return 0;
-    return g.n % nr && !g.b_padded ? panels - 1 : panels;
+// Of a column of a panel.
+int64_t words_of(const GemmKernels& kernels, int64_t k) {
+    return kernels.values == 1 ? k : panels_of(k, 32) * 16;
 }
 
 }  // namespace
 
 int64_t gemm_scratch(int64_t n, int64_t k) {
-    // Enough for every instruction set: none has panels above 32 columns.
-    return panels_of(n, 32) * 32 * k + kGemmPad;
+    // Enough for every instruction set: none has panels above 32 columns or pads k beyond that.
+    return panels_of(n, 32) * 32 * std::max<int64_t>(k, 16) + kGemmPad;
 }
 
-bool is_of_dots(int64_t m, int64_t n, int64_t k) { return m <= kFewRows && n * k > kDirect; }
+bool is_of_dots(const GemmKernels& kernels, int64_t m, int64_t n, int64_t k) {
+    return kernels.dots && m <= kFewRows && n * k > kDirect;
+}
 
 void pack_panels(
+    const GemmKernels& kernels,
     float* panels,
     const float* b,
     Layout b_is,
@@ -58,10 +47,10 @@ void pack_panels(
     int64_t j0,
     int64_t j1
 ) {
-    const GemmKernels& kernels = isa().gemm;
+    const int64_t length = words_of(kernels, k), first = k0 / kernels.values;
     for (int64_t j = j0; j < j1; j += kernels.nr) {
         const int64_t cols = std::min<int64_t>(kernels.nr, j1 - j);
-        float* out = panels + j * k + k0 * kernels.nr;
+        float* out = panels + j * length + first * kernels.nr;
         if (b_is == Layout::kAcross)
             kernels.pack_across(out, b + j * ldb + k0, ldb, cols, k1 - k0);
         else
@@ -70,9 +59,9 @@ void pack_panels(
 }
 
 GemmPlan plan_gemm(const Gemm& g, int64_t least) {
-    const GemmKernels& kernels = isa().gemm;
-    const int64_t nr = kernels.nr, panels = panels_of(g.n, nr), packed = first_packed(g, nr);
+    const int64_t nr = g.kernels->nr, panels = panels_of(g.n, nr);
     GemmPlan plan{};
+    plan.kernels = g.kernels;
     GemmBlock& block = plan.block;
     block.c = g.c;
     block.ldc = g.ldc;
@@ -80,19 +69,17 @@ GemmPlan plan_gemm(const Gemm& g, int64_t least) {
     block.a = g.a;
     block.a_row = g.a_row;
     block.a_col = g.a_col;
-    block.mr = g.a_row % kAlias == 0 ? std::min(kernels.mr, 8) : kernels.mr;
-    const bool in_panels = g.b_is == Layout::kPanels || packed == 0;
-    block.b = packed == 0 ? g.scratch : g.b;
-    block.b_panel = in_panels ? nr * g.k : nr;
-    block.b_step = in_panels ? nr : g.ldb;
-    block.b_ahead = !in_panels;
-    if (!in_panels && packed < panels) {
-        block.b_last = g.scratch;
-        block.b_last_step = nr;
-    }
+    block.b_is_apart = g.b_is == Layout::kRows;
+    block.b = g.b_is == Layout::kAcross ? g.scratch : g.b;
+    block.b_panel = block.b_is_apart ? nr : nr * words_of(*g.kernels, g.k);
+    block.b_step = block.b_is_apart ? g.ldb : nr;
     plan.m = g.m;
     int64_t rows = kBlockRows, cols = kBlockCols / nr;
     const auto count = [&] { return panels_of(g.m, rows) * panels_of(panels, cols); };
+    // Each block packs for all of its rows what lies apart, and in bf16 for all of its columns A.
+    const int64_t few = g.kernels->values == 1 ? 1 : 4;
+    while (block.b_is_apart && cols > few && count() < least)
+        cols /= 2;
     while (rows > 32 && count() < least)
         rows /= 2;
     while (cols > 1 && count() < least)
@@ -110,7 +97,7 @@ GemmBlock block_of(const GemmPlan& plan, int64_t at) {
     block.i0 = at / plan.across * plan.rows;
     block.i1 = std::min(plan.m, block.i0 + plan.rows);
     block.jp0 = at % plan.across * plan.panels;
-    block.jp1 = std::min(panels_of(block.n, isa().gemm.nr), block.jp0 + plan.panels);
+    block.jp1 = std::min(panels_of(block.n, plan.kernels->nr), block.jp0 + plan.panels);
     return block;
 }
 
@@ -122,12 +109,12 @@ int launch_gemm(const Gemm& g, ParallelFor parallel) {
             std::fill_n(g.c + i * g.ldc, g.n, 0.0f);
         return 0;
     }
-    const GemmKernels& kernels = isa().gemm;
+    const GemmKernels& kernels = *g.kernels;
     const auto grain = [](int64_t work) {
         return std::max<int64_t>(1, kWork / std::max<int64_t>(1, work));
     };
     const bool is_plain = g.b_is == Layout::kAcross && g.a_col == 1 && g.ldb == g.k;
-    if (is_plain && is_of_dots(g.m, g.n, g.k)) {
+    if (is_plain && is_of_dots(kernels, g.m, g.n, g.k)) {
         return run(
             parallel, panels_of(g.n, 16), grain(16 * g.m * g.k), [&](int64_t begin, int64_t end) {
                 kernels.dots(
@@ -136,16 +123,19 @@ int launch_gemm(const Gemm& g, ParallelFor parallel) {
             }
         );
     }
-    const int64_t nr = kernels.nr, panels = panels_of(g.n, nr), first = first_packed(g, nr);
-    // A panel takes about as long to pack as 16 rows to multiply with it.
-    int failed =
-        run(parallel, panels - first, grain(16 * nr * g.k), [&](int64_t begin, int64_t end) {
-            // Where only the last panel is packed, it lies at the start.
-            pack_panels(
-                g.scratch - first * nr * g.k, g.b, g.b_is, g.ldb, g.k, 0, g.k, (first + begin) * nr,
-                std::min(g.n, (first + end) * nr)
-            );
-        });
+    int failed = 0;
+    if (g.b_is == Layout::kAcross) {
+        // A panel takes about as long to pack as 16 rows to multiply with it.
+        const int64_t nr = kernels.nr;
+        failed |=
+            run(parallel, panels_of(g.n, nr), grain(16 * nr * g.k),
+                [&](int64_t begin, int64_t end) {
+                    pack_panels(
+                        kernels, g.scratch, g.b, g.b_is, g.ldb, g.k, 0, g.k, begin * nr,
+                        std::min(g.n, end * nr)
+                    );
+                });
+    }
     const GemmPlan plan = plan_gemm(g, parallel == alone ? 1 : kBlocks);
     failed |=
         run(parallel, plan.blocks, grain(g.m * g.n * g.k / plan.blocks),

@@ -1,5 +1,6 @@
-// Matrix products in fp32 for the training step, whose operands come in any orientation. The order
-// of every sum depends on sizes only, never on the number of threads or on how C is cut.
+// Matrix products for the training step, whose operands come in any orientation: in fp32, or in
+// bf16 summed in fp32. The order of every sum depends on sizes only, never on the number of threads
+// or on how C is cut.
 #pragma once
 
 #include "common/params.h"
@@ -7,6 +8,8 @@
 namespace fusedmlp::cpu {
 
 constexpr int64_t kGemmPad = 64;  // floats that may be touched past the end of panels
+
+struct GemmKernels;
 
 enum class Layout {
     kRows,    // (K, N)
@@ -24,24 +27,25 @@ struct Gemm {
     const float* b;  //
     int64_t ldb;     // from row to row; panels have none
     Layout b_is;     //
-    bool b_padded;   // kGemmPad floats may be read past the end of B
     int64_t m;       //
     int64_t n;       //
     int64_t k;       //
-    float* scratch;  // gemm_scratch(n, k) floats, or null where B needs no packing
+    float* scratch;  // gemm_scratch(n, k) floats, or null where B is not kAcross
+    const GemmKernels* kernels;
 };
 
 int64_t gemm_scratch(int64_t n, int64_t k);
 
 // Whether a product with this many rows reads B (N, K) as it is, row by row: its sums then differ
 // from those with panels.
-bool is_of_dots(int64_t m, int64_t n, int64_t k);
+bool is_of_dots(const GemmKernels& kernels, int64_t m, int64_t n, int64_t k);
 
 int launch_gemm(const Gemm& g, ParallelFor parallel);
 
 // Columns [j0, j1) of B (K, N), rows [k0, k1) of them, to panels of B; j0 is where a panel begins
-// and j1 where one ends, or N. panels: gemm_scratch(n, k) floats.
+// and j1 where one ends, or N; k0 is a multiple of 32. panels: gemm_scratch(n, k) floats.
 void pack_panels(
+    const GemmKernels& kernels,
     float* panels,
     const float* b,
     Layout b_is,
@@ -57,16 +61,13 @@ void pack_panels(
 struct GemmBlock {
     float* c;
     int64_t ldc;
-    const float* a;       // as in Gemm
-    int64_t a_row;        //
-    int64_t a_col;        //
-    int64_t mr;           // rows of a tile, at most those of the kernels
-    const float* b;       // element (k, j) of panel p: b[p b_panel + k b_step + j]
-    int64_t b_panel;      //
-    int64_t b_step;       //
-    bool b_ahead;         // fetch the next panel of B early: its rows lie far apart
-    const float* b_last;  // the last panel of B, where it is not at its place
-    int64_t b_last_step;  //
+    const float* a;   // as in Gemm
+    int64_t a_row;    //
+    int64_t a_col;    //
+    const float* b;   // word (k, j) of panel p: b[p b_panel + k b_step + j]
+    int64_t b_panel;  //
+    int64_t b_step;   //
+    bool b_is_apart;  // B is kRows, not packed: its rows do not lie one after the other
     int64_t n;
     int64_t k;
     int64_t i0;
@@ -75,9 +76,12 @@ struct GemmBlock {
     int64_t jp1;
 };
 
-// The blocks of a product whose B needs no packing, to be run in any order by any thread. Rows and
+constexpr int64_t kBlockRows = 128;  // at most
+
+// The blocks of a product whose B is not kAcross, to be run in any order by any thread. Rows and
 // columns of a block begin at multiples of the width of a panel.
 struct GemmPlan {
+    const GemmKernels* kernels;
     GemmBlock block;
     int64_t m;
     int64_t rows;    // of a block
@@ -90,16 +94,16 @@ struct GemmPlan {
 GemmPlan plan_gemm(const Gemm& g, int64_t least);
 GemmBlock block_of(const GemmPlan& plan, int64_t at);
 
-// What an instruction set offers. Panels of B have nr columns.
+// What an instruction set offers. Panels of B have nr columns, and a word for `values` of k.
 struct GemmKernels {
-    int mr;
     int nr;
+    int values;
     void (*block)(const GemmBlock& b);
-    // out[k * nr + j] = in[j * ld + k] for j < cols, 0 up to nr.
+    // Word k of column j to out[k * nr + j], of in[j * ld + k] for j < cols, 0 up to nr.
     void (*pack_across)(float* out, const float* in, int64_t ld, int64_t cols, int64_t k);
-    // out[k * nr + j] = in[k * ld + j] for j < cols, 0 up to nr.
+    // Of in[k * ld + j].
     void (*pack_along)(float* out, const float* in, int64_t ld, int64_t cols, int64_t k);
-    // Columns [j0, j1) of c (m, n) = a (m, k) b (n, k)^T, for few rows.
+    // Columns [j0, j1) of c (m, n) = a (m, k) b (n, k)^T, for few rows; null where there is none.
     void (*dots)(
         float* c,
         int64_t ldc,

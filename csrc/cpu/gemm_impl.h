@@ -1,124 +1,57 @@
-// Micro-kernel and packing of gemm.h; included once for each instruction set. A tile of C stays in
-// registers: kMR rows of NV vectors, one broadcast of A against NV vectors of B for each k.
+// Products and packing of gemm.h in fp32; included once for each instruction set.
+#include "cpu/gemm_micro.h"
 
 namespace fusedmlp::FUSEDMLP_ISA {
 
 #define FN static inline __attribute__((always_inline))
 
-constexpr int kNR = 2 * VL;
 // k of one pass: a panel of B of that depth stays in the L1 cache, and a sum of so few products is
 // as accurate as the library's.
 constexpr int64_t kDepth = 128;
 
-// Rows of B that are wanted next, fetched while others are multiplied.
-struct Ahead {
-    const float* b;
-    int64_t step;
-    int64_t rows;
+struct Fp32 {
+    FN VF sum(VF a, VF b, VF c) { return fma(a, b, c); }
 };
 
-template <int M, int NV>
-static void micro(
-    const float* a,
-    int64_t a_row,
-    int64_t a_col,
-    const float* b,
-    int64_t b_step,
-    int64_t k,
-    float* c,
-    int64_t ldc,
-    int cols,
-    bool add,
-    Ahead ahead
-) {
-    VF acc[M][NV];
-#pragma GCC unroll 16
-    for (int i = 0; i < M; ++i)
-#pragma GCC unroll 2
-        for (int v = 0; v < NV; ++v)
-            acc[i][v] = set1(0.0f);
-    for (int64_t at = 0; at < k; ++at, a += a_col, b += b_step) {
-        if (at < ahead.rows) {
-            __builtin_prefetch(ahead.b + at * ahead.step);
-            __builtin_prefetch(ahead.b + at * ahead.step + VL);
-        }
-        VF bv[NV];
-#pragma GCC unroll 2
-        for (int v = 0; v < NV; ++v)
-            bv[v] = load(b + v * VL);
-#pragma GCC unroll 16
-        for (int i = 0; i < M; ++i) {
-            const VF av = set1(a[i * a_row]);
-#pragma GCC unroll 2
-            for (int v = 0; v < NV; ++v)
-                acc[i][v] = fma(av, bv[v], acc[i][v]);
-        }
-    }
-    if (cols == NV * VL) {
-#pragma GCC unroll 16
-        for (int i = 0; i < M; ++i)
-#pragma GCC unroll 2
-            for (int v = 0; v < NV; ++v) {
-                float* at = c + i * ldc + v * VL;
-                store(at, add ? load(at) + acc[i][v] : acc[i][v]);
-            }
-        return;
-    }
-    const int last = cols - (NV - 1) * VL;
-#pragma GCC unroll 16
-    for (int i = 0; i < M; ++i) {
-#pragma GCC unroll 2
-        for (int v = 0; v < NV; ++v) {
-            float* at = c + i * ldc + v * VL;
-            const int count = v == NV - 1 ? last : VL;
-            store_part(at, count, add ? load_part(at, count) + acc[i][v] : acc[i][v]);
-        }
+static void pack_along(float* out, const float* in, int64_t ld, int64_t cols, int64_t k) {
+    const int first = int(cols < VL ? cols : VL), second = int(cols) - first;
+    for (int64_t at = 0; at < k; ++at, out += kNR, in += ld) {
+        store(out, first == VL ? load(in) : load_part(in, first));
+        store(
+            out + VL, second == VL  ? load(in + VL)
+                      : second == 0 ? set1(0.0f)
+                                    : load_part(in + VL, second)
+        );
     }
 }
-
-using Micro = decltype(&micro<1, 1>);
-
-template <int M>
-static constexpr void fill_micros(Micro (*table)[2]) {
-    if constexpr (M > 0) {
-        table[M][0] = &micro<M, 1>;
-        table[M][1] = &micro<M, 2>;
-        fill_micros<M - 1>(table);
-    }
-}
-
-struct Micros {
-    Micro of[kMR + 1][2] = {};
-    constexpr Micros() { fill_micros<kMR>(of); }
-};
 
 static void gemm_block(const cpu::GemmBlock& g) {
-    static constexpr Micros micros;
-    const int64_t panels = (g.n + kNR - 1) / kNR, tiles = (g.i1 - g.i0 + g.mr - 1) / g.mr;
+    static constexpr Micros<Fp32> micros;
+    alignas(64) float panel[kDepth * kNR];
+    const int64_t tiles = (g.i1 - g.i0 + kMR - 1) / kMR;
     // Two at least: one sum of 20 products has 1.2 times the error of the library's.
     const int64_t least = g.k > 8 ? 2 : 1, by_depth = (g.k + kDepth - 1) / kDepth;
     const int64_t passes = by_depth < least ? least : by_depth;
     const int64_t depth = (g.k + passes - 1) / passes;
     for (int64_t k0 = 0; k0 < g.k; k0 += depth) {
-        const int64_t k = g.k - k0 < depth ? g.k - k0 : depth, share = (k + tiles - 1) / tiles;
+        const int64_t k = g.k - k0 < depth ? g.k - k0 : depth;
         for (int64_t jp = g.jp0; jp < g.jp1; ++jp) {
-            const bool last = g.b_last && jp == panels - 1;
-            const int64_t step = last ? g.b_last_step : g.b_step;
-            const float* b = (last ? g.b_last : g.b + jp * g.b_panel) + k0 * step;
             const int64_t j = jp * kNR;
             const int cols = int(g.n - j < kNR ? g.n - j : kNR);
-            const int wide = cols > VL;
-            Ahead ahead{b + g.b_panel, step, 0};
-            int64_t left = g.b_ahead && jp + 1 < g.jp1 ? k : 0;
-            for (int64_t i = g.i0; i < g.i1; i += g.mr) {
-                const int64_t rows = g.i1 - i < g.mr ? g.i1 - i : g.mr;
-                ahead.rows = left < share ? left : share;
-                micros.of[rows][wide](
+            const float* b = g.b + jp * g.b_panel + k0 * g.b_step;
+            int64_t step = g.b_step;
+            // Rows far apart are read once for all tiles. One tile reads them where they lie.
+            if (g.b_is_apart && (tiles > 1 || cols < kNR)) {
+                pack_along(panel, b, step, cols, k);
+                b = panel, step = kNR;
+            }
+            // Tiles of about the same height: the last few rows would not fill the registers.
+            for (int64_t tile = 0, i = g.i0, rows; tile < tiles; ++tile, i += rows) {
+                rows = (g.i1 - i + tiles - tile - 1) / (tiles - tile);
+                micros.of[rows][cols > VL](
                     g.a + i * g.a_row + k0 * g.a_col, g.a_row, g.a_col, b, step, k,
-                    g.c + i * g.ldc + j, g.ldc, cols, k0 > 0, ahead
+                    g.c + i * g.ldc + j, g.ldc, cols, k0 > 0
                 );
-                ahead.b += ahead.rows * step;
-                left -= ahead.rows;
             }
         }
     }
@@ -217,20 +150,8 @@ static void pack_across(float* out, const float* in, int64_t ld, int64_t cols, i
     }
 }
 
-static void pack_along(float* out, const float* in, int64_t ld, int64_t cols, int64_t k) {
-    const int first = int(cols < VL ? cols : VL), second = int(cols) - first;
-    for (int64_t at = 0; at < k; ++at, out += kNR, in += ld) {
-        store(out, first == VL ? load(in) : load_part(in, first));
-        store(
-            out + VL, second == VL  ? load(in + VL)
-                      : second == 0 ? set1(0.0f)
-                                    : load_part(in + VL, second)
-        );
-    }
-}
-
 static constexpr cpu::GemmKernels kGemmKernels = {
-    kMR, kNR, gemm_block, pack_across, pack_along, dots,
+    kNR, 1, gemm_block, pack_across, pack_along, dots,
 };
 
 #undef FN

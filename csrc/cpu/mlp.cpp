@@ -54,12 +54,8 @@ Buffers backward_buffers(const MlpParams& p, Arena& arena) {
         if (!p.out[i].dslope)
             b.at[i].dslope = nullptr;
     }
-    // The products that give weight gradients read rows of x or y, which may need packing.
-    int64_t packed = 0;
-    for (size_t i = p.first; i < p.layers.size(); ++i)
-        packed = std::max(packed, gemm_scratch(p.layers[i].k, p.rows));
     const size_t first_dx = p.dx ? p.first : p.first + 1;
-    take_panels(b, p.layers, arena, Passes::kBackward, first_dx, packed);
+    take_panels(b, p.layers, arena, Passes::kBackward, first_dx);
     return b;
 }
 
@@ -99,9 +95,7 @@ int launch_mlp_bwd(const MlpParams& p, ParallelFor parallel) {
         const MlpOutputs& out = p.out[i];
         const Layer& l = p.layers[i];
         if (out.dw) {
-            Gemm g = network.weight_gradient(i, out.dw);
-            g.scratch = buffers.scratch;
-            failed |= launch_gemm(g, parallel);
+            failed |= launch_gemm(network.weight_gradient(i, out.dw), parallel);
         }
         if (out.db)
             add_blocks(out.db, buffers.at[i].db, l.n(), network.blocks());

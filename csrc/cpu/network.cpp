@@ -14,12 +14,11 @@ constexpr int64_t kFewRows = 32;  // for which a thread of its own costs a pass 
 // of fewer rows waits for them longer than it multiplies.
 constexpr int64_t kCachedWeights = int64_t(1) << 17;
 constexpr int64_t kPieceRows = 64;
-// Floats from row to row at which all rows share one set of the L1 cache.
-constexpr int64_t kAlias = 1024;
 
 }  // namespace
 
-int64_t apart(int64_t n) { return n % kAlias == 0 ? n + 16 : n; }
+// An odd number of cache lines: rows whose distance is a power of two share a few sets.
+int64_t apart(int64_t n) { return n < 256 ? n : (ceil_div(n, 16) | 1) * 16; }
 
 bool goes_in_blocks(int64_t rows) { return rows >= kFewRows; }
 
@@ -28,9 +27,9 @@ void take_panels(
     const std::vector<Layer>& layers,
     Arena& arena,
     Passes passes,
-    size_t first_dx,
-    int64_t scratch
+    size_t first_dx
 ) {
+    int64_t scratch = 0;
     const auto take = [&](float*& panels, bool wanted, int64_t floats) {
         panels = wanted && b.keeps_panels ? arena.take(floats) : nullptr;
         if (wanted && !b.keeps_panels)
@@ -66,7 +65,7 @@ void add_blocks(float* out, double* sums, int64_t n, int64_t blocks) {
 void Network::pack() {
     if (!b_.keeps_panels)
         return;
-    const int64_t nr = isa().gemm.nr;
+    const int64_t nr = b_.gemm->nr;
     for (size_t i = 0; i < layers_.size(); ++i) {
         const Layer& l = layers_[i];
         const int64_t grain = std::max<int64_t>(1, kGrain / (nr * std::max<int64_t>(1, l.k)));
@@ -79,9 +78,9 @@ void Network::pack() {
 void Network::pack(size_t i, int64_t n0, int64_t n1, int64_t k0, int64_t k1) {
     const Layer& l = layers_[i];
     if (b_.at[i].forward)
-        pack_panels(b_.at[i].forward, l.w, Layout::kAcross, l.k, l.k, k0, k1, n0, n1);
+        pack_panels(*b_.gemm, b_.at[i].forward, l.w, Layout::kAcross, l.k, l.k, k0, k1, n0, n1);
     if (b_.at[i].backward)
-        pack_panels(b_.at[i].backward, l.w, Layout::kRows, l.k, l.n(), n0, n1, k0, k1);
+        pack_panels(*b_.gemm, b_.at[i].backward, l.w, Layout::kRows, l.k, l.n(), n0, n1, k0, k1);
 }
 
 void Network::set_batch(int64_t rows) {
@@ -116,11 +115,12 @@ void Network::forward(Rows r, ParallelFor parallel) {
         Gemm g{};
         g.c = out + r.begin * ld, g.ldc = ld;
         g.a = input(i, r) + r.begin * from, g.a_row = from, g.a_col = 1;
-        const bool in_panels = b_.at[i].forward && !is_of_dots(rows_, l.n(), l.k);
+        const bool in_panels = b_.at[i].forward && !is_of_dots(*b_.gemm, rows_, l.n(), l.k);
         g.b = in_panels ? b_.at[i].forward : l.w, g.ldb = l.k;
         g.b_is = in_panels ? Layout::kPanels : Layout::kAcross;
         g.m = r.end - r.begin, g.n = l.n(), g.k = l.k;
         g.scratch = b_.scratch;
+        g.kernels = b_.gemm;
         failed |= launch_gemm(g, parallel);
         const bool is_bare = l.e.act == kNone && l.e.drop.threshold == 0 && !l.e.bias;
         if (is_bare && out == to)
@@ -165,6 +165,7 @@ void Network::backward(Rows r, ParallelFor parallel, size_t first) {
         g.b_is = b_.at[i].backward ? Layout::kPanels : Layout::kRows;
         g.m = r.end - r.begin, g.n = l.k, g.k = l.n();
         g.scratch = b_.scratch;
+        g.kernels = b_.gemm;
         failed |= launch_gemm(g, parallel);
     }
 }
@@ -177,6 +178,7 @@ Gemm Network::weight_gradient(size_t i, float* c) const {
     g.b = input(i, {0, rows_}), g.ldb = input_ld(i);
     g.b_is = Layout::kRows;
     g.m = l.n(), g.n = l.k, g.k = rows_;
+    g.kernels = b_.gemm;
     return g;
 }
 

@@ -56,6 +56,7 @@ struct Buffers {
     const float* dy = nullptr;  // (M, N) of the last layer; null where it lies in dz
     float* dx = nullptr;        // (M, K) of the first layer that goes backward, or null
     float* scratch = nullptr;   // of the matrix products
+    const GemmKernels* gemm = &isa().gemm;
 };
 
 // Rows between two that lie in different sets of the L1 cache.
@@ -65,16 +66,15 @@ int64_t apart(int64_t n);
 // in panels; fewer rows go through whole, each product on all threads.
 bool goes_in_blocks(int64_t rows);
 
-// Takes the panels of the passes, or scratch memory for products without them, and `scratch` floats
-// at least. first_dx: the first layer whose input gradient is wanted, or the number of layers.
+// Takes the panels of the passes, or scratch memory for products without them. first_dx: the first
+// layer whose input gradient is wanted, or the number of layers.
 enum class Passes { kForward, kBackward, kBoth };
 void take_panels(
     Buffers& b,
     const std::vector<Layer>& layers,
     Arena& arena,
     Passes passes,
-    size_t first_dx,
-    int64_t scratch = 0
+    size_t first_dx
 );
 
 // Takes the sums of the layers that have biases and slopes, for a batch of so many rows.

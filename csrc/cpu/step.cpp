@@ -102,8 +102,7 @@ class Step {
         parts_.clear();
         int64_t work = 0;
         for (size_t i = 0; i < layers_.size(); ++i) {
-            Gemm g = network_.weight_gradient(i, b_.dw[i]);
-            g.b_padded = true;
+            const Gemm g = network_.weight_gradient(i, b_.dw[i]);
             const GemmPlan plan = plan_gemm(g, kParts);
             const int64_t each = std::max<int64_t>(1, g.m * g.n * g.k / plan.blocks);
             parts_.push_back({i, plan, work, each});
@@ -136,16 +135,16 @@ class Step {
 
     void gradient(const Part& part, int64_t at) {
         const StepParam& w = p_.layers[part.layer].w;
-        const int64_t nr = isa_.gemm.nr, k = layers_[part.layer].k;
+        const int64_t nr = b_.gemm->nr, k = layers_[part.layer].k;
         GemmBlock block = block_of(part.plan, at);
         const int64_t j0 = block.jp0 * nr, j1 = std::min(k, block.jp1 * nr);
         if (p_.max_norm > 0.0)
-            return isa_.gemm.block(block);
+            return b_.gemm->block(block);
         const int64_t rows = block.i1 - block.i0, cols = j1 - j0;
         auto* dw = static_cast<float*>(scratch(kBlockSlot, size_t(rows * cols) * sizeof(float)));
         block.ldc = cols;
         block.c = dw - block.i0 * cols - j0;
-        isa_.gemm.block(block);
+        b_.gemm->block(block);
         const UpdateParams u = numbers_of(p_, w, lr_scale_, updates_);
         // Whole rows lie one after the other.
         const int64_t runs = cols == k ? 1 : rows, length = cols == k ? rows * cols : cols;

@@ -34,6 +34,7 @@ struct StepParams {
     const void* targets;     // (n,) int64, or (n, C) fp32
     int loss;                // a Loss
     float smoothing;         //
+    bool is_bf16;            // products of operands rounded to bf16; gemm_bf16() is there
     const int64_t* order;    // (rows,) of the data, step after step
     int64_t rows;            // over all steps
     int64_t batch;           // rows of a step; the last one may have fewer

@@ -7,6 +7,8 @@ namespace fusedmlp::cpu {
 namespace {
 
 void take_inputs(StepBuffers& b, const StepParams& p, int64_t rows, Arena& arena) {
+    if (p.is_bf16)
+        b.gemm = gemm_bf16();
     b.keeps_panels = goes_in_blocks(rows);
     b.x_ld = apart(p.layers[0].layer.k);
     b.x = b.gathered = arena.take(rows * b.x_ld);

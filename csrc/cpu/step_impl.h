@@ -41,6 +41,8 @@ static bool divides_bytes(float divisor) {
     return true;
 }
 
+constexpr int64_t kFetched = 4;  // rows ahead
+
 enum Divides { kNo, kQuickly, kYes };
 
 template <class T, Divides DIVIDES, Mean MEAN>
@@ -68,6 +70,13 @@ static void gather_rows(
     const int rest = int(width - whole);
     for (int64_t row = begin; row < end; ++row) {
         const T* from = static_cast<const T*>(s.rows) + order[row] * width;
+        // Rows are drawn at random: none is in a cache, and one waits for memory longer than it
+        // takes to scale.
+        if (row + kFetched < end) {
+            const T* next = static_cast<const T*>(s.rows) + order[row + kFetched] * width;
+            for (int64_t i = 0; i < width; i += 64 / int64_t(sizeof(T)))
+                __builtin_prefetch(next + i);
+        }
         float* to = out + row * ld;
         for (int64_t i = 0; i < whole; i += VL) {
             const bool by_column = MEAN == kMeanRow;

@@ -26,7 +26,8 @@ struct Tile {
     static constexpr int WM = BM / WARPS_M, WN = BN / WARPS_N;  // of a warp
     static constexpr int CHUNKS = BK / 8;                       // 16 bytes each, of a row
     static constexpr int STAGE_BYTES = (BM + BN) * BK * 2;
-    // A row of the epilogue, in floats: 8 more, so that eight rows of pairs fall into 32 banks.
+    // A row of the epilogue, in floats: 8 more, so that half a warp, which stores pairs of four
+    // rows, meets no bank twice.
     static constexpr int STAGED_ROW = WN + 8;
     static constexpr int STAGED = WM * STAGED_ROW;  // of a warp
     static constexpr int PIPELINE_BYTES = STAGES * STAGE_BYTES;

@@ -14,14 +14,15 @@ namespace {
 int drive(uint64_t seed, int64_t rounds) {
     dice.seed(seed);
     all_loops();
-    for (const char* isa : {"baseline", "avx2", "avx512"}) {
+    for (const char* isa : {"baseline", "avx2", "avx512", "avx512_bf16", "amx"}) {
         if (!set_isa(isa)) {
             std::printf("%s: this processor lacks it\n", isa);
             continue;
         }
         const int64_t before = calls;
         dice.seed(seed);
-        all_elementwise();
+        if (!gemm_bf16())
+            all_elementwise();
         all_products();
         all_networks(rounds);
         std::printf("%s: %d calls\n", isa, int(calls - before));

@@ -124,6 +124,7 @@ struct Trained {
         p.targets = p.loss == kCrossEntropy ? static_cast<const void*>(data.labels.data())
                                             : data.values.data();
         p.smoothing = kind % 4 == 2 ? 0.1f : 0.0f;
+        p.is_bf16 = gemm_bf16() != nullptr;
         p.batch = s.rows, p.rows = std::min(Data::kRows, 2 * s.rows + s.rows / 3 + 1);
         p.seed = 5, p.first_step = 3, p.mask_layers = int64_t(net.count());
         p.momentum = kind % 2 ? 0.9 : 0.0, p.beta1 = 0.9, p.beta2 = 0.999, p.eps = 1e-8;

@@ -121,20 +121,31 @@ namespace {
 // --- products
 // -------------------------------------------------------------------------------------
 
-void product(int64_t m, int64_t n, int64_t k, Layout b_is, bool a_is_turned) {
+void product(
+    const GemmKernels& kernels,
+    int64_t m,
+    int64_t n,
+    int64_t k,
+    Layout b_is,
+    bool a_is_turned
+) {
     const Floats a = randoms(m * k), b = randoms(k * n);
-    check(text("product", m, n, k, int(b_is), int(a_is_turned)), 1, [&](ParallelFor parallel) {
-        Floats c = unwritten(m * n), scratch = unwritten(gemm_scratch(n, k));
-        Gemm g{};
-        g.c = c.data(), g.ldc = n;
-        g.a = a.data(), g.a_row = a_is_turned ? 1 : k, g.a_col = a_is_turned ? m : 1;
-        g.b = b.data(), g.ldb = b_is == Layout::kRows ? n : k, g.b_is = b_is;
-        g.m = m, g.n = n, g.k = k, g.scratch = scratch.data();
-        launch_gemm(g, parallel);
-        Result r;
-        r.add(c);
-        return r;
-    });
+    check(
+        text("product", kernels.values, m, n, k, int(b_is), int(a_is_turned)), 1,
+        [&](ParallelFor parallel) {
+            Floats c = unwritten(m * n), scratch = unwritten(gemm_scratch(n, k));
+            Gemm g{};
+            g.c = c.data(), g.ldc = n;
+            g.a = a.data(), g.a_row = a_is_turned ? 1 : k, g.a_col = a_is_turned ? m : 1;
+            g.b = b.data(), g.ldb = b_is == Layout::kRows ? n : k, g.b_is = b_is;
+            g.m = m, g.n = n, g.k = k, g.scratch = scratch.data();
+            g.kernels = &kernels;
+            launch_gemm(g, parallel);
+            Result r;
+            r.add(c);
+            return r;
+        }
+    );
 }
 
 }  // namespace
@@ -145,7 +156,9 @@ void all_products() {
     for (const auto& [m, n, k] : sizes)
         for (const Layout b_is : {Layout::kRows, Layout::kAcross})
             for (const bool a_is_turned : {false, true})
-                product(m, n, k, b_is, a_is_turned);
+                for (const GemmKernels* kernels : {&isa().gemm, gemm_bf16()})
+                    if (kernels)
+                        product(*kernels, m, n, k, b_is, a_is_turned);
 }
 
 }  // namespace fusedmlp::cpu

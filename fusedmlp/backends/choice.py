@@ -1,59 +1,164 @@
 """Chooses the backend of each call: what the user names, else what was measured to be faster.
 
-On a CPU the table was fitted to measurements of one machine (an AMD EPYC with AVX-512, 2 threads,
-torch 2.15: bench/results/), per op, activation and size class, with plain PyTorch as a candidate.
-On other processors and for sizes beside the published grid it is a guess from these: the backend
-that is chosen can be the slower one there. On a GPU nothing was measured, so plain PyTorch runs.
-A new figure in bench/results/ is the reason to change a line here.
+The table of measurements is measured.py's: first the row of this machine for networks of this size,
+then the class of networks on this kind of device, measured here or shipped. Where neither is, plain
+PyTorch runs on a GPU; on a CPU what every kind that was shipped has found to be clearly faster.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
-from .. import compat
+from .. import compat, context
 from ..spec import activations, checks, dtypes
-from . import registry
+from . import measured, registry
 from .registry import EAGER
 
 OPS = ("linear_act", "bias_act_dropout")
 
+# Ways to run a network with an op a layer: `layers`, the op linear_act; `epilogue`, the library's
+# product and the op bias_act_dropout. On a CPU linear_act itself is that.
+ROUTES = {"cpu": ("layers",), "cuda": ("layers", "epilogue")}
+
 _NATIVE = ("native", "eager")
-_EAGER = ("eager", "native")
 # With dropout plain PyTorch is `reference`: eager PyTorch has not this package's masks.
 _UNMEASURED = ("eager", "reference")
-_MACHINE = "an AMD EPYC CPU with 2 threads, torch 2.15"
 
-# Elements of the output below which plain PyTorch is faster on a CPU when nothing is
-# dropped: (with gradients, without). An op saves passes over the output and costs an autograd node
-# in Python. For ReLU alone it saves next to nothing, as PyTorch's linear adds the bias for free,
-# until the passes go to memory; for gelu and tanh its own vector code is faster than PyTorch's.
-_MILLION = 1 << 20
-_CPU_EAGER_BELOW = {
-    activations.RELU: (_MILLION, _MILLION // 2),
-    activations.LEAKY_RELU: (_MILLION, _MILLION // 2),
-    activations.PRELU: (_MILLION, _MILLION // 2),
-    activations.RELU_SQUARED: (_MILLION, _MILLION // 2),
-    activations.SIGMOID: (_MILLION, 1 << 16),
-    activations.SILU: (_MILLION, 1 << 16),
-    activations.TANH: (1 << 16, 1 << 12),
-    activations.ELU: (1 << 16, 1 << 12),
-    activations.SOFTPLUS: (1 << 16, 1 << 12),
-    activations.GELU_TANH: (1 << 16, 1 << 12),
-    activations.GELU: (1 << 12, 1 << 4),
-}
+# Eager's time over a candidate's: what the slowest of a class must have, and the median. On kinds
+# of CPU that nobody measured the slowest of every kind that was.
+_LEAST, _MEDIAN = 0.97, 1.03
+_LEAST_ELSEWHERE = 1.1
+# A row of this very size: what makes another way than plain PyTorch worth it.
+GAIN = 1.03
+# Weights from which a layer is better off with the library's product where nothing is known.
+_LARGE = 1 << 18
 
-# Of a whole network as one op on a CPU. Of few features packing takes longer than the product; of
-# few rows the gradient of a large weight is all stores.
-_LIBRARY_ABOVE = 1 << 21
-_MANY_ROWS, _NARROW = 512, 4
-_FEW_ROWS, _OUTER_ABOVE = 8, 1 << 16
-# Multiplications above which a layer alone is better off with the library's product and an op for
-# the rest: there is little host cost to save, beside that of a large product.
-_ONE_PLAIN, _ONE_DROPS, _SMALL_WEIGHT = 1 << 23, 1 << 26, 1 << 14
+
+class Way(NamedTuple):
+    """How a network runs: a backend, and one op for all layers (`mlp`) or a route of ROUTES. why is
+    for people."""
+
+    backend: str
+    route: str
+    why: str
+
+    @property
+    def name(self) -> str:
+        return self.backend if self.backend in (EAGER, "reference") else f"{self[0]} {self[1]}"
+
+
+_forced: Way | None = None
+
+
+@contextlib.contextmanager
+def forced(way: Way) -> Iterator[None]:
+    """Inside, networks and layers of their own run that way: how candidates are timed."""
+    global _forced
+    before, _forced = _forced, way
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _way(name: str, why: str) -> Way:
+    backend, _, route = name.partition(" ")
+    return Way(backend, route, why)
+
+
+def _with_times(times: dict[str, float]) -> str:
+    ranked = sorted(times, key=times.get)
+    return ", ".join(f"{name} {times[name]:.3g} us" for name in ranked)
+
+
+def _by_row(row: dict, names: list[str]) -> Way | None:
+    """From the times of this very size, among candidates of these names."""
+    times = {name: t for name, t in row["times"].items() if name in names}
+    others = [name for name in times if name != EAGER]
+    if not times:
+        return None
+    best = min(others, key=times.get) if others else EAGER
+    if EAGER in times and times[EAGER] < GAIN * times[best]:
+        best = EAGER
+    return _way(best, f"measured on this machine: {_with_times(row['times'])}")
+
+
+def _by_class(kinds: dict[str, dict], names: list[str], least: float, key: str) -> Way | None:
+    """From eager's time over that of each candidate in a class of networks, on each of some kinds
+    of device; None where they say nothing.
+
+    kinds  name of the kind -> its classes
+    """
+    rows = {kind: classes[key]["ratios"] for kind, classes in kinds.items() if key in classes}
+    found = {}
+    for name in names:
+        pairs = [row[name] for row in rows.values() if name in row]
+        if pairs and len(pairs) == len(rows):
+            found[name] = [min(column) for column in zip(*pairs, strict=True)]
+    if not found:
+        return None
+    best = max(found, key=lambda name: found[name][1])
+    if EAGER in names:
+        fast = [n for n in found if found[n][0] >= least and found[n][1] >= max(_MEDIAN, least)]
+        best = max(fast, key=lambda name: found[name][1], default=EAGER)
+    where = " and ".join(rows)
+    if best == EAGER:
+        return _way(EAGER, f"of networks like this no op was faster throughout on {where}")
+    low, median = found[best]
+    return _way(
+        best,
+        f"networks like this took plain PyTorch {median:.2g} times as long, at least {low:.2g}, on "
+        f"{where}",
+    )
+
+
+def _measured(
+    device_type: str,
+    dtype: torch.dtype,
+    rows: int,
+    in_features: int,
+    layers: list[tuple[int, bool, int]],
+    gradients: bool,
+    names: list[str],
+) -> Way | None:
+    """The way that the table knows to be the fastest, of candidates of these names."""
+    what = dtype, rows, in_features, layers, gradients
+    own = measured.own(device_type)
+    row = own.get("calls", {}).get(measured.call_key(*what))
+    found = None if row is None else _by_row(row, names)
+    if found is not None or device_type != "cpu":
+        return found
+    kind, key = measured.kind(device_type), measured.class_key(*what)
+    shipped = {k: entry.get("classes", {}) for k, entry in measured.shipped().items()}
+    for classes in (own.get("classes"), shipped.get(kind)):
+        if classes:
+            found = _by_class({kind: classes}, names, _LEAST, key)
+            if found is not None:
+                return found
+    if kind not in shipped and "classes" not in own:
+        registry.log_once(
+            f"a CPU like this one ({kind}) was not measured: ops run where they were clearly "
+            "faster on all that were; `fusedmlp tune` measures it, in minutes"
+        )
+    return _by_class(shipped, names, _LEAST_ELSEWHERE, key)
+
+
+def unmeasured(device_type: str) -> str:
+    """What is said of a device on which nothing was measured."""
+    if device_type == "cpu":
+        return "networks like this were not measured on a CPU like this one: plain PyTorch is used"
+    if device_type != "cuda":
+        return f"no device of type {device_type!r} has been measured: plain PyTorch is used"
+    return (
+        "this GPU has not been measured: plain PyTorch is used; run `fusedmlp tune` with the sizes "
+        "of your network to have it measured"
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -67,86 +172,36 @@ def _measured_order(
     in_features: int,
     out_features: int,
     gradients: bool,
-) -> tuple[str, ...]:
-    """The order in which backends are tried for one call. Arguments as in select.
+    deterministic: bool,
+) -> tuple[tuple[str, ...], str]:
+    """The order in which backends are tried for one call, and why. Arguments as in select.
 
-    gradients  whether autograd records the call
+    gradients, deterministic  what autograd and torch's deterministic mode are set to
     """
-    if device_type != "cpu":
-        return _UNMEASURED
-    if dropout:
-        return _NATIVE
-    below = _CPU_EAGER_BELOW.get(act)
-    if below is None or rows * out_features < below[0 if gradients else 1]:
-        return _EAGER
-    return _NATIVE
+    context.watch_forks()
+    if act == activations.NONE and not dropout:
+        return _UNMEASURED, "without activation and dropout there is nothing to fuse"
+    names = [f"{backend} layers" for backend in ("native", "triton")] + [EAGER] * (not dropout)
+    layers = [(act, dropout, out_features)]
+    way = _measured(device_type, dtype, rows, in_features, layers, gradients, names)
+    if way is not None:
+        return (way.backend, EAGER), way.why
+    if device_type == "cpu" and dropout:
+        return _NATIVE, "plain PyTorch takes longer to make this package's masks"
+    return _UNMEASURED, unmeasured(device_type)
 
 
-def _measured_mlp(
-    device_type: str,
-    rows: int,
-    in_features: int,
-    layers: list[tuple[int, bool, int]],
-    gradients: bool,
-) -> str | None:
-    """The backend for a whole network as one op, or None. Arguments as in select_mlp.
-
-    One node in autograd and one call stand for those of all layers, and its matrix products are the
-    extension's own: as fast as the library's up to a few hundred thousand weights.
-    """
-    if device_type != "cpu":
-        return None
-    widths = [in_features, *[n for _, _, n in layers]]
-    weights = max(k * n for k, n in zip(widths, widths[1:], strict=False))
-    if weights > _LIBRARY_ABOVE or (rows >= _MANY_ROWS and min(widths) < _NARROW):
-        return None
-    drops = any(drops for _, drops, _ in layers)
-    alone = len(layers) == 1 and weights > _SMALL_WEIGHT
-    if alone and rows * weights > (_ONE_DROPS if drops else _ONE_PLAIN):
-        return None
-    if drops:
-        return "native"
-    if gradients and rows < _FEW_ROWS and weights > _OUTER_ABOVE:
-        return None
-    if len(layers) > 2 or (len(layers) == 2 and not gradients):
-        return "native"
-    for act, _, n in layers:
-        below = _CPU_EAGER_BELOW.get(act)
-        if below is None:
-            continue
-        least = below[0 if gradients else 1]
-        if len(layers) == 2:
-            least = 0 if act == activations.GELU else least // 4
-        if rows * n >= least:
-            return "native"
-    return None
+measured.watch(_measured_order.cache_clear)
 
 
-def unmeasured(device_type: str) -> str:
-    """What is said of a device on which nothing was measured."""
-    if device_type != "cuda":
-        return f"no device of type {device_type!r} has been measured: plain PyTorch is used"
-    # What tuning finds are tiles of Triton's kernels; the choice of a backend does not follow yet.
-    return (
-        "this GPU has not been measured: plain PyTorch is used; run `fusedmlp tune` to time "
-        "Triton's tiles on it, and name backend 'triton' to use them"
-    )
-
-
-def _why(choice: str, first: str, act: int, device_type: str) -> str:
+def _why(choice: str, first: str, why: str) -> str:
     """One sentence on the reason for a choice, for explain.
 
-    first  the head of the order that `_measured_order` gave
+    first, why  the head of the order that `_measured_order` gave, and its reason
     """
-    if device_type != "cpu":
-        return unmeasured(device_type)
-    if choice != first:
+    if choice != first and (choice, first) != ("reference", EAGER):
         return f"{first!r} would be taken at this size but cannot run the call"
-    if choice == "eager":
-        if act == activations.NONE:
-            return "without activation and dropout there is nothing to fuse"
-        return f"at sizes like this plain PyTorch was the faster one on {_MACHINE}"
-    return f"at sizes like this it was the faster one on {_MACHINE}"
+    return why
 
 
 def _resolve(
@@ -155,7 +210,7 @@ def _resolve(
     """The named backend, or the first of `order` that can run the call."""
     if named is not None:
         return registry.require(named, device_type, dtype, op)
-    if device_type not in ("cpu", "meta"):
+    if order is _UNMEASURED and device_type not in ("cpu", "meta"):
         registry.log_once(unmeasured(device_type))
     for name in order:
         if name == EAGER:
@@ -191,6 +246,8 @@ def select(
     raises        BackendError if a backend was named that cannot run the call
     """
     named = registry.explicit(backend)
+    if _forced is not None and named is None:
+        return _forced.backend
     if named is not None or torch.compiler.is_compiling() or isinstance(rows, torch.SymInt):
         # Compiled, sizes may be symbolic: choosing by them would compile once per size class.
         order = _NATIVE if device_type == "cpu" else _UNMEASURED
@@ -205,7 +262,8 @@ def select(
             in_features,
             out_features,
             torch.is_grad_enabled(),
-        )
+            torch.are_deterministic_algorithms_enabled(),
+        )[0]
     return _resolve(order, named, op, device_type, dtype, dropout)
 
 
@@ -213,35 +271,50 @@ def named_for_engine(device_type: str, dtype: torch.dtype, op: str) -> str | Non
     """The backend of an engine that was itself asked for by name: what the user has named, or else
     on a GPU fused kernels, where they run, as that is what such an engine is for."""
     named = registry.explicit(None)
-    if (
-        named is None
-        and device_type != "cpu"
-        and registry.is_usable("triton", device_type, dtype, op)
-    ):
-        return "triton"
+    if named is None and device_type != "cpu":
+        return "triton" if registry.is_usable("triton", device_type, dtype, op) else None
     return named
 
 
-def select_mlp(
+def select_net(
     device_type: str,
     dtype: torch.dtype,
     rows: int,
     in_features: int,
     layers: list[tuple[int, bool, int]],
     named: str | None,
-) -> str | None:
-    """The backend that runs a whole network as one op, or None where its layers do better alone.
+) -> Way | None:
+    """How a whole network runs, or None where each of its layers is asked for by itself.
 
     rows     M, the flattened batch
     layers   (act, whether it drops, out_features) of each
     named    what `explicit` says
     returns  depends on torch.is_grad_enabled() too
     """
-    if named is None:
-        named = _measured_mlp(device_type, rows, in_features, layers, torch.is_grad_enabled())
-    if named is None or not has_mlp(named, device_type, dtype):
+    if named is not None:
+        if not has_mlp(named, device_type, dtype):
+            return None
+        return Way(named, "mlp", "it was asked for by name")
+    if _forced is not None:
+        return _forced
+    drops = any(drops for _, drops, _ in layers)
+    names = ["reference" if drops else EAGER]
+    for backend in ("native", "triton"):
+        if registry.is_usable(backend, device_type, dtype, "linear_act"):
+            names += [f"{backend} mlp"] * has_mlp(backend, device_type, dtype)
+            names += [f"{backend} {route}" for route in ROUTES.get(device_type, ())]
+    context.watch_forks()
+    if len(names) == 1:
         return None
-    return named
+    way = _measured(device_type, dtype, rows, in_features, layers, torch.is_grad_enabled(), names)
+    widths = [in_features, *[n for _, _, n in layers]]
+    is_small = all(k * n < _LARGE for k, n in zip(widths, widths[1:], strict=False))
+    if way is None and drops and is_small and "native mlp" in names and device_type == "cpu":
+        return _way("native mlp", "plain PyTorch takes longer to make this package's masks")
+    if way is not None or device_type == "cpu":
+        return way
+    registry.log_once(unmeasured(device_type))
+    return None
 
 
 @functools.cache
@@ -297,11 +370,8 @@ def explain(
         raise ValueError(f"explain: unknown op {op!r}; known: {', '.join(OPS)}")
     act = checks.activation("explain", activation)
     dropout = checks.probability("explain", p) > 0
-    for name, size in (
-        ("rows", rows),
-        ("in_features", in_features),
-        ("out_features", out_features),
-    ):
+    sizes = {"rows": rows, "in_features": in_features, "out_features": out_features}
+    for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int):
             raise TypeError(f"explain: {name} must be an int, got {type(size).__name__}")
         if size < 0:
@@ -312,22 +382,19 @@ def explain(
     named = registry.explicit(backend)
     refusals = {b.name: b.reasons_against(device_type, dtype) for b in registry.BACKENDS}
     refusals = {name: reasons for name, reasons in refusals.items() if reasons}
-    size = (
-        f"{rows} x {in_features} x {out_features}"
-        if op == "linear_act"
-        else f"{rows} x {out_features}"
-    )
-    call = f"{size}, {activation}, p = {p:g}, {dtypes.SHORT[dtype]}, {device_type}"
+    inner = f" x {in_features}" if op == "linear_act" else ""
+    call = f"{rows}{inner} x {out_features}, {activation}, p = {p:g}, {dtypes.SHORT[dtype]}"
+    call += f", {device_type}"
     if named is not None:
         if named in refusals:
             return Explanation(op, call, "nothing", f"{named!r} was asked for and raises", refusals)
         return Explanation(op, call, named, "it was asked for by name", {})
     choice = select(op, device_type, dtype, act, dropout, rows, in_features, out_features)
     k = in_features if op == "linear_act" else 0
-    first = _measured_order(
-        device_type, op, dtype, act, dropout, rows, k, out_features, torch.is_grad_enabled()
-    )[0]
-    why = _why(choice, first, act, device_type)
-    if choice in refusals:
-        refusals.pop(choice)
+    modes = torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()
+    order, why = _measured_order(
+        device_type, op, dtype, act, dropout, rows, k, out_features, *modes
+    )
+    why = _why(choice, order[0], why)
+    refusals.pop(choice, None)
     return Explanation(op, call, choice, why, refusals)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from .. import compat, environment
+from .. import compat, context, environment
 from ..spec import activations
 
 log = logging.getLogger("fusedmlp")
@@ -60,6 +60,12 @@ def cpu_isa() -> str:
     return _answer(library("cpu"), "fusedmlp_cpu_isa")
 
 
+def bf16_isa() -> str:
+    """The instruction set of the training engine's products in bf16, or "" where there is none.
+    The extension for the CPU can be opened."""
+    return _answer(library("cpu"), "fusedmlp_bf16_isa")
+
+
 def _ends_early(path: Path) -> bool:
     """Whether the file lacks bytes that its ELF headers name: to read them from a mapping of it
     ends the process. What is no ELF file is left to the loader, which refuses it."""
@@ -90,16 +96,6 @@ def _lacks(device_type: str) -> list[str]:
     )
 
 
-def _one_thread() -> None:
-    """Torch's threads do not survive a fork: a child that asks for them waits for ever."""
-    torch.set_num_threads(1)
-
-
-@functools.cache
-def _watch_forks() -> None:
-    os.register_at_fork(after_in_child=_one_thread)
-
-
 def _not_built(target: str) -> str:
     info = build_info() or {}
     reason = (info.get("left_out") or {}).get(target)
@@ -117,7 +113,7 @@ def _torch_version() -> tuple[int, int]:
 @functools.cache
 def unavailable(device_type: str) -> str | None:
     """Why no native kernel runs on tensors of this device type, or None; opens the library."""
-    _watch_forks()
+    context.watch_forks()
     target = _TARGETS.get(device_type)
     if target is None:
         return f"the extension has kernels for cpu and cuda tensors, not for {device_type!r}"
@@ -151,7 +147,7 @@ def unavailable(device_type: str) -> str | None:
         return (
             f"{path.name} was built from another version: it has no {', '.join(lacking)}; {rebuild}"
         )
-    if device_type == "cpu" and isa is not None and cpu_isa() != isa:
+    if device_type == "cpu" and isa is not None and isa not in (cpu_isa(), bf16_isa()):
         log.info("FUSEDMLP_CPU_ISA=%s: this processor lacks it, %s is used", isa, cpu_isa())
     return _no_gpu_for_it() if device_type == "cuda" else None
 

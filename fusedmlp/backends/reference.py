@@ -66,7 +66,8 @@ def bias_act_dropout_bwd(
     keep = dslope_terms = None
     if e.act == activations.RELU:
         # y alone holds the joint mask of ReLU and dropout.
-        dz = torch.where(saved <= 0, 0.0, g)
+        # 0 where not (y > 0 or NaN), as F.relu; torch.where with a number takes ten times as long.
+        dz = torch.ops.aten.threshold_backward(g, saved.to(dtype), 0)
     else:
         keep = keep_mask(dy, e)
         dz = g

@@ -11,7 +11,7 @@ import torch
 
 from .. import environment
 from .._version import __version__
-from ..backends import choice, registry
+from ..backends import choice, measured, registry
 from ..spec import dtypes
 
 
@@ -46,9 +46,10 @@ def _isa_lines() -> list[str]:
     wrong = any(problem.startswith("FUSEDMLP_CPU_ISA") for problem in environment.problems())
     if wrong or _unavailable(registry.BACKENDS[0], "cpu") is not None:
         return []
-    asked, used = native.asked_isa(), native.cpu_isa()
-    short = "" if asked in (None, used) else f"; this processor lacks {asked}, which was asked for"
-    return [f"            the CPU kernels use {used}{short}"]
+    asked, used, bf16 = native.asked_isa(), native.cpu_isa(), native.bf16_isa()
+    lacks = asked not in (None, used, bf16)
+    short = f"; this processor lacks {asked}, which was asked for" if lacks else ""
+    return [f"            the CPU kernels use {used}, training in bf16 {bf16 or 'cannot'}{short}"]
 
 
 def _unavailable(backend: registry.Backend, device: str) -> str | None:
@@ -109,6 +110,8 @@ def lines() -> list[str]:
                 out.append(f"{backend.name:10} {device:5} {op:17} {state}")
     out.append("")
     out += _choices(devices)
+    out.append("")
+    out += _table(devices)
     set_here = {k: os.environ[k] for k in environment.VARIABLES if k in os.environ}
     if set_here:
         out += ["", "environment " + ", ".join(f"{k}={v}" for k, v in set_here.items())]
@@ -129,6 +132,36 @@ def _choices(devices: list[str]) -> list[str]:
             out.append(f"  {choice.unmeasured(device)}")
     if named is not None:
         out.append(f"  (backend {named!r} is set here)")
+    return out
+
+
+_SHOWN = 20  # rows of each device
+
+
+def _table(devices: list[str]) -> list[str]:
+    """The measured choices that are in use."""
+    out = [f"measured choices: shipped for {'; '.join(measured.shipped())}"]
+    out.append(f"  of this machine in {measured.path()}:")
+    before = len(out)
+    for device in devices:
+        try:
+            entry = measured.own(device)
+        except ValueError as error:
+            return [*out, f"  not used: {error}"]
+        calls = entry.get("calls", {})
+        for key, row in list(calls.items())[:_SHOWN]:
+            times = sorted(row["times"].items(), key=lambda pair: pair[1])
+            told = [f"{name} {us:.3g} us" for name, us in times]
+            told += [f"{name} WRONG: {reason}" for name, reason in row["wrong"].items()]
+            out.append(f"  {device}, {key}: {', '.join(told)}")
+        if len(calls) > _SHOWN:
+            out.append(f"  {device}: {len(calls) - _SHOWN} sizes more")
+        for part in ("classes", "tiles"):
+            if part in entry:
+                what = {"classes": "classes of networks", "tiles": "tiles of Triton's products"}
+                out.append(f"  {device}: {len(entry[part])} {what[part]}")
+    if len(out) == before:
+        out.append("  none (`fusedmlp tune` measures)")
     return out
 
 

@@ -1,12 +1,9 @@
 """Checks every backend that this machine can run against fp64: the error budget, and the command.
 
 Oracle: the reference backend in fp64 on the same inputs and masks. Yardstick: plain PyTorch in the
-tested dtype, with the same masks. With t and t_rms the yardstick's errors against the oracle, a
-result must satisfy, for outputs and all gradients,
-
-    max error <= 2 t + eps / 2 * max|oracle|      RMS error <= 1.5 t_rms + eps / 4 * RMS(oracle)
-
-The test suite spends the same budget on more cases. Nothing here is imported by the core.
+tested dtype, with the same masks. Outputs and all gradients must be within the error budget of
+spec/budget.py. The test suite spends the same budget on more cases. Nothing here is imported by
+the core.
 """
 
 from __future__ import annotations
@@ -24,8 +21,8 @@ from .. import functional as FF
 from ..autograd.mlp import Net
 from ..backends import choice, composite, registry
 from ..spec import activations, dtypes, layers, philox
-
-SEED, STREAM = 0x1234_5678_9ABC_DEF0, -7
+from ..spec.budget import excess
+from ..trial.check import SEED, STREAM, masks_agree
 
 DTYPES = {dtypes.SHORT[d]: d for d in dtypes.KERNEL}
 
@@ -161,36 +158,6 @@ def plain(case: Case, inputs: dict[str, Tensor] | None = None) -> dict[str, Tens
     return _finish(y, leaves, inputs["dy"])
 
 
-def excess(got: Tensor, plain_: Tensor, oracle_: Tensor, dtype: torch.dtype) -> float:
-    """How much of the budget is used: above 1 is a failure. Also asserts that the budget is tight.
-
-    got, plain_  results in `dtype`;  oracle_  fp64
-    """
-    assert got.dtype == dtype and got.shape == oracle_.shape
-    if got.numel() == 0:
-        return 0.0
-    eps = torch.finfo(dtype).eps
-
-    def errors(t: Tensor) -> tuple[float, float]:
-        e = t.double() - oracle_
-        return e.abs().max().item(), e.square().mean().sqrt().item()
-
-    if got.numel() == 1:
-        # No statistics: the yardstick of one element can be exact by luck.
-        error, truth = (got.double() - oracle_).abs().item(), oracle_.abs().item()
-        return error / (4 * eps * (1 + truth)) if error == error else float("inf")
-    largest, rms = oracle_.abs().max().item(), oracle_.square().mean().sqrt().item()
-    (t, t_rms), (e, e_rms) = errors(plain_), errors(got)
-    budget, budget_rms = 2 * t + eps / 2 * largest, 1.5 * t_rms + eps / 4 * rms
-    if e != e or e_rms != e_rms:
-        return float("inf")
-    if largest == 0:
-        return 0.0 if e == 0 else float("inf")
-    if budget >= 0.25 * largest:
-        raise AssertionError("the error budget is as large as the values themselves")
-    return max(e / budget, e_rms / budget_rms)
-
-
 @dataclass(frozen=True)
 class Verdict:
     """One line of the table: the worst case of a backend, device, op and dtype."""
@@ -224,30 +191,13 @@ def _cases(op: str, dtype: torch.dtype, device: str, full: bool) -> Iterator[Cas
                 yield Case(op, m, k, n, act, p, dtype, device)
 
 
-def _masks_agree(backend: str, device: str) -> bool:
-    for m, n, p in ((1, 1, 0.5), (37, 29, 0.1), (128, 1024, 0.5), (3, 10, 1 - 2.0**-32)):
-        y = FF.dropout(
-            torch.ones(m, n, device=device),
-            p,
-            seed=SEED,
-            stream=STREAM,
-            row_offset=5,
-            backend=backend,
-        )
-        if not torch.equal(
-            (y != 0).cpu(), philox.dropout_mask(SEED, STREAM, m, n, p, row_offset=5)
-        ):
-            return False
-    return True
-
-
 def verify_one(
     backend: str, device: str, op: str, dtype: torch.dtype, full: bool = False
 ) -> Verdict:
     """Runs the cases of one backend, device, op and dtype."""
     worst, count, error, masks = 0.0, 0, "", False
     try:
-        masks = _masks_agree(backend, device)
+        masks = masks_agree(backend, device)
         for case in _cases(op, dtype, device, full):
             inputs = case.inputs()
             got, truth, yardstick = (

@@ -18,7 +18,7 @@ from ..nn.groups import (
     reasons_against_container,
 )
 from ..nn.mask_state import MaskState
-from ..nn.steps import mlp_step
+from ..nn.steps import MlpStep, network_steps
 from ..spec import activations, checks, dtypes
 from .measure import Measured, measure
 from .surgery import hint_on_code, is_compiled, unfuse
@@ -149,34 +149,35 @@ def _opaque(group: Opaque, name: str, offset: int) -> Part:
     return Part((name,), text, None, why=f"not fused, {why}")
 
 
-def _together(groups: list[LayerGroup | Opaque]) -> dict[int, tuple[str, int]]:
-    """Index of each group that runs in one op with its neighbours -> backend, how many do."""
+def _together(groups: list[LayerGroup | Opaque]) -> dict[int, tuple[choice.Way, int]]:
+    """Index of each group of a network whose way is chosen as a whole -> the way, how many are in
+    one op."""
     found, at = {}, 0
     while at < len(groups):
         first = groups[at].linear if type(groups[at]) is LayerGroup else None
-        step = None
+        steps = []
         if first is not None and not isinstance(first.weight, nn.UninitializedParameter):
             like = torch.empty(1, device=first.weight.device, dtype=first.weight.dtype)
             if like.dtype in dtypes.SUPPORTED:
                 like = like.expand(_ROWS, first.in_features)
-                step = mlp_step(groups, at, like, MaskState(0, False))
-        if step is None:
-            at += 1
-            continue
-        for group in step.groups:
-            found[group.index] = step.backend, len(step.groups)
-        at += len(step.groups)
+                steps = network_steps(groups, at, like, MaskState(0, False))
+        for step in steps:
+            run = step.groups if type(step) is MlpStep else [step.group]
+            found |= {group.index: (step.way, len(run)) for group in run}
+            at += len(run)
+        at += not steps
     return found
 
 
 def _group(
-    group: LayerGroup, names: list[str], offset: int, together: tuple[str, int] | None
+    group: LayerGroup, names: list[str], offset: int, together: tuple[choice.Way, int] | None
 ) -> Part:
     names = tuple(names[group.index : group.index + len(group.modules)])
     labels = [type(m).__name__ for m in group.modules]
     text = ", ".join(f"{name} {label}" for name, label in zip(names, labels, strict=True))
     if len(names) == 1 and group.dropout is None:
-        why = f"not fused, {_ALONE}" if together is None else "in one op with its neighbours"
+        is_in_mlp = together is not None and together[0].route == "mlp"
+        why = "in one op with its neighbours" if is_in_mlp else f"not fused, {_ALONE}"
         return Part(names, text, None, offset, why=why)
     linear, dropout = group.linear, group.dropout
     p = dropout.p if dropout is not None else 0.0
@@ -199,7 +200,9 @@ def _group(
     )
     kind = activations.saves(group.act, group.alpha, dtype, p > 0)
     if together is not None:
-        backend, count = together
-        why = "an op of its own" if count == 1 else f"one op and one node of autograd for {count}"
-        return Part(names, text, "mlp", offset, backend, why, _SAVES[kind])
+        way, count = together
+        if way.route != "mlp":
+            return Part(names, text, op, offset, way.backend, way.why, _SAVES[kind])
+        what = "an op of its own" if count == 1 else f"one op and one node of autograd for {count}"
+        return Part(names, text, "mlp", offset, way.backend, f"{what}; {way.why}", _SAVES[kind])
     return Part(names, text, op, offset, found.choice, found.why, _SAVES[kind])

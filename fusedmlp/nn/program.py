@@ -16,7 +16,7 @@ from .. import context
 from ..backends import registry
 from .groups import Opaque, find_groups, is_candidate, is_tampered
 from .mask_state import MaskState, must_trace
-from .steps import GroupStep, as_function, mlp_step, plain_functions
+from .steps import GroupStep, MlpStep, as_function, network_steps, plain_functions
 
 _HOOKS = itemgetter(
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
@@ -35,16 +35,14 @@ def run_groups(groups: list, x, masks: MaskState, steps: list | None = None):
         if type(group) is Opaque:
             x = _run_opaque(group, x, masks, steps)
             continue
-        step = None if masks.traced else mlp_step(groups, at - 1, x, masks)
-        if step is not None:
-            at += len(step.groups) - 1
-            masks.take(len(step.groups))
-        else:
-            step = GroupStep(group, offset)
-            masks.take()
-        x = step(x, masks)
-        if steps is not None:
-            steps.append((step.backend is not None, step))
+        found = [] if masks.traced else network_steps(groups, at - 1, x, masks)
+        count = len(found[0].groups) if found and type(found[0]) is MlpStep else len(found)
+        at += max(1, count) - 1
+        masks.take(max(1, count))
+        for step in found or [GroupStep(group, offset)]:
+            x = step(x, masks)
+            if steps is not None:
+                steps.append((step.backend is not None, step))
     return x
 
 
@@ -155,6 +153,7 @@ class Plan:
             x.dtype,
             x.device,
             torch.is_grad_enabled(),
+            torch.are_deterministic_algorithms_enabled(),
             named,
             tuple([_number(m.p) if m.training else 0 for m in self.dropouts]),
             stream_offset,

@@ -17,6 +17,7 @@ from ..autograd.mlp import Mlp, Net
 from ..backends import choice, registry
 from ..spec import activations, checks, dtypes, layers
 from ..spec.layers import Epilogue, Layer
+from ..tuning.first_call import at_first_call
 from .groups import LayerGroup, Opaque, is_candidate, is_fused_module, is_tampered
 from .mask_state import MaskState
 
@@ -25,12 +26,15 @@ _PLAIN = frozenset({Tensor, nn.Parameter})
 
 
 class GroupStep:
-    """One group, and the backend that was chosen for its last input: None for its plain modules."""
+    """One group, and the backend that was chosen for its last input: None for its plain modules.
 
-    __slots__ = ("backend", "group", "key", "stream_offset")
+    way  how the network that the group belongs to runs on inputs of this kind, if that was chosen
+    """
 
-    def __init__(self, group: LayerGroup, stream_offset: int):
-        self.group, self.stream_offset = group, stream_offset
+    __slots__ = ("backend", "group", "key", "stream_offset", "way")
+
+    def __init__(self, group: LayerGroup, stream_offset: int, way: choice.Way | None = None):
+        self.group, self.stream_offset, self.way = group, stream_offset, way
         self.key = self.backend = None
 
     def __call__(self, x, masks: MaskState):
@@ -55,17 +59,24 @@ class GroupStep:
             what = (x.shape, x.dtype, x.layout, x.device, torch.is_grad_enabled())
             key = (*what, threshold != 0, named, id(w), id(b), id(slope))
             if self.key != key:
-                self.backend = _choose(group, x, w, b, slope, threshold != 0, named)
+                self.backend = _choose(group, x, w, b, slope, threshold != 0, named, self.way)
                 self.key = key
             if self.backend is None:
                 return group.run_plain(x)
         state = masks.draw(x) if threshold else None
         drop = threshold, scale, self.stream_offset, masks.row_offset
         e = Epilogue(b, slope, state, group.act, group.alpha, *drop)
-        return run_op(self.backend, x, w, e, masks)
+        return run_op(self.backend, x, w, e, masks, self.way)
 
 
-def run_op(backend: str | None, x: Tensor, w: Tensor | None, e: Epilogue, masks: MaskState):
+def run_op(
+    backend: str | None,
+    x: Tensor,
+    w: Tensor | None,
+    e: Epilogue,
+    masks: MaskState,
+    way: choice.Way | None = None,
+):
     """The op of one group, on a backend that was chosen for inputs like x."""
     if masks.traced or masks.row_offset:
         if w is None:
@@ -73,10 +84,12 @@ def run_op(backend: str | None, x: Tensor, w: Tensor | None, e: Epilogue, masks:
         return functional.run_linear_act(x, w, e, masks.named)
     if w is None:
         return functional.bias_act_dropout_on(backend, x, e)
-    return functional.linear_act_on(backend, x, w, e)
+    return functional.linear_act_on(backend, x, w, e, "layers" if way is None else way.route)
 
 
-def _choose(group: LayerGroup, x, w, b, slope, drops: bool, named: str | None) -> str | None:
+def _choose(
+    group: LayerGroup, x, w, b, slope, drops: bool, named: str | None, way: choice.Way | None
+) -> str | None:
     """The backend for a group, or None where its modules do as well or better."""
     op = group.op
     if not fits(x, w, b, group.act, slope, traced=False):
@@ -86,7 +99,8 @@ def _choose(group: LayerGroup, x, w, b, slope, drops: bool, named: str | None) -
     columns, k = ((x.shape[-1] if x.dim() else 1), 0) if w is None else w.shape
     if drops:
         checks.row_range(op, rows, columns, 0)
-    chosen = choice.select(op, x.device.type, x.dtype, group.act, drops, rows, k, columns, named)
+    what = op, x.device.type, x.dtype, group.act, drops, rows, k, columns, named
+    chosen = choice.select(*what) if way is None else way.backend
     return None if chosen == registry.EAGER else chosen
 
 
@@ -149,16 +163,18 @@ def _refuse(x, op: str, named: str | None) -> None:
         )
 
 
-def mlp_step(groups: list[LayerGroup | Opaque], at: int, x, masks: MaskState) -> MlpStep | None:
-    """The longest run of groups starting at `at` that one `mlp` op should execute on x, or None.
+def network_steps(
+    groups: list[LayerGroup | Opaque], at: int, x, masks: MaskState
+) -> list[MlpStep | GroupStep]:
+    """Steps for the longest run of groups starting at `at` that is a network, as it runs fastest on
+    x (choice.py); empty where each of them is asked for by itself.
 
-    Where that pays (choice.py): it saves the host cost of each op and of its node in autograd, on
-    small networks most of the time.
+    One op for all layers saves the host cost of each op and of its node in autograd.
     """
     if type(x) not in _PLAIN or x.layout != torch.strided or x.is_nested:
-        return None
+        return []
     if x.dim() == 0 or x.numel() == 0:
-        return None
+        return []
     width, found = x.shape[-1], []
     for group in groups[at:]:
         layer = _layer_of(group, x, width, masks.stream_offset + len(found))
@@ -167,17 +183,23 @@ def mlp_step(groups: list[LayerGroup | Opaque], at: int, x, masks: MaskState) ->
         found.append(layer)
         width = layer.weight.shape[0]
     if not found or (len(found) == 1 and _is_bare(found[0].epilogue)):
-        return None
+        return []
     rows = checks.rows(x)
     kinds = [(e.act, e.threshold != 0, w.shape[0]) for w, e in found]
-    device_type = x.device.type
-    backend = choice.select_mlp(device_type, x.dtype, rows, x.shape[-1], kinds, masks.named)
-    if backend is None:
-        return None
+    what = x.device.type, x.dtype, rows, x.shape[-1], kinds
+    if masks.named is None:
+        at_first_call(*what)
+    way = choice.select_net(*what, masks.named)
+    if way is None:
+        return []
     for w, e in found:
         if e.threshold:
             checks.row_range("mlp", rows, w.shape[0], 0)
-    return MlpStep(backend, groups[at : at + len(found)], found, x)
+    run = groups[at : at + len(found)]
+    if way.route == "mlp":
+        return [MlpStep(way, run, found, x)]
+    pairs = zip(run, found, strict=True)
+    return [GroupStep(group, layer.epilogue.stream_offset, way) for group, layer in pairs]
 
 
 def _is_bare(e: Epilogue) -> bool:
@@ -220,10 +242,11 @@ class MlpStep:
         "records",
         "sources",
         "steps",
+        "way",
     )
 
-    def __init__(self, backend: str, groups: list[LayerGroup], found: list[Layer], x: Tensor):
-        self.backend, self.groups = backend, groups
+    def __init__(self, way: choice.Way, groups: list[LayerGroup], found: list[Layer], x: Tensor):
+        self.way, self.backend, self.groups = way, way.backend, groups
         self.steps = [
             GroupStep(group, layer.epilogue.stream_offset)
             for group, layer in zip(groups, found, strict=True)
@@ -236,7 +259,7 @@ class MlpStep:
             for g in groups
         ]
         params, ints, numbers = layers.pack(found)
-        self.net = Net(backend, ints, numbers, x)
+        self.net = Net(way.backend, ints, numbers, x)
         self.ids = [*map(id, params)]
 
     def __call__(self, x, masks: MaskState):

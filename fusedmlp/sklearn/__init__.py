@@ -1,4 +1,5 @@
-"""Multilayer perceptrons with the interface of scikit-learn's own.
+"""Multilayer perceptrons with the interface of scikit-learn: its own by another import, and two for
+tables.
 
 from fusedmlp.sklearn import FusedMLPClassifier as MLPClassifier
 
@@ -6,5 +7,11 @@ is the only change that a script needs. Importing this needs scikit-learn 1.6 or
 """
 
 from .estimators import FusedMLPClassifier, FusedMLPRegressor
+from .tables import FusedTableClassifier, FusedTableRegressor
 
-__all__ = ["FusedMLPClassifier", "FusedMLPRegressor"]
+__all__ = [
+    "FusedMLPClassifier",
+    "FusedMLPRegressor",
+    "FusedTableClassifier",
+    "FusedTableRegressor",
+]

@@ -18,9 +18,10 @@ from sklearn.utils import check_random_state, shuffle
 # Private by name; estimators outside scikit-learn use them, as there is no public one.
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 
+from ..backends import registry
 from ..train.config import TrainConfig
 from ..train.process import pick_device
-from . import loop, settings
+from . import lbfgs, loop, settings
 from .weights import Weights, glorot, outputs
 
 _NOT_FINITE = (
@@ -114,7 +115,10 @@ class BaseFusedMLP(BaseEstimator):
             )
         # Drawn only where it is used: otherwise batches would differ from scikit-learn's.
         seed = int(random_state.randint(2**31 - 1)) if any(dropout) else 0
-        self._train(X, y, sample_weight, dropout, seed, random_state, incremental)
+        if self.solver == "lbfgs":
+            self._minimize(X, y, sample_weight)
+        else:
+            self._train(X, y, sample_weight, dropout, seed, random_state, incremental)
         if not self._weights().are_finite():
             raise ValueError(f"{_NOT_FINITE} and need to be preprocessed.")
         return self
@@ -134,8 +138,10 @@ class BaseFusedMLP(BaseEstimator):
         self.n_layers_ = len(sizes)
         self.out_activation_ = self._out_activation()
         self._take(glorot(sizes, settings.ACTIVATIONS[self.activation], random_state))
+        if self.solver == "lbfgs":
+            return
         self.loss_curve_ = []
-        self._loop_state = None
+        self._optimizer = None
         self._no_improvement_count = 0
         self.best_loss_ = None if self.early_stopping else math.inf
         self.validation_scores_ = [] if self.early_stopping else None
@@ -143,23 +149,41 @@ class BaseFusedMLP(BaseEstimator):
 
     def _take(self, weights: Weights) -> None:
         self.coefs_, self.intercepts_ = weights.coefs, weights.intercepts
-        self.slopes_ = weights.slopes
+        if self.activation == "prelu":
+            self.slopes_ = weights.slopes
 
     def _weights(self) -> Weights:
-        return Weights(self.coefs_, self.intercepts_, self.slopes_)
+        slopes = self.slopes_ if self.activation == "prelu" else []
+        return Weights(self.coefs_, self.intercepts_, slopes)
+
+    def _problem(self, X, y, sample_weight) -> loop.Problem:
+        alpha = float(self.alpha)
+        return loop.Problem(X, self._targets(y), sample_weight, self.out_activation_, alpha)
+
+    def _minimize(self, X, y, sample_weight) -> None:
+        """All rows at once, in fp64 unless C++ is asked for."""
+        self.engine_ = "native" if "native" in (self.engine, self.backend) else "direct"
+        backend, dtype = "reference", torch.float64
+        if self.engine_ == "native":
+            backend, dtype = registry.require("native", "cpu", torch.float32, "mlp"), torch.float32
+        objective = lbfgs.Objective(
+            self._weights(),
+            settings.ACTIVATIONS[self.activation],
+            self._problem(X, y, sample_weight),
+            self._device() if self.engine_ == "direct" else torch.device("cpu"),
+            dtype,
+            backend,
+        )
+        weights, self.loss_, self.n_iter_ = lbfgs.fit(objective, self)
+        self._take(weights.astype(X.dtype))
 
     def _train(self, X, y, sample_weight, dropout, seed, random_state, incremental) -> None:
         kept, held = self._split(y, random_state)
         rows = slice(None) if kept is None else kept
         count = y[rows].shape[0]
         batch = self._batch_size(count)
-        problem = loop.Problem(
-            X[rows],
-            self._targets(y[rows]),
-            None if sample_weight is None else sample_weight[rows],
-            self.out_activation_,
-            float(self.alpha),
-        )
+        weight = None if sample_weight is None else sample_weight[rows]
+        problem = self._problem(X[rows], y[rows], weight)
         running = loop.Loop(
             self._weights(),
             settings.ACTIVATIONS[self.activation],
@@ -169,7 +193,7 @@ class BaseFusedMLP(BaseEstimator):
             self._device(),
             batch,
             seed,
-            self._loop_state if incremental else None,
+            getattr(self, "_optimizer", None) if incremental else None,
         )
         self.engine_ = running.engine.name
         validation = None
@@ -180,7 +204,7 @@ class BaseFusedMLP(BaseEstimator):
             self._epochs(running, batch, random_state, validation, incremental)
         except KeyboardInterrupt:
             warnings.warn("Training interrupted by user.", stacklevel=2)
-        self._loop_state = running.state()
+        self._optimizer = running.state()
         if held is None or self._best is None:
             self._take(running.read())
         else:

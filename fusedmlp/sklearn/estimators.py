@@ -28,25 +28,27 @@ class FusedMLPClassifier(ClassifierMixin, BaseFusedMLP):
     batches, so without dropout the same training up to rounding. Except:
 
     activation  also every name of fusedmlp.spec.activations.NAMES, such as 'prelu' or 'gelu'
-    solver      'adam' or 'sgd'; 'lbfgs', and max_fun with it, has no meaning here: ValueError at
-                fit. 'adam' is Adam with the penalty in the gradient (not AdamW)
+    solver      'adam' is Adam with the penalty in the gradient (not AdamW). 'lbfgs' minimises the
+                sum of the squared errors over several outputs, where scikit-learn pairs the
+                gradient of that sum with their mean
     alpha       L2 penalty: alpha / (2 B) times the sum of squared weights for a batch of B rows
                 (scikit-learn's _backprop; loop.py derives the weight_decay from it)
     dropout     probability of dropping after each hidden layer, or one for each of them
     device      'auto' (cuda where there is one), 'cpu' or 'cuda'
     backend     of the fused kernels: 'auto', 'native', 'triton', 'reference'
-    engine      'native': C++ on a CPU in fp32, which runs whole epochs of sgd with more than two
-                classes, and else the forward and backward pass; 'autograd': PyTorch, in the dtype
-                of X, in fp32 on a GPU; 'auto': native where it can, which it cannot with sparse
-                rows, sample_weight or several labels a row; but autograd for fp64 rows that make
-                up one batch only
+    engine      'native': C++ on a CPU in fp32, whole epochs in one call; 'direct': step by step on
+                a CPU, in the dtype of X; 'autograd': as PyTorch does, in the dtype of X, in fp32 on
+                a GPU; 'auto': for fp32 rows native where it can (not with sparse rows,
+                sample_weight or loss 'poisson'), else direct, and autograd on a GPU. To train fp64
+                rows in fp32, which is some times faster, ask for 'native' or hand in fp32 rows.
+                lbfgs computes in fp64, with 'native' in fp32
 
     Attributes are also those of MLPClassifier: classes_, loss_, best_loss_, loss_curve_,
     validation_scores_, best_validation_score_, t_, n_iter_, n_layers_, n_outputs_,
     out_activation_, n_features_in_, feature_names_in_, and coefs_ (fan_in, fan_out), intercepts_
-    (fan_out,), in the dtype of the computation. Besides, slopes_ (1,) of each hidden layer with
-    prelu, and engine_, what ran: 'native' or 'autograd'. The penalty in loss_
-    is that of the weights halfway through an epoch.
+    (fan_out,), in the dtype of the computation (of lbfgs that of X). Besides, slopes_ (1,) of each
+    hidden layer with prelu, and engine_, what ran. The penalty in loss_ is that of the weights
+    halfway through an epoch.
     """
 
     _stratifies = True
@@ -136,7 +138,10 @@ class FusedMLPClassifier(ClassifierMixin, BaseFusedMLP):
         z = self._raw(X)
         if self.out_activation_ == "softmax":
             return log_softmax(z, axis=1)
-        return np.hstack([log_expit(-z), log_expit(z)]) if self.n_outputs_ == 1 else log_expit(z)
+        z = np.hstack([-z, z]) if self.n_outputs_ == 1 else z
+        p = expit(z)
+        # The logarithm of p itself where it is near 1: equal probabilities have equal logarithms.
+        return np.where(p > 0.5, np.log(np.maximum(p, 0.5)), log_expit(z))
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

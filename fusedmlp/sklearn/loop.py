@@ -19,6 +19,7 @@ from ..train.engines.autograd import Autograd
 from ..train.engines.native import Native
 from ..train.optim import EpsilonHatAdam
 from ..train.task import Task
+from .direct import Direct
 from .weights import Weights, network, read, rows_of, tensor, trained
 
 # The loss of train/losses.py for each output activation.
@@ -40,6 +41,15 @@ class Problem:
         """The loss that is differentiated here, over scikit-learn's. Half the squared error summed
         over k outputs is theirs (their loss_ is a mean over them), the mean over k is ours."""
         return 2.0 / self.y.shape[1] if self.out_activation == "identity" else 1.0
+
+
+@dataclass
+class State:
+    """What a fit leaves for partial_fit to go on from, beside the weights."""
+
+    optimizer: dict  # a state_dict of torch.optim
+    number: int  # of the next step
+    learning_rate: float  # as scikit-learn states it
 
 
 def make_optimizer(settings, problem: Problem, weights: list, rest: list) -> torch.optim.Optimizer:
@@ -86,20 +96,26 @@ class Loop:
         device: torch.device,
         batch: int,
         seed: int,
-        state: dict | None,
+        state: State | None,
     ):
         self.problem, self.settings, self.device = problem, settings, device
         self.unit = problem.unit()
         self.is_sparse = hasattr(problem.x, "toarray")
         self.backend = None if settings.backend == "auto" else settings.backend
         self.backend = self.backend or context.now().backend
+        on_cpu = device.type == "cpu"
         # fp64 rows are computed in fp64, as in scikit-learn, where backends can at little cost.
-        wide = device.type == "cpu" and settings.backend in ("auto", "reference")
+        wide = on_cpu and self.backend in (None, "reference")
         dtype = torch.float64 if wide and problem.x.dtype == np.float64 else torch.float32
-        # One step an epoch takes no time worth saving at the price of fp64's digits.
-        small = dtype == torch.float64 and len(problem.y) <= batch
+        direct = on_cpu and self.backend in (None, "reference", "native")
+        if settings.engine == "direct" and not direct:
+            raise ValueError(
+                f"{type(settings).__name__}: engine 'direct' must run on a CPU with backend "
+                f"'native' or 'reference', got {device.type} and {self.backend or 'auto'!r}"
+            )
+        direct = direct and settings.engine != "autograd"
         engine = None
-        if settings.engine == "native" or (settings.engine == "auto" and not small):
+        if settings.engine == "native" or (settings.engine == "auto" and dtype == torch.float32):
             task = self._task(weights, activation, dropout, torch.float32, seed, state)
             reasons = self._reasons_against_native(task)
             if reasons and settings.engine == "native":
@@ -109,19 +125,18 @@ class Loop:
                 )
             engine = None if reasons else Native(task)
         if engine is None:
-            engine = Autograd(self._task(weights, activation, dropout, dtype, seed, state))
+            kind = Direct if direct else Autograd
+            engine = kind(self._task(weights, activation, dropout, dtype, seed, state))
         self.engine = engine
-        self.engine.set_step(0 if state is None else state["number"])
-        self.learning_rate = (
-            settings.learning_rate_init if state is None else state["learning_rate"]
-        )
+        self.engine.set_step(0 if state is None else state.number)
+        self.learning_rate = settings.learning_rate_init if state is None else state.learning_rate
 
     def _task(self, weights, activation, dropout, dtype, seed, state) -> Task:
         problem, device = self.problem, self.device
         net = network(weights, activation, dropout, device, dtype).train()
         optimizer = make_optimizer(self.settings, problem, *trained(net))
         if state is not None:
-            compat.load_optimizer_state_dict(optimizer, state["optimizer"])
+            compat.load_optimizer_state_dict(optimizer, state.optimizer)
         labels = problem.out_activation == "softmax"
         task = Task(net, optimizer, LOSSES[problem.out_activation], device, seed=seed)
         task.scaling, task.backend = Scaling(dtype=dtype), self.backend
@@ -140,18 +155,16 @@ class Loop:
         """Copies of the weights as they are now."""
         return read(self.engine.task.model)
 
-    def state(self) -> dict:
+    def state(self) -> State:
         """The state from which a later Loop continues, on the CPU."""
+        self.engine.sync()
         found = compat.optimizer_state_dict(self.engine.task.optimizer)
         found["state"] = {
-            number: {k: v.cpu() if isinstance(v, Tensor) else v for k, v in values.items()}
+            # Clones: a pickle of a view holds all that it is a view of.
+            number: {k: v.cpu().clone() if isinstance(v, Tensor) else v for k, v in values.items()}
             for number, values in found["state"].items()
         }
-        return {
-            "optimizer": found,
-            "number": self.engine.number,
-            "learning_rate": self.learning_rate,
-        }
+        return State(found, self.engine.number, self.learning_rate)
 
     def set_learning_rate(self, rate: float) -> None:
         """scikit-learn's velocity has the rate inside, PyTorch's momentum buffer has not."""

@@ -11,11 +11,11 @@ _SKLEARN_NAMES = {"identity": "none", "logistic": "sigmoid"}
 ACTIVATIONS = {**{name: name for name in activations.NAMES}, **_SKLEARN_NAMES}
 _CHOICES = {
     "activation": tuple(ACTIVATIONS),
-    "solver": ("adam", "sgd"),
+    "solver": ("adam", "sgd", "lbfgs"),
     "learning_rate": ("constant", "invscaling", "adaptive"),
     "device": ("auto", "cpu", "cuda"),
     "backend": ("auto", "native", "triton", "reference"),
-    "engine": ("auto", "native", "autograd"),
+    "engine": ("auto", "native", "direct", "autograd"),
     "loss": ("log_loss", "squared_error", "poisson"),
 }
 # name -> (least, most, is the least itself allowed, is the most)
@@ -37,11 +37,6 @@ _SWITCHES = ("shuffle", "warm_start", "nesterovs_momentum", "early_stopping")
 def check(estimator) -> None:
     """Raise ValueError for the first wrong setting."""
     name = type(estimator).__name__
-    if estimator.solver == "lbfgs":
-        raise ValueError(
-            f"{name}: solver 'lbfgs' takes all rows at once and is not offered; take 'adam' or "
-            "'sgd', or scikit-learn's own estimator"
-        )
     for key, choices in _CHOICES.items():
         value = getattr(estimator, key)
         if value not in choices:
@@ -62,6 +57,13 @@ def check(estimator) -> None:
     for key in _SWITCHES:
         if getattr(estimator, key) not in (True, False):
             raise ValueError(f"{name}: {key} must be a bool, got {getattr(estimator, key)!r}")
+    if estimator.solver == "lbfgs" and (
+        estimator.engine == "autograd" or estimator.backend == "triton"
+    ):
+        raise ValueError(
+            f"{name}: solver 'lbfgs' must have engine auto, native or direct and backend auto, "
+            f"native or reference, got {estimator.engine!r} and {estimator.backend!r}"
+        )
     if estimator.batch_size != "auto" and not _is_count(estimator.batch_size):
         raise ValueError(
             f"{name}: batch_size must be 'auto' or an integer of at least 1, got "
@@ -90,5 +92,10 @@ def dropouts(estimator, layers: int) -> list[float]:
         raise ValueError(
             f"{type(estimator).__name__}: dropout must be a number between 0 and 1, or one for "
             f"each of the {layers} hidden layers, got {given!r}"
+        )
+    if estimator.solver == "lbfgs" and any(found):
+        raise ValueError(
+            f"{type(estimator).__name__}: dropout must be 0 with solver 'lbfgs', which needs the "
+            f"same loss at each call, got {given!r}; take 'adam' or 'sgd'"
         )
     return [float(p) for p in found]

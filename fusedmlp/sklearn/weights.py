@@ -31,6 +31,10 @@ class Weights:
             [a.copy() for a in self.slopes],
         )
 
+    def astype(self, dtype) -> "Weights":
+        parts = self.coefs, self.intercepts, self.slopes
+        return Weights(*([a.astype(dtype, copy=False) for a in part] for part in parts))
+
     def are_finite(self) -> bool:
         return all(np.isfinite(a).all() for a in (*self.coefs, *self.intercepts, *self.slopes))
 

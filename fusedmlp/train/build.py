@@ -145,9 +145,8 @@ def regression(outputs: Tensor, data: Data) -> dict[str, float]:
     """{"test_rmse", "test_r2"} of outputs (n, ...) for the test rows: the root of the mean squared
     error in the target's own units, and the mean of each target's coefficient of determination, as
     r2_score of scikit-learn has it."""
-    scaling = data.target_scaling or Scaling()
-    true = scaling.undo(data.y_test.reshape(len(outputs), -1))
-    squares = (scaling.undo(outputs.reshape(len(outputs), -1)) - true).square()
+    true, found = in_units(data, data.y_test, outputs)
+    squares = (found - true).square()
     error, spread = squares.sum(0), (true - true.mean(0)).square().sum(0)
     # A target without spread is met exactly or not at all.
     share = torch.where(spread > 0, error / spread, (error > 0).double())
@@ -155,6 +154,13 @@ def regression(outputs: Tensor, data: Data) -> dict[str, float]:
         "test_rmse": float(squares.mean().sqrt()),
         "test_r2": float(1 - share.mean()) if len(true) > 1 else math.nan,
     }
+
+
+def in_units(data: Data, targets: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """(true, predicted), each (n, k), in the target's own units."""
+    scaling = data.target_scaling or Scaling()
+    true, found = (scaling.undo(each.reshape(len(outputs), -1)) for each in (targets, outputs))
+    return true, found
 
 
 def predict(model: nn.Module, x: Tensor, scaling: Scaling, precision: str = "fp32") -> Tensor:

@@ -1,5 +1,5 @@
-"""The commands train, crossval, evaluate and predict: flags in, text out. The work is in loop.py,
-crossvalidation.py and inference.py."""
+"""The commands train, crossval, compare, evaluate and predict: flags in, text out. The work is in
+loop.py, crossvalidation.py, compare.py and inference.py."""
 
 import contextlib
 import csv
@@ -12,6 +12,7 @@ from typing import Literal
 
 import tyro
 
+from . import compare as comparison
 from . import crossval_report, crossvalidation, inference, loop, table_files
 from .config import RunOptions, TrainConfig, flag_name
 from .console import Console
@@ -61,6 +62,16 @@ class PredictArgs:
     """show a traceback when something fails"""
 
 
+@dataclass(frozen=True)
+class CompareArgs:
+    """Runs beside each other: the settings in which they differ, their scores and seconds."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """run folders, of train and of crossval"""
+    debug: bool = False
+    """show a traceback when something fails"""
+
+
 def _parse(kind: type, name: str, argv: list[str], default=None):
     """The flags as an object of this kind; tyro shows a mistake and ends with exit code 2."""
     argv = list(_with_values(argv))
@@ -103,7 +114,7 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, RunOptions]:
     if options.resume is None:
         return config, options
     was = TrainConfig.from_dict(load_checkpoint(options.resume)["config"])
-    default = TrainArgs(**vars(was), resume=options.resume)
+    default = TrainArgs(**vars(was.replace(time_limit=None)), resume=options.resume)
     return _parse(TrainArgs, "train", argv, default).split()
 
 
@@ -179,6 +190,14 @@ def train(argv: list[str]) -> int:
     config, options = parse_train(argv)
     result = loop.run(config, options, progress=Console())
     return INTERRUPTED if result.interrupted else 0
+
+
+def compare(argv: list[str]) -> int:
+    args = _parse(CompareArgs, "compare", argv)
+    if not args.runs:
+        raise UsageError("compare needs run folders: fusedmlp compare runs/0001 runs/0002")
+    Console().show(comparison.table(list(args.runs)))
+    return 0
 
 
 def _trained(folder: Path, device: str) -> inference.Trained:

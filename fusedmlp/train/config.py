@@ -17,6 +17,7 @@ from .errors import UsageError
 
 Activation = Literal[*activations.NAMES]
 TABLE_FILES = (".csv", ".tsv", ".txt", ".parquet")
+TRACKER_VERBS = ("init", "log", "finish")
 FRAME = "table"  # the data set of a run on a DataFrame of the caller's
 
 
@@ -94,6 +95,8 @@ class TrainConfig:
     epochs: int | None = None
     """passes over the training rows; default 10, for digits 30, for tables 50, and 30 from 10,000
     rows on"""
+    time_limit: float | None = None
+    """seconds of training, tests included: it ends after an epoch, as soon as no other one fits"""
     batch_size: int | None = None
     """rows a step, over all processes; default 256, for digits 32, for tables a power of 2 near a
     50th of the rows, from 16 to 256"""
@@ -105,6 +108,9 @@ class TrainConfig:
     """kernels of the fused layers; auto: the fastest known"""
     engine: Literal["auto", "autograd", "native", "graph"] = "auto"
     """how a training step is run; auto: the fastest that supports it"""
+    tune: Literal["auto", "off"] = "auto"
+    """auto: on a GPU that was not measured for this network, measure it first, in seconds; off: do
+    not"""
     seed: int = 0
     """of the initial weights, the order of the rows and the dropout masks"""
 
@@ -153,8 +159,9 @@ class TrainConfig:
         return 1e-3
 
     def filled(self, settings: dict) -> "TrainConfig":
-        """Settings that are None as they are in {name: value}."""
+        """Settings that are None as they are in {name: value}, but for the limit of its time."""
         unset = {k: v for k, v in settings.items() if getattr(self, k) is None}
+        unset.pop("time_limit", None)
         return self.replace(**unset)
 
     def replace(self, **changes) -> "TrainConfig":
@@ -258,12 +265,9 @@ def _check_numbers(config: TrainConfig) -> None:
     for name in ("epochs", "batch_size", "patience", "networks"):
         value = getattr(config, name)
         need(name, value, value is None or value >= 1, "at least 1")
-    need(
-        "lr",
-        config.lr,
-        config.lr is None or (math.isfinite(config.lr) and config.lr > 0),
-        "a number above 0",
-    )
+    for name in ("lr", "time_limit"):
+        value = getattr(config, name)
+        need(name, value, value is None or 0 < value < math.inf, "a number above 0")
     for name in ("momentum", "weight_decay", "init_std", "clip_norm", "warmup_epochs"):
         value = getattr(config, name)
         holds = value is None or (math.isfinite(value) and value >= 0)
@@ -318,6 +322,9 @@ class RunOptions:
     """replace the run that is in --out"""
     resume: Path | None = None
     """go on with the run in this folder"""
+    log: str | None = None
+    """where each epoch's figures go too: tensorboard, wandb, trackio, or a module with the three
+    functions init, log and finish of wandb"""
     debug: bool = False
     """show a traceback when something fails"""
 
@@ -327,6 +334,13 @@ class RunOptions:
             value = getattr(self, name)
             if value is not None and not isinstance(value, (str, Path)):
                 raise TypeError(f"--{name} must be a path, got {type(value).__name__}")
+        if self.log is not None and not isinstance(self.log, str):
+            lacks = [verb for verb in TRACKER_VERBS if not callable(getattr(self.log, verb, None))]
+            if lacks:
+                raise TypeError(
+                    f"log must be a module's name or have init, log and finish, but "
+                    f"{type(self.log).__name__} has no {lacks[0]}"
+                )
         if self.resume is not None and self.out is not None:
             raise UsageError("--resume goes on in the run's own folder; leave out --out")
         if self.resume is not None and self.overwrite:
@@ -337,7 +351,10 @@ class RunOptions:
 
     def to_dict(self) -> dict:
         """Plain values only (str, bool, None)."""
-        return _plain_values(self)
+        plain = _plain_values(self)
+        if self.log is not None and not isinstance(self.log, str):
+            plain["log"] = getattr(self.log, "__name__", type(self.log).__name__)
+        return plain
 
 
 def checked(where: str, config: TrainConfig | None, options: RunOptions | None) -> TrainConfig:

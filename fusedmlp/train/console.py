@@ -177,7 +177,7 @@ class Console(Quiet):
             return
         summary = result.summary
         rows = [
-            (name.replace("_", " "), _figure(summary[name]))
+            (name.replace("_", " "), figure(summary[name]))
             for name in FIGURES
             if summary.get(name) is not None
         ]
@@ -205,6 +205,13 @@ class Console(Quiet):
         for name, value in rows:
             self.say(f"{name:<{width}}  {value}")
 
+    def show(self, table) -> None:
+        """A table of rich. A pipe has no width: lines must not be folded there."""
+        from rich.console import Console as Rich
+
+        wide = Rich(width=1000, highlight=False, file=self.output)
+        (self.rich if self.is_terminal else wide).print(table)
+
     def close(self) -> None:
         if self.bar is not None:
             self.bar.stop()
@@ -230,7 +237,7 @@ def _shown_settings(config: TrainConfig, options: RunOptions) -> str:
     )
 
 
-def _figure(value) -> str:
+def figure(value) -> str:
     """Shares and losses with four decimals, large values, which have units, with six digits."""
     if not isinstance(value, float):
         return str(value)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from .config import shown
 from .console import Console
-from .plots import PART_COLOURS, RIGHT_COLOUR, new_figure, png
+from .drawing import PART_COLOURS, RIGHT_COLOUR, new_figure, png
 from .run_folder import RunFolder, model_bytes
 
 MAX_IN_PICTURE = 40  # candidates
@@ -62,7 +62,6 @@ class Report(Console):
             self.bar.update(self.job, completed=done, total=total)
 
     def finish(self, result) -> None:
-        from rich.console import Console as Rich
         from rich.table import Table
 
         is_classes = result.data.is_classes
@@ -79,10 +78,7 @@ class Report(Console):
                 _spread(candidate, "val", is_classes),
                 style="bold" if is_best else None,
             )
-        # A pipe has no width: lines must not be folded there.
-        wide = Rich(width=1000, highlight=False, file=self.output)
-        rich = self.rich if self.is_terminal else wide
-        rich.print(table)
+        self.show(table)
         self.say(f"chosen: {result.best.label}; trained again on all training rows")
         if result.test is not None:
             self.say(

@@ -1,7 +1,5 @@
 """crossval: K-fold cross-validation of candidates. The best is trained on all training rows and
-tested once.
-
-fit_many trains folds and candidates together, where one engine can run them together.
+tested once. fit_many trains folds and candidates together, where one engine can run them together.
 """
 
 import functools
@@ -45,9 +43,8 @@ SEQUENCES = ("hidden", "dropout")  # settings with a value for each layer
 
 @dataclass(frozen=True)
 class Score:
-    """error: the share of rows that one network gets wrong, or for regression the mean squared
-    error in the target's own units; loss: the one it was trained on. nan where training diverged.
-    """
+    """error: the share of rows that one network gets wrong, or the mean squared error in the
+    target's own units; loss: the one it was trained on. nan where training diverged."""
 
     error: float
     loss: float
@@ -207,7 +204,12 @@ def candidate_configs(config: TrainConfig, compare: Mapping[str, Sequence]) -> l
 def _check(config: TrainConfig, options: RunOptions | None, folds: int) -> None:
     if not isinstance(folds, int) or folds < 2:
         raise UsageError(f"--folds must be at least 2, got {folds}")
-    if options is not None and options.check().resume is not None:
+    if config.time_limit is not None:
+        raise UsageError("--time-limit belongs to train; candidates are compared at equal epochs")
+    options = RunOptions() if options is None else options.check()
+    if options.log is not None:
+        raise UsageError("--log belongs to train; a cross-validation has many networks at once")
+    if options.resume is not None:
         raise UsageError("--resume belongs to train; a cross-validation starts anew")
     if started_by_torchrun():
         raise UsageError("crossval runs in one process; start it without torchrun")
@@ -300,8 +302,7 @@ def _with_held(rows: Tensor, data: Data, config: TrainConfig) -> tuple[Tensor, T
 
 
 def _tell(progress: Quiet, before: int, group, total: int, epoch: int, epochs: int) -> None:
-    done = sum(min(epoch, candidate.config.epochs) for candidate, _ in group)
-    progress.trained(before + done, total)
+    progress.trained(before + sum(min(epoch, c.config.epochs) for c, _ in group), total)
 
 
 def _loss_name(data: Data) -> str:
@@ -341,6 +342,7 @@ def _scores(
                 splits,
                 loss=_loss_name(data),
                 scaling=data.scaling,
+                precision=config.precision,
             )
     if sums is None:
         for member, split in zip(members, splits, strict=True):

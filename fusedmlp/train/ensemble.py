@@ -5,7 +5,7 @@ import math
 import time
 from dataclasses import dataclass
 
-from . import engines
+from . import engines, logs
 from .best import best_epoch
 from .build import Ensemble, build_network, evaluate
 from .config import RunOptions, TrainConfig
@@ -91,6 +91,7 @@ def run(config: TrainConfig, options: RunOptions, data: Data, progress: Quiet) -
     device = pick_device(config)
     data = data.to(device)
     loss = "cross_entropy" if data.is_classes else "mse"
+    progress = logs.with_tracker(progress, options)
     folder = create_folder(options, config)
     try:
         first = build_network(config.replace(networks=1), data)

@@ -18,7 +18,7 @@ from .data.preparation import Preparation
 from .data.types import Data, Scaling
 from .errors import TrainError, UsageError
 from .losses import loss_sums
-from .run_folder import check_same_model, load_checkpoint
+from .run_folder import check_same_model, load_checkpoint, load_config
 
 BLOCK_ROWS = 65_536  # of a table that are made inputs and predicted at once
 
@@ -113,7 +113,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> Trained:
     """The network of a run folder: from model.safetensors, or from the checkpoint where the run is
     not finished."""
     folder = Path(folder)
-    config = _config(folder)
+    config = load_config(folder)
     weights, about = _weights(folder)
     shape = about["model"]
     if shape.get("kind") != "FusedMLP" or shape.get("activation") is None or not shape.get("dims"):
@@ -149,18 +149,6 @@ def _preparation(listed: dict, dims: list[int], about: dict, folder: Path) -> Pr
             f"{dims[-1]}"
         )
     return found
-
-
-def _config(folder: Path) -> TrainConfig:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise TrainError(f"{folder} must be a run folder, but it has no config.json")
-    try:
-        return TrainConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise TrainError(
-            f"{path} is truncated, corrupted or no config of a run ({error})"
-        ) from error
 
 
 def _weights(folder: Path) -> tuple[dict[str, Tensor], dict]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from . import build, engines, ensemble
+from . import build, engines, ensemble, logs
 from .best import best_epoch, best_for
 from .build import evaluate, evaluate_batches
 from .config import RunOptions, TrainConfig, checked
@@ -38,6 +38,7 @@ from .run_folder import create_folder, load_checkpoint, reopen_folder
 from .run_state import (
     Result,
     Run,
+    about_time,
     check_loss,
     check_same_run,
     describe_run,
@@ -99,8 +100,12 @@ def fit(
         task, data = _task(model, given, config, device, world, epoch)
         best = best_for(config, isinstance(data, Data) and data.x_val is not None)
         seed_epoch(config, world, 0, device)
-        about, engine = describe_run(model, data), engines.choose(config.engine, task)
-        run = Run(config, options, world, task, engine, data, progress or Quiet(), stop, about)
+        about = describe_run(model, data)
+        progress = logs.with_tracker(progress or Quiet(), options if world.is_lead else None)
+        if config.tune == "auto" and config.backend == "auto" and isinstance(data, Data):
+            engines.tuned.at_start(task, config.batch_size, progress.note)
+        engine = engines.choose(config.engine, task, config.batch_size)
+        run = Run(config, options, world, task, engine, data, progress, stop, about)
         run.best = best
         try:
             _open(run, saved)
@@ -138,6 +143,7 @@ def run(
             vars(TrainConfig.from_dict(load_checkpoint(options.resume)["config"]))
         )
     asked, progress = config, progress or Quiet()
+    logs.check(options)
     world = join_processes(pick_device(config).type)
     several = world.size == 1 and options.resume is None
     try:
@@ -212,7 +218,7 @@ def explain(model: nn.Module, data, config: TrainConfig | None = None) -> str:
     device = pick_device(config)
     with run_settings(config, device):
         task, _ = _task(model, given, config, device, current_world())
-        return "\n".join(engines.explain(config.engine, task))
+        return "\n".join(engines.explain(config.engine, task, config.batch_size))
 
 
 def _task(
@@ -253,6 +259,9 @@ def _loop(run: Run, saved: dict | None) -> None:
     position = run.position
     rng = saved["rng"] if saved is not None and position.step else None
     while position.epoch < run.config.epochs and not (run.halted or run.is_over):
+        run.check_time()
+        if run.timed_out:
+            break
         seed_epoch(run.config, run.world, position.epoch, run.task.device)
         run.task.model.train()
         train_epoch = _train_epoch if isinstance(run.data, Data) else _train_loader
@@ -373,11 +382,14 @@ def _evaluate(run: Run, part: str) -> tuple[float | None, float | None]:
 
 
 def _close(run: Run) -> Result:
-    interrupted = run.position.epoch < run.config.epochs and not run.is_over
+    done = run.timed_out or run.is_over
+    interrupted = run.position.epoch < run.config.epochs and not done
     result = Result(run.task.model, run.history, run.config, interrupted)
     if run.best is not None:
         run.best.put_back(run.task.model)
     result.summary = summary(run)
+    if run.timed_out:
+        run.progress.note(about_time(run))
     if run.folder is not None:
         result.folder = run.folder.path
         if not interrupted:

@@ -234,7 +234,7 @@ def _validate(trainings: list[_Training], together: bool) -> None:
     if together:
         layers, held = [t.engine.layers for t in trainings], [t.held for t in trainings]
         sums, _ = native_op.evaluate(
-            layers, task.x, task.y, held, task.scaling, task.loss, torch.empty(1, 0)
+            layers, task.x, task.y, held, task.scaling, task.loss, task.precision, torch.empty(1, 0)
         )
         for training, each in zip(trainings, sums.tolist(), strict=True):
             training.close_validation(*mean_figures(task.loss, each))
@@ -289,6 +289,9 @@ def _reasons_against(tasks: list[tuple[TrainConfig, Task]]) -> list[str]:
     reasons = []
     if len(tasks) > MAX_TOGETHER:
         reasons.append(f"at most {MAX_TOGETHER} networks are trained in one call, got {len(tasks)}")
+    precisions = sorted({task.precision for _, task in tasks})
+    if len(precisions) > 1:
+        reasons.append(f"one call has one precision, got {' and '.join(precisions)}")
     for number, (config, task) in enumerate(tasks):
         with run_settings(config, task.device):
             found = Native.reasons_against(task)
@@ -326,7 +329,8 @@ def _check(members: Sequence[Member], x: Tensor, y: Tensor, loss: str) -> None:
 
 
 def _check_member(name: str, member: Member, count: int) -> None:
-    member.config.check()
+    if member.config.check().time_limit is not None:
+        raise UsageError(f"{name}: --time-limit belongs to fit, which trains one network")
     for what, rows in (("rows", member.rows), ("held", member.held)):
         if rows is None:
             continue

@@ -1,97 +1,53 @@
-"""Pictures of a run as PNG bytes: learning curves, predictions and mistakes.
+"""Pictures of a run as PNG bytes, and what else is told of its predictions: which files there are,
+learning curves, images with their predicted names.
 
-Everything is drawn off screen and nothing is written; matplotlib is imported for the first picture.
+Everything is drawn off screen and nothing is written.
 """
 
-import contextlib
-import io
-import os
-import sys
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .data.scaling import Scaling
+from .class_plots import classified, confusion, reliability, roc
 from .data.types import Data
-from .errors import TrainError
+from .drawing import PART_COLOURS, RIGHT_COLOUR, WRONG_COLOUR, new_figure, png, readable
+from .importance import MOST_COLUMNS, bars, importance, importance_csv, inputs_of_columns
+from .number_plots import residuals, scatter
 
 # Images on the prediction sheet: the first of the test set, then the first mistakes.
 FIRST_IMAGES, MISTAKE_IMAGES = 24, 16
 IMAGES_A_ROW = 8
-NAME_LENGTH = 40  # characters
-RIGHT_COLOUR, WRONG_COLOUR = "#1a7f37", "#c0261c"
-PART_COLOURS = {"train": "#1f6fb4", "val": "#b8860b", "test": "#c0261c"}
 
 
 def run_pictures(
-    history: list[dict], data, outputs: Callable[[], Tensor] | None
-) -> dict[str, Callable[[], bytes]]:
-    """{file name: what draws it}; outputs() returns (n, C) of the test rows on the CPU, and is None
-    where there are none."""
-    pictures = {"curves.png": lambda: curves(history)}
-    if outputs is None:
+    history: list[dict], data: Data | None, predict: Callable[[Tensor], Tensor]
+) -> dict[str, Callable[[], bytes | str]]:
+    """{file name: what makes it}, in an order in which one that fails leaves the others.
+
+    data     None where no rows are held out from training, else with these as its test rows
+    predict  (n, C) outputs on the CPU of rows as data has them
+    """
+    pictures: dict[str, Callable[[], bytes | str]] = {"curves.png": lambda: curves(history)}
+    if data is None:
         return pictures
-    if not data.is_classes:
-        return pictures | {
-            "predictions.png": lambda: scatter(data, outputs()),
-            "residuals.png": lambda: residuals(data, outputs()),
+    outputs = functools.cache(lambda: predict(data.x_test))
+    if data.is_classes:
+        sheet = images if data.image_shape is not None else confidence
+        kinds = {"predictions.png": sheet, "confusion.png": confusion}
+        if data.is_table:  # images do without scikit-learn, whose import takes longer than they do
+            kinds |= {"roc.png": roc, "reliability.png": reliability}
+    else:
+        kinds = {"predictions.png": scatter, "residuals.png": residuals}
+    pictures |= {name: (lambda draw=draw: draw(data, outputs())) for name, draw in kinds.items()}
+    if data.is_table and len(data.x_test) > 1 and len(inputs_of_columns(data)) <= MOST_COLUMNS:
+        found = functools.cache(lambda: importance(data, predict))
+        pictures |= {
+            "importance.csv": lambda: importance_csv(found()),
+            "importance.png": lambda: bars(data, found()),
         }
-    sheet = images if data.image_shape is not None else confidence
-    return pictures | {
-        "predictions.png": lambda: sheet(data, outputs()),
-        "confusion.png": lambda: confusion(data, outputs()),
-    }
-
-
-def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
-    """(figure, array of axes) without pyplot, whose state and window system belong to the
-    caller."""
-    import_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def import_matplotlib():
-    """matplotlib, whatever MPLBACKEND says: importing it fails where that names a backend which is
-    not installed, as in a shell that a notebook started."""
-    named = None
-    if "matplotlib" not in sys.modules:
-        named = os.environ.pop("MPLBACKEND", None)
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise TrainError(f"{error}: pip install 'fusedmlp[train]'") from error
-    finally:
-        if named is not None:
-            os.environ["MPLBACKEND"] = named
-    if named:
-        with contextlib.suppress(ValueError):  # for pyplot, which the caller may use later
-            matplotlib.rcParams["backend"] = named
-    return matplotlib
-
-
-def readable(name: str) -> str:
-    """A user's name as a label: it is cut short, characters that the font lacks become escapes, and
-    a dollar sign, with which matplotlib would begin a formula, is escaped."""
-    from matplotlib import font_manager
-
-    font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
-    name = name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 3] + "..."
-    characters = (
-        c if font.get_char_index(ord(c)) else c.encode("unicode_escape").decode() for c in name
-    )
-    return "".join(characters).replace("$", r"\$")
-
-
-def png(figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return pictures
 
 
 def curves(history: list[dict]) -> bytes:
@@ -114,16 +70,10 @@ def curves(history: list[dict]) -> bytes:
     return png(figure)
 
 
-def _classified(data: Data, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(true, predicted, probability of the predicted class), each (n,)."""
-    probability, predicted = outputs.float().softmax(1).max(1)
-    return data.y_test.cpu(), predicted, probability
-
-
 def images(data: Data, outputs: Tensor) -> bytes:
     """The first test images, and below them the first mistakes; green titles are right, red ones
     wrong."""
-    true, predicted, _ = _classified(data, outputs)
+    true, predicted, _ = classified(data, outputs)
     wrong = torch.nonzero(true != predicted).flatten().tolist()
     first = list(range(min(FIRST_IMAGES, len(true))))
     shown = first + [index for index in wrong if index >= len(first)][:MISTAKE_IMAGES]
@@ -163,7 +113,7 @@ def images(data: Data, outputs: Tensor) -> bytes:
 def confidence(data: Data, outputs: Tensor) -> bytes:
     """For rows that are no images: how sure the network was of its right and of its wrong
     predictions."""
-    true, predicted, probability = _classified(data, outputs)
+    true, predicted, probability = classified(data, outputs)
     right = true == predicted
     figure, axes = new_figure(6.5, 4)
     axis = axes[0, 0]
@@ -174,88 +124,8 @@ def confidence(data: Data, outputs: Tensor) -> bytes:
     )
     axis.set(
         xlabel="probability of the predicted class",
-        ylabel="test rows",
+        ylabel="rows",
         title=f"{readable(data.name)}: predictions",
     )
     axis.legend()
-    return png(figure)
-
-
-def confusion(data: Data, outputs: Tensor) -> bytes:
-    """Counts of (true, predicted), shaded by the share of the true class; with many classes the
-    counts are left out."""
-    true, predicted, _ = _classified(data, outputs)
-    count = len(data.classes)
-    table = torch.bincount(true * count + predicted, minlength=count * count).view(count, count)
-    share = table / table.sum(1, keepdim=True).clamp(min=1)
-    side = min(14.0, 2.5 + 0.55 * count)
-    figure, axes = new_figure(side + 1, side)
-    axis = axes[0, 0]
-    picture = axis.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
-    axis.set(
-        xlabel="predicted",
-        ylabel="true",
-        title=f"{readable(data.name)}: {int(table.diagonal().sum())} of {len(true)} right",
-    )
-    if count <= 40:
-        names = [readable(name) for name in data.classes]
-        axis.set_xticks(range(count), names, rotation=45, ha="right")
-        axis.set_yticks(range(count), names)
-    if count <= 20:
-        for row, column in torch.nonzero(table).tolist():
-            colour = "white" if share[row, column] > 0.5 else "black"
-            axis.text(
-                column,
-                row,
-                int(table[row, column]),
-                ha="center",
-                va="center",
-                color=colour,
-                fontsize=8,
-            )
-    figure.colorbar(picture, ax=axis, label="share of the true class", shrink=0.8)
-    return png(figure)
-
-
-def _in_units(data: Data, outputs: Tensor) -> tuple[Tensor, Tensor]:
-    """(true, predicted), each (n, k), in the target's own units."""
-    scaling = data.target_scaling or Scaling()
-    both = (data.y_test.cpu(), outputs)
-    true, predicted = (scaling.undo(t.reshape(len(outputs), -1)) for t in both)
-    return true, predicted
-
-
-def scatter(data: Data, outputs: Tensor) -> bytes:
-    """Regression: predicted over true values, with the line of a perfect prediction."""
-    true, predicted = _in_units(data, outputs)
-    figure, axes = new_figure(5.5, 5.2)
-    axis = axes[0, 0]
-    for column in range(true.shape[1]):
-        label = f"output {column}" if true.shape[1] > 1 else None
-        values = true[:, column].numpy(), predicted[:, column].numpy()
-        axis.plot(*values, ".", markersize=4, alpha=0.5, label=label)
-    ends = [float(true.min()), float(true.max())]
-    axis.plot(ends, ends, color="black", linewidth=1)
-    error = (true - predicted).square().mean().sqrt()
-    name = readable(data.target or "target")
-    axis.set(
-        xlabel=f"true {name}",
-        ylabel=f"predicted {name}",
-        title=f"{readable(data.name)}: RMS error {error:.4g}",
-    )
-    if 1 < true.shape[1] <= 10:
-        axis.legend()
-    axis.grid(alpha=0.3)
-    return png(figure)
-
-
-def residuals(data: Data, outputs: Tensor) -> bytes:
-    """Regression: a histogram of the errors."""
-    true, predicted = _in_units(data, outputs)
-    figure, axes = new_figure(5.5, 4)
-    axis = axes[0, 0]
-    axis.hist((predicted - true).flatten().numpy(), bins=40, color=PART_COLOURS["train"])
-    axis.axvline(0, color="black", linewidth=1)
-    axis.set(xlabel="predicted - true", ylabel="test rows", title=f"{readable(data.name)}: errors")
-    axis.grid(alpha=0.3)
     return png(figure)

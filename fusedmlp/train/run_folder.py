@@ -32,9 +32,11 @@ METRICS = (
 # All that a run may write, and all that --overwrite removes.
 FILES = (
     *("config.json", "metrics.csv", "model.safetensors", "checkpoint.pt", "summary.json"),
-    *("curves.png", "predictions.png", "confusion.png", "residuals.png"),
+    *("curves.png", "predictions.png", "confusion.png", "roc.png", "reliability.png"),
+    *("residuals.png", "importance.csv", "importance.png"),
     *("results.csv", "crossval.png"),
 )
+EVENT_FILES = "events.out.tfevents."  # how the names of those begin that TensorBoard reads
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,9 @@ class RunFolder:
         self.write("metrics.csv", text.getvalue())
 
     def write_pictures(
-        self, pictures: dict[str, Callable[[], bytes]], warn: Callable[[str], None]
+        self, pictures: dict[str, Callable[[], bytes | str]], warn: Callable[[str], None]
     ) -> None:
-        """Draw and write {file name: what draws it}; warn, in one line a reason, of those that
+        """Draw and write {file name: what makes it}; warn, in one line a reason, of those that
         cannot be drawn."""
         failed: dict[str, list[str]] = {}
         for name, picture in pictures.items():
@@ -182,6 +184,8 @@ def _claim(folder: RunFolder, text: str) -> None:
 def _remove_files(path: Path) -> None:
     for name in FILES:
         (path / name).unlink(missing_ok=True)
+    for file in path.glob(f"{EVENT_FILES}*"):
+        file.unlink(missing_ok=True)
     _remove_unfinished(path)
 
 
@@ -266,6 +270,18 @@ def _is_ensemble(folder: Path) -> bool:
         return (config.get("networks") or 1) > 1
     except (OSError, ValueError, AttributeError, TypeError):
         return False
+
+
+def load_config(folder: Path) -> TrainConfig:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise TrainError(f"{folder} must be a run folder, but it has no config.json")
+    try:
+        return TrainConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise TrainError(
+            f"{path} is truncated, corrupted or no config of a run ({error})"
+        ) from error
 
 
 def check_same_model(model: nn.Module, state: dict, where: str) -> None:

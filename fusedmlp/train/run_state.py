@@ -1,11 +1,10 @@
 """Run and Result: what the training loop works on, how it continues from a checkpoint, and the
 results that it writes at its end."""
 
-import functools
 import math
 import platform
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -28,7 +27,7 @@ from .run_folder import RunFolder, check_same_model, load_checkpoint, model_byte
 from .task import Task
 
 # Settings that may differ between a run and its continuation; others would make it another run.
-MAY_CHANGE = ("epochs", "data_dir", "device", "backend", "engine")
+MAY_CHANGE = ("epochs", "time_limit", "data_dir", "device", "backend", "engine", "tune")
 
 
 @dataclass
@@ -95,6 +94,19 @@ class Run:
     saved_step: int = -1
     chunk: int = 1  # steps between two reads of the losses
     halted: bool = False  # all processes have agreed to stop
+    timed_out: bool = False  # and because of the time limit
+    clock: tuple[float, float] | None = None  # when the first epoch began, and when the last one
+
+    def check_time(self) -> None:
+        """Before an epoch: whether it still fits into the time limit, taken to be as long as the
+        last one. The first always does."""
+        if self.config.time_limit is None:
+            return
+        now = time.monotonic()
+        began, last = self.clock or (now, now)
+        late = self.clock is not None and 2 * now - last - began > self.config.time_limit
+        self.clock = began, now
+        self.timed_out = bool(self.world.max(int(late))[0])
 
     @property
     def is_over(self) -> bool:
@@ -177,6 +189,15 @@ def what_is_kept(run: Run) -> str:
         return "there is no checkpoint yet, so the run has to be started anew"
     place = f"epoch {position.epoch}" + (f", step {position.step}" if position.step else "")
     return f"its checkpoint of {place} is kept: go on with --resume {folder}"
+
+
+def about_time(run: Run) -> str:
+    """What is said of a run that its time limit has ended."""
+    way_on = f"; go on with --resume {run.folder.path}" if run.folder is not None else ""
+    return (
+        f"--time-limit {run.config.time_limit:g}: stopped after {run.position.epoch} of "
+        f"{run.config.epochs} epochs, since another would not fit{way_on}"
+    )
 
 
 def check_loss(run: Run, loss: float) -> None:
@@ -295,11 +316,21 @@ def write_results(run: Run, content: dict) -> None:
 
 
 def draw_results(run: Run) -> None:
-    """Write the pictures of a run whose results are written."""
-    task, data = run.task, run.data
-    outputs = None
-    if isinstance(data, Data) and data.x_test is not None:
-        outputs = functools.cache(
-            lambda: predict(task.model, data.x_test, task.scaling, task.precision).cpu()
-        )
-    run.folder.write_pictures(plots.run_pictures(run.history, data, outputs), run.progress.warn)
+    """Write the pictures of a run whose results are written, and the importance of its columns."""
+    task = run.task
+
+    def outputs(rows: Tensor) -> Tensor:
+        return predict(task.model, rows, task.scaling, task.precision).cpu()
+
+    pictures = plots.run_pictures(run.history, _held_out(run.data), outputs)
+    run.folder.write_pictures(pictures, run.progress.warn)
+
+
+def _held_out(data: Data | Loaders) -> Data | None:
+    """The data with test rows, for which the validation rows stand in; None without either."""
+    if not isinstance(data, Data) or data.x_test is not None:
+        return data if isinstance(data, Data) else None
+    if data.x_val is None:
+        return None
+    name = f"{data.name}, validation rows"
+    return replace(data, name=name, x_test=data.x_val, y_test=data.y_val)

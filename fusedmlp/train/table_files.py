@@ -29,6 +29,7 @@ class Reading:
     path: Path
     rows: int = 0
     unknown: dict[str, int] = field(default_factory=dict)
+    missing: dict[str, int] = field(default_factory=dict)
     extra: list[str] = field(default_factory=list)
 
     def blocks(self, with_target: bool) -> Iterator[tuple]:
@@ -46,8 +47,15 @@ class Reading:
         for frame in table.blocks(BLOCK_ROWS, text=(*words, target)):
             where = table.where + (f", counted from row {self.rows + 1}" if self.rows else "")
             raw, unknown, self.extra = raw_rows(frame, preparation.columns, left_out, where)
-            for name, count in unknown.items():
-                self.unknown[name] = self.unknown.get(name, 0) + count
+            counts = raw.isnan().sum(0).tolist()
+            missing = {
+                part.column.name: count
+                for part, count in zip(preparation.parts, counts, strict=True)
+                if count and not part.has_flag and part.way != "target"
+            }
+            for found, kept in ((unknown, self.unknown), (missing, self.missing)):
+                for name, count in found.items():
+                    kept[name] = kept.get(name, 0) + count
             self.rows += len(frame)
             yield self.trained.outputs(raw, preparation.columns), frame, where
 
@@ -56,6 +64,8 @@ class Reading:
             yield f"{self.path}: columns that training did not have: {', '.join(self.extra)}"
         for name, count in self.unknown.items():
             yield f"{self.path}: column {name!r} has words unknown to training in {count} rows"
+        for name, count in self.missing.items():
+            yield f"{self.path}: column {name!r} is empty in {count} rows, never so in training"
 
 
 def predict_file(

@@ -99,7 +99,8 @@ def test_an_extension_without_ops_is_passed_over(tmp_path):
 
 ISAS = environment.CHOICES["FUSEDMLP_CPU_ISA"]  # from the lowest up
 WRONG = (
-    "FUSEDMLP_CPU_ISA must be one of baseline, avx2, avx512, got 'foo'; unset it for the default"
+    "FUSEDMLP_CPU_ISA must be one of baseline, avx2, avx512, avx512_bf16, amx, got 'foo'; "
+    "unset it for the default"
 )
 
 
@@ -124,10 +125,11 @@ def test_an_instruction_set_that_does_not_exist_is_named():
 def test_info_shows_the_instruction_set_in_use(name):
     done = python("-m fusedmlp info", FUSEDMLP_CPU_ISA=name)
     line = next(line for line in done.stdout.splitlines() if "the CPU kernels use" in line)
-    used = line.split("use ")[1].split(";")[0]
-    assert used in ISAS
-    if name and used != name:
-        assert ISAS.index(used) < ISAS.index(name)
+    used, bf16 = line.split("use ")[1].split(";")[0].split(", training in bf16 ")
+    assert used in ISAS[:3] and bf16 in ("cannot", *ISAS[3:])
+    best = used if bf16 == "cannot" else bf16
+    if name and best != name:
+        assert ISAS.index(best) < ISAS.index(name)
         assert line.endswith(f"this processor lacks {name}, which was asked for")
     else:
         assert ";" not in line

@@ -50,7 +50,7 @@ REFUSED = {
     "normed": (_normed, {}, "BatchNorm1d"),
     "masks_of_torch": (_plain, {}, "fusedmlp.fuse"),
     "fp64": (lambda net: net.double(), {}, "must be fp32"),
-    "bf16": (lambda net: net, {"precision": "bf16"}, "--precision is bf16"),
+    "fp16": (lambda net: net, {"precision": "fp16"}, "--precision is fp16"),
     "rows": (lambda net: net, {"x": torch.zeros(4, 5)}, "rows must have 12 values"),
     "loader": (lambda net: net, {"x": None}, "come from a loader"),
 }
@@ -106,8 +106,8 @@ class Notes(Quiet):
 
 def test_a_run_that_auto_gives_to_autograd_says_why():
     for settings, wanted in (
-        (dict(precision="bf16"), ["it computes in fp32, --precision is bf16"]),
-        (dict(precision="bf16", engine="autograd"), []),
+        (dict(precision="fp16"), ["it computes in fp32 or bf16, --precision is fp16"]),
+        (dict(precision="fp16", engine="autograd"), []),
         ({}, []),
     ):
         notes = Notes()

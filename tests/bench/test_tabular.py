@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("sklearn")
 pytest.importorskip("pandas")
 
-from bench import record, report, tables, tabular  # noqa: E402
+from bench import record, report, tabular, tabular_tables  # noqa: E402
 
 
 def test_no_table_that_is_published_chose_the_presets():
@@ -54,10 +54,10 @@ def test_ranks_are_among_the_ways_that_ran_everywhere_and_equals_share():
         of = {"table": "t", "split": split, "rows": 9, "columns": 2, "kind": "number"}
         return of | {"way": way, "score": score, "log loss": None, "fit": 2.0, "predict": 0.1}
 
-    ours = tables.TABULAR_OURS
+    ours = tabular_tables.TABULAR_OURS
     rows = [row(ours, 0, 0.5), row(ours, 1, 0.7), row("a", 0, 0.5), row("a", 1, 0.9)]
     rows.append(row("slow", 0, 0.4) | {"fit": 8.0})
-    text = tables.tabular_table(json.loads(json.dumps(rows)))
+    text = tabular_tables.tabular_table(json.loads(json.dumps(rows)))
     assert "| a | 2 | 0.7000 | +0.1000 | – | 1.25 | 2.00 | 0.100 | 1.00 |" in text
     assert f"| {ours} | 2 | 0.6000 | +0.0000 | – | 1.75 |" in text
     assert "| slow | 1 | 0.4000 | -0.1000 | – | – | 8.00 | 0.100 | 4.00 |" in text

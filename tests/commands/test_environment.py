@@ -15,7 +15,7 @@ from fusedmlp.commands import info
 
 WRONG = {
     "FUSEDMLP_BACKEND": ("foo", "one of native, triton, reference"),
-    "FUSEDMLP_CPU_ISA": ("foo", "one of baseline, avx2, avx512"),
+    "FUSEDMLP_CPU_ISA": ("foo", "one of baseline, avx2, avx512, avx512_bf16, amx"),
     "FUSEDMLP_DATA": (__file__, "a folder"),
     "FUSEDMLP_BUILD": ("gpu", "one of auto, cpu, cuda, none"),
     "FUSEDMLP_DDP_SECONDS": ("soon", "a number of seconds above 0"),

@@ -4,76 +4,16 @@ Every call names the memory that it may touch, and what of it is written already
 else is read or written; afterwards every element of every output must have been written.
 """
 
-from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_uint64, c_void_p
+from ctypes import Structure, byref
 from functools import cache
 
 import torch
 
-from fusedmlp.spec import activations
+from fusedmlp.spec import activations, dtypes
 
 from . import library
 from .arithmetic import Approximations
-
-DTYPE_IDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-TILES = {"by size": 0, "small": 1, "medium": 2, "large": 3}
-
-
-class Dropout(Structure):
-    _fields_ = [
-        ("state", c_void_p),
-        ("threshold", c_uint64),
-        ("scale", c_float),
-        ("stream_offset", c_int64),
-        ("row_offset", c_int64),
-    ]
-
-
-class Epilogue(Structure):
-    _fields_ = [
-        ("bias", c_void_p),
-        ("slope", c_void_p),
-        ("bias_dtype", c_int),
-        ("slope_dtype", c_int),
-        ("slope_size", c_int64),
-        ("act", c_int),
-        ("alpha", c_float),
-        ("drop", Dropout),
-        ("dtype", c_int),
-        ("rows", c_int64),
-        ("cols", c_int64),
-    ]
-
-
-class Fwd(Structure):
-    _fields_ = [("y", c_void_p), ("x", c_void_p), ("e", Epilogue)]
-
-
-class Bwd(Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in ("dz", "db", "dslope", "dy", "saved")),
-        ("saves", c_int),
-        ("e", Epilogue),
-    ]
-
-
-class Linear(Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in ("y", "h", "x", "w")),
-        *((name, c_int64) for name in ("x_stride", "w_stride", "k")),
-        ("e", Epilogue),
-    ]
-
-
-class CrossEntropy(Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in ("losses", "dx", "x", "target")),
-        ("ignore_index", c_int64),
-        ("smoothing", c_float),
-        ("factor", c_float),
-        ("dtype", c_int),
-        ("rows", c_int64),
-        ("cols", c_int64),
-    ]
+from .params import DTYPE_IDS, TILES, Bwd, CrossEntropy, Dropout, Epilogue, Fwd, Linear, declare
 
 
 class Chosen:
@@ -84,18 +24,7 @@ class Chosen:
 
 @cache
 def _typed(found: library.Library) -> library.Library:
-    for name, params in (
-        ("bias_act_dropout_fwd", Fwd),
-        ("bias_act_dropout_bwd", Bwd),
-        ("bias_act_dropout_bwd_scratch", Bwd),
-        ("linear_act", Linear),
-        ("linear_act_takes", Linear),
-        ("cross_entropy", CrossEntropy),
-    ):
-        getattr(found.calls, f"ptx_{name}").argtypes = [POINTER(params)]
-    found.calls.ptx_bias_act_dropout_bwd.argtypes = [POINTER(Bwd), c_void_p]
-    found.calls.ptx_bias_act_dropout_bwd_scratch.restype = c_int64
-    found.calls.ptx_linear_act.argtypes = [POINTER(Linear), c_int]
+    declare(found.calls)
     return found
 
 
@@ -156,7 +85,7 @@ def epilogue(
     like, cols, rows, b, slope, state, act, alpha, threshold, scale, stream_offset, row_offset
 ):
     def dtype_of(t):
-        return DTYPE_IDS[like.dtype if t is None else t.dtype]
+        return DTYPE_IDS[dtypes.SHORT[like.dtype if t is None else t.dtype]]
 
     return Epilogue(
         _pointer(b),
@@ -224,7 +153,7 @@ def takes(x, w, y) -> bool:
 def cross_entropy(x, target, smoothing=0.0, ignore_index=-100, grad_scale=1.0):
     losses, dx = unwritten(x.shape[0], dtype=torch.float32), torch.full_like(x, float("nan"))
     pointers = (_pointer(t) for t in (losses, dx, x, target))
-    numbers = ignore_index, smoothing, grad_scale, DTYPE_IDS[x.dtype]
+    numbers = ignore_index, smoothing, grad_scale, DTYPE_IDS[dtypes.SHORT[x.dtype]]
     params = CrossEntropy(*pointers, *numbers, *x.shape)
     _launch("cross_entropy", params, (x, target), (losses, dx))
     return losses, dx

@@ -116,16 +116,16 @@ SAME = {
     "identity": (CLASSES, _digits, {"activation": "identity"}, False, "native"),
     "unshuffled": (CLASSES, _digits, SGD | {"shuffle": False, "batch_size": 64}, False, "native"),
     "early": (CLASSES, _digits, {"early_stopping": True}, False, "native"),
-    "weights": (CLASSES, _digits, {"alpha": 1.0}, True, "autograd"),
+    "weights": (CLASSES, _digits, {"alpha": 1.0}, True, "direct"),
     "binary": (CLASSES, _cancer, {"alpha": 1.0}, False, "native"),
     "binary-sgd": (CLASSES, _cancer, SGD, False, "native"),
-    "binary-early": (CLASSES, _cancer, {"early_stopping": True}, True, "autograd"),
+    "binary-early": (CLASSES, _cancer, {"early_stopping": True}, True, "direct"),
     "labels": (CLASSES, _several_labels, {"alpha": 1.0}, False, "native"),
     "squared": (NUMBERS, _diabetes, {"activation": "tanh"}, False, "native"),
     "squared-sgd": (NUMBERS, _two_outputs, {"solver": "sgd", "alpha": 1.0}, False, "native"),
-    "squared-early": (NUMBERS, _diabetes, {"early_stopping": True}, True, "autograd"),
+    "squared-early": (NUMBERS, _diabetes, {"early_stopping": True}, True, "direct"),
     "outputs": (NUMBERS, _two_outputs, {"alpha": 1.0}, False, "native"),
-    "outputs-weights": (NUMBERS, _two_outputs, {}, True, "autograd"),
+    "outputs-weights": (NUMBERS, _two_outputs, {}, True, "direct"),
     "poisson": (
         (
             lambda **kw: FusedMLPRegressor("poisson", **kw),
@@ -134,7 +134,7 @@ SAME = {
         lambda: (_diabetes()[0], _diabetes()[1] ** 2),
         {},
         False,
-        "autograd",
+        "direct",
     ),
 }
 
@@ -148,8 +148,15 @@ def test_the_same_random_state_gives_scikit_learns_training(case):
     x, y = data()
     fit = {"sample_weight": _weights(x)} if weighted else {}
     settings = {"max_iter": 12, "random_state": 3, **settings}
-    mine, wanted = ours(**settings).fit(x, y, **fit), theirs(**settings).fit(x, y, **fit)
-    assert mine.engine_ == engine
+    wanted = theirs(**settings).fit(x, y, **fit)
+    for rows, ran in ((x, "direct"), (x.astype(np.float32), engine)):
+        mine = ours(**settings).fit(rows, y, **fit)
+        assert mine.engine_ == ran
+        assert mine.coefs_[0].dtype == rows.dtype
+        _is_the_same_training(mine, wanted, rows, settings)
+
+
+def _is_the_same_training(mine, wanted, x, settings):
     assert (mine.n_iter_, mine.t_, mine.n_layers_) == (wanted.n_iter_, wanted.t_, wanted.n_layers_)
     assert (mine.out_activation_, mine.n_outputs_) == (wanted.out_activation_, wanted.n_outputs_)
     np.testing.assert_allclose(mine.loss_curve_, wanted.loss_curve_, rtol=5e-3)
@@ -199,7 +206,9 @@ def test_a_pickle_between_two_partial_fits_changes_nothing():
     assert not hasattr(clone(broken), "coefs_")
 
 
-@pytest.mark.parametrize("engine", [pytest.param("native", marks=needs_native), "autograd"])
+@pytest.mark.parametrize(
+    "engine", [pytest.param("native", marks=needs_native), "direct", "autograd"]
+)
 def test_dropout_and_prelu_are_reproducible_and_touch_no_global_generator(engine):
     x, y = _digits()
     settings = {
@@ -230,6 +239,9 @@ def test_engines_agree_with_dropout():
     assert (a.engine_, b.engine_) == ("native", "autograd")
     assert (a.coefs_[0].dtype, b.coefs_[0].dtype) == (np.float32, np.float64)
     np.testing.assert_allclose(a.coefs_[0], b.coefs_[0], atol=1e-4)
+    c = FusedMLPClassifier(**settings).fit(x, y)
+    assert c.engine_ == "direct"
+    np.testing.assert_allclose(c.coefs_[0], b.coefs_[0], atol=1e-12)
 
 
 @needs_native
@@ -239,7 +251,7 @@ def test_adam_in_one_call_is_adam_step_by_step(data, call):
     """With a last batch that is smaller, and going over from one to the other; what differs is
     rounding, in fp32 and in fp64."""
     x, y = data()
-    found, ways = [], (("auto",) * 3, ("autograd",) * 3, ("auto", "autograd", "auto"))
+    found, ways = [], (("native",) * 3, ("autograd",) * 3, ("native", "autograd", "direct"))
     for engines in ways:
         estimator = FusedMLPClassifier(
             random_state=0,
@@ -253,7 +265,7 @@ def test_adam_in_one_call_is_adam_step_by_step(data, call):
                 estimator.partial_fit(x, y, classes=np.unique(y))
             else:
                 estimator.fit(x, y)
-            assert estimator.engine_ == {"auto": "native"}.get(engine, engine)
+            assert estimator.engine_ == engine
         found.append(estimator)
     for other in found[1:]:
         np.testing.assert_allclose(found[0].loss_curve_, other.loss_curve_, rtol=1e-4)
@@ -303,7 +315,10 @@ def test_an_edited_coefficient_is_what_predicts():
 @pytest.mark.parametrize(
     "settings, said",
     [
-        ({"solver": "lbfgs"}, "lbfgs"),
+        ({"solver": "lbfg"}, "solver must be one of adam, sgd, lbfgs, got 'lbfg'"),
+        ({"solver": "lbfgs", "dropout": 0.1}, "dropout must be 0 with solver 'lbfgs'"),
+        ({"solver": "lbfgs", "engine": "autograd"}, "must have engine auto, native or direct"),
+        ({"engine": "direct", "backend": "triton"}, "engine 'direct' must run on a CPU"),
         ({"activation": "swish"}, "activation must be one of"),
         ({"alpha": -1}, "alpha must be a number in"),
         ({"max_iter": 0}, "max_iter must be an integer"),

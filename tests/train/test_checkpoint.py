@@ -141,9 +141,8 @@ def test_a_run_folder_holds_what_it_should(tmp_path):
     net = network(sizes=(64, 16, 4), dropout=0.1)
     result = fit(net, data, config(epochs=3), RunOptions(out=tmp_path / "run"))
     assert result.paths.keys() == set(run_folder.FILES) - {
-        "residuals.png",
-        "results.csv",
-        "crossval.png",
+        *("residuals.png", "roc.png", "reliability.png", "importance.csv", "importance.png"),
+        *("results.csv", "crossval.png"),
     }
     rows = list(csv.DictReader(open(tmp_path / "run" / "metrics.csv")))
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]

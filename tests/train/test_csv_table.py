@@ -37,6 +37,14 @@ def test_a_csv_has_named_columns_and_the_last_one_is_the_target(tmp_path):
     assert named.features == ("a", "price") and not named.is_classes
 
 
+@pytest.mark.parametrize("before", ["", "\n\n"])
+def test_a_name_in_quotes_may_have_several_lines(tmp_path, before):
+    rows = "".join(f"{i % 7},{i}.5\n" for i in range(1, 20))
+    found = read_table(_csv(tmp_path, f'{before}"size\nin\ncm",price\n' + rows))
+    assert found.features == ("size\nin\ncm",) and len(found.x_train) == 19
+    assert found.x_train[0, 0] == 1 and found.y_train[0, 0] == 1.5
+
+
 BAD_CSV = {
     "empty": ("", "must start with a header line"),
     "only_a_header": ("a,b\n", "must have rows below"),

@@ -288,7 +288,7 @@ DIFFER = {
         "member 1: an nn.Sequential draws its dropout masks",
     ),
     "optimiser": (None, dict(engine="graph"), "member 1: engine graph was asked for"),
-    "precision": (None, dict(precision="bf16"), "member 1: it computes in fp32"),
+    "precision": (None, dict(precision="fp16"), "member 1: it computes in fp32 or bf16"),
     "engine": (None, dict(engine="autograd"), "member 1: engine autograd was asked for"),
     "backend": (None, dict(backend="reference"), "member 1: backend 'reference' was asked for"),
 }

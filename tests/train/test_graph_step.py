@@ -283,9 +283,9 @@ def test_auto_does_not_take_it(monkeypatch):
 
 
 def test_explain_names_the_engine_and_the_reasons_of_the_others():
-    text = explain(network(sizes=(12, 16, 3)), made_data.blobs(), config(precision="bf16"))
+    text = explain(network(sizes=(12, 16, 3)), made_data.blobs(), config(precision="fp16"))
     native, graph, autograd = text.splitlines()
-    assert "it computes in fp32, --precision is bf16" in native
+    assert "it computes in fp32 or bf16, --precision is fp16" in native
     assert graph == "graph: it runs on a CUDA GPU, the device is cpu"
     assert autograd == "autograd: taken"
 

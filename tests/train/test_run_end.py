@@ -27,6 +27,7 @@ made_data.need(*made_data.TRAIN_EXTRA, "sklearn")
 QUICK = ("--dataset", "synthetic", "--hidden", "8", "--epochs", "2", "--device", "cpu")
 RESULTS = {"config.json", "metrics.csv", "model.safetensors", "checkpoint.pt", "summary.json"}
 PICTURES = {"curves.png", "predictions.png", "confusion.png"}
+OF_A_TABLE = PICTURES | {"roc.png", "reliability.png", "importance.csv", "importance.png"}
 
 
 def files(path) -> set[str]:
@@ -42,7 +43,7 @@ def test_pictures_are_drawn_whatever_a_notebook_left_in_the_environment(tmp_path
     named = {"MPLBACKEND": "module://no_such_package.backend_inline"}
     done = made_data.fusedmlp("train", *QUICK, "--out", "run", cwd=tmp_path, **named)
     assert done.returncode == 0 and "warning" not in done.stdout + done.stderr, done
-    assert files(tmp_path / "run") == RESULTS | PICTURES
+    assert files(tmp_path / "run") == RESULTS | OF_A_TABLE
     flags = ("crossval", *QUICK, "--folds", "2", "--out", "cv")
     done = made_data.fusedmlp(*flags, cwd=tmp_path, **named)
     assert done.returncode == 0 and "warning" not in done.stdout + done.stderr, done
@@ -301,7 +302,7 @@ LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 {python} train {flags} --out 'c ü' 
     ], done
     assert done.stderr.count("\n") == 1 and "No space left on device" in done.stderr
     for name in ("o ü", "c ü", "closed", "piped", "full"):
-        assert files(tmp_path / name) == RESULTS | PICTURES, name
+        assert files(tmp_path / name) == RESULTS | OF_A_TABLE, name
     assert "run folder: o \\xfc\n" in (tmp_path / "ascii.txt").read_text("ascii")
     assert "run folder: c " in (tmp_path / "c.txt").read_text("ascii")
     assert (tmp_path / "piped.txt").read_text().startswith("synthetic: 10000 rows")
@@ -325,4 +326,4 @@ def test_a_console_without_a_terminal_is_silent(monkeypatch, capsys, tmp_path):
 
 
 def test_folders_of_runs_know_all_that_runs_write():
-    assert RESULTS | PICTURES <= set(run_folder.FILES)
+    assert RESULTS | OF_A_TABLE | {"residuals.png"} <= set(run_folder.FILES)

@@ -273,3 +273,14 @@ def test_a_column_of_weights_is_no_feature_and_weighs_the_rows(capsys):
     is_wrong = is_large ^ (data.y_train.numpy() == data.classes.index("large"))
     z = np.abs(data.x_train[:, 0].numpy() + center * scale) > 0.01
     assert (is_wrong == (data.weights.numpy() == 0))[z].all()
+
+
+def test_cells_that_are_empty_for_the_first_time_are_told(trained, capsys):
+    """A column that was never empty in training has no input that says so: the median stands in."""
+    new = frame(30)
+    new["day"] = [None] * 4 + list(new["day"][4:])
+    new["size"] = None  # has been missing in training
+    new.to_csv("new.csv", index=False)
+    assert command("predict", trained / "number", "new.csv", "--out", "p.csv") == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["note: new.csv: column 'day' is empty in 4 rows, never so in training"]

@@ -12,7 +12,7 @@
 namespace fusedmlp::avx512 {
 
 constexpr int VL = 16;
-constexpr int kMR = 12;  // rows of a tile of a matrix product
+constexpr int kMR = 14;  // rows of a tile of a matrix product
 using VF = __m512;
 using VI = __m512i;
 using VM = __mmask16;

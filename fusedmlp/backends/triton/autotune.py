@@ -46,7 +46,7 @@ class Job:
 
     def is_kept(self) -> bool:
         """Whether the file has a tile for this size."""
-        return tile_cache.is_kept(*self._size, self.device, self._odd)
+        return tile_cache.is_kept(*self._size, self._odd)
 
     def call(self) -> Callable[[tiles.Tile], object]:
         """One call of the op with relu and dropout on random data, by tile."""
@@ -72,7 +72,7 @@ class Job:
         times = tile_cache.time_tiles(self.call(), self.candidates(), name, progress)
         if not times:
             return None
-        return tile_cache.keep(*self._size, times, self.device, self._odd), times
+        return tile_cache.keep(*self._size, times, self._odd), times
 
 
 def jobs(

@@ -36,7 +36,7 @@ class Epilogue(NamedTuple):
     bias_ptr: tl.tensor  # (N,), or None
     slope_ptr: tl.tensor  # (1,) or (N,) as SLOPES says, or None
     state_ptr: tl.tensor  # (2,) int64, seed and stream, or None
-    alpha: tl.tensor  # fp32, slope of leaky_relu, alpha of elu
+    alpha: tl.tensor  # fp32, slope of leaky_relu
     threshold: tl.tensor  # int32 with the bits of T
     scale: tl.tensor  # fp32, 1 / (1 - p)
     stream_offset: tl.tensor  # int64, added to the stream

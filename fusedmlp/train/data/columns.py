@@ -166,7 +166,7 @@ def _recognise_text(name: str, text: Text, where: str) -> tuple[Column | None, s
         return column, ""
     if all(t.lower() in ("true", "false") for t in texts):
         return Column(name, "truth"), ""
-    found, note = _date_column(name, texts)
+    found, note = date_column(name, texts)
     if found is not None:
         return found, note
     rows = np.bincount(text.codes[text.codes >= 0], minlength=len(texts))
@@ -222,7 +222,7 @@ def number_column(name: str, texts: Sequence[str], where: str) -> Column | None:
     return column.replace(style="thousands") if could_be_group else None
 
 
-def _date_column(name: str, texts: Sequence[str]) -> tuple[Column | None, str]:
+def date_column(name: str, texts: Sequence[str]) -> tuple[Column | None, str]:
     if not all(_DATE_LIKE.match(t) for t in texts):
         return None, ""
     fitting = [f for f in ("ISO8601", *_DATE_FORMATS) if not _seconds(texts, f).isna().any()]

@@ -31,8 +31,9 @@ class CsvTable:
             self.encoding = self._find_encoding()
             self.separator = self._find_separator()
             records = self._records(self.separator)
-            line, header = next(((n, r) for n, r in records if r), (0, []))
-        self.skipped = line  # lines up to the end of the header
+            # pandas skips records too: a name in quotes may go over several lines.
+            counted = enumerate((record for _, record in records), 1)
+            self.skipped, header = next(((n, r) for n, r in counted if r), (0, []))
         self.names = [name.strip() for name in header]
         self.lengths_checked = False
         _check_header(self.names, path)

@@ -34,6 +34,9 @@ def resolved(config: TrainConfig, data, several: bool = False) -> TrainConfig:
     data     a Data, or Loaders, which are taken as images are
     several  whether several networks may be trained, as `run` does
     """
+    if config.time_limit is not None:
+        _check_one_network(config)
+        several = False
     preset = config.preset or _preset(data, several)
     networks = config.networks or (_ENSEMBLE["networks"] if preset == "ensemble" else 1)
     if networks > 1 and not several:
@@ -66,13 +69,22 @@ def resolved(config: TrainConfig, data, several: bool = False) -> TrainConfig:
     return filled.check()
 
 
+def _check_one_network(config: TrainConfig) -> None:
+    flag = f"--networks {config.networks}" if (config.networks or 1) > 1 else None
+    flag = "--preset ensemble" if flag is None and config.preset == "ensemble" else flag
+    if flag is not None and config.networks != 1:
+        raise UsageError(f"--time-limit belongs to one network; {flag} trains several")
+
+
 def preset_notes(config: TrainConfig, given: TrainConfig, data: Data) -> list[str]:
     """Which preset a resolved config has, and why; empty where it follows from no data."""
     if given.preset is not None or config.preset == "plain":
         return []
     networks = f"{config.networks} networks" if config.networks > 1 else "one network"
     why = f"a table of {_rows(data):,} training rows"
-    if config.preset == "ensemble" or _rows(data) > SMALL_TABLE:
+    if config.time_limit is not None:
+        why += ", and --time-limit trains one network"
+    elif config.preset == "ensemble" or _rows(data) > SMALL_TABLE:
         why += f", {'at most' if config.preset == 'ensemble' else 'more than'} {SMALL_TABLE:,}"
     return [f"preset {config.preset} ({networks}): {data.name} is {why}; --preset decides over it"]
 

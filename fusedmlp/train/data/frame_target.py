@@ -12,6 +12,7 @@ from .columns import (
     MISSING,
     Column,
     Text,
+    date_column,
     encode,
     is_number,
     number_column,
@@ -26,6 +27,7 @@ from .tables import MAX_CLASSES
 # numbered without gaps and have rows enough.
 FEW_CLASSES = 20
 ROWS_A_CLASS = 20
+LEAST_ROWS = 10  # from which a class for each row says that something else was meant
 # None is a word that a class may have.
 MISSING_TARGET = tuple(word for word in MISSING if word != "None")
 _INTEGER = re.compile(r"[+-]?\d+")
@@ -52,17 +54,15 @@ def read_target(series, name: str, loss: str, where: str) -> Target:
 
     kinds = pd.api.types
     if kinds.is_datetime64_any_dtype(series.dtype):
-        raise TrainError(
-            f"{where}: column {name!r} must hold numbers or words to predict, got dates; make a "
-            "number of them"
-        )
+        raise _of_dates(name, where)
     is_missing = series.isna()
     if kinds.is_float_dtype(series.dtype):
         whole = (series.dropna() % 1 == 0).all()
         # pandas makes floats of integers where one is missing.
         is_float = loss == "mse" or not (whole and is_missing.any())
         if is_float and not is_missing.all():
-            return _numbers(Column(name, "number"), encode(Column(name, "number"), series, where))
+            column = Column(name, "number")
+            return _numbers(column, encode(column, series, where), where)
     text = text_of(series, MISSING_TARGET)
     if "None" in text.texts and all(t == "None" or is_number(t) for t in text.texts):
         text = text_of(series)  # a missing number, written as Python does
@@ -81,13 +81,13 @@ def _from_text(text: Text, name: str, loss: str, where: str) -> Target:
     is_spelled = is_whole and all(str(int(t)) == t for t in text.texts)
     if loss == "mse" or (as_number is not None and not is_whole):
         column = as_number or Column(name, "number")
-        return _numbers(column, numbers_of_text(column, text, where))
+        return _numbers(column, numbers_of_text(column, text, where), where)
     rows, count = text.present, len(text.texts)
     notes = ()
     if is_spelled:
         if _is_counted(sorted(map(int, text.texts)), rows, loss):
             column = Column(name, "number")
-            target = _numbers(column, numbers_of_text(column, text, where))
+            target = _numbers(column, numbers_of_text(column, text, where), where)
             note = f"{name} has {count} different integers and is predicted as a number"
             return replace(target, notes=(note, *target.notes))
         levels = [str(value) for value in sorted(map(int, text.texts))]
@@ -105,10 +105,17 @@ def _from_text(text: Text, name: str, loss: str, where: str) -> Target:
             )
         else:
             notes = _about_mixed(text, name, where)
+    if count > FEW_CLASSES and date_column(name, text.texts)[0] is not None:
+        raise _of_dates(name, where)
     if count > MAX_CLASSES:
         raise TrainError(
             f"{where}: column {name!r} holds {count} different values, more than {MAX_CLASSES} "
             "classes" + ("; for a number to predict take --loss mse" if is_whole else "")
+        )
+    if loss == "auto" and count == rows >= LEAST_ROWS:
+        raise TrainError(
+            f"{where}: column {name!r} must hold classes of several rows, got another value in "
+            f"each of its {rows} rows" + ("; --loss mse predicts a number" if is_whole else "")
         )
     if count < 2:
         raise TrainError(
@@ -122,10 +129,22 @@ def _from_text(text: Text, name: str, loss: str, where: str) -> Target:
     )
 
 
-def _numbers(column: Column, values) -> Target:
+def _of_dates(name: str, where: str) -> TrainError:
+    return TrainError(
+        f"{where}: column {name!r} must hold numbers or words to predict, got dates; make a number "
+        "of them"
+    )
+
+
+def _numbers(column: Column, values, where: str) -> Target:
     values = torch.from_numpy(values)
     kept = ~values.isnan()
     y = values[kept].reshape(-1, 1)
+    if len(y) and not (y != y[0]).any():
+        raise TrainError(
+            f"{where}: column {column.name!r} must hold at least two different numbers to predict, "
+            f"got only {float(y[0]):g}"
+        )
     return Target(column, y, kept, _about_missing(column.name, kept))
 
 

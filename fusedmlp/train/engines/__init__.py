@@ -2,7 +2,7 @@
 
 An engine is made from a Task and has
     name                 as in --engine
-    automatic            whether `auto` may take it
+    automatic            whether `auto` may take it; a GPU's `graph`, where it was measured
     reasons_against(task)  why it cannot run this task, empty where it can (static)
     step(indices)        one step on these rows of the task's data; waits for nothing
     steps(order, batch)  one step for each slice of `batch` rows of order; an engine that runs many
@@ -21,6 +21,7 @@ from collections.abc import Iterable
 
 from ..errors import TrainError
 from ..task import Task
+from . import tuned
 from .autograd import Autograd
 from .graph import Graph
 from .native import Native
@@ -28,15 +29,21 @@ from .native import Native
 ENGINES = (Native, Graph, Autograd)  # fastest first
 
 
-def choose(name: str, task: Task):
+def _is_candidate(engine, name: str, task: Task, batch: int | None) -> bool:
+    if name != "auto":
+        return engine.name == name
+    return engine.automatic or (engine is Graph and tuned.is_graph_faster(task, batch))
+
+
+def choose(name: str, task: Task, batch: int | None = None):
     """The engine of this name, or for auto the first that can run the task.
 
+    batch   rows of a step; what was measured on a GPU belongs to it
     raises  TrainError with the reasons where there is none
     """
     reasons = {engine.name: engine.reasons_against(task) for engine in ENGINES}
     for engine in ENGINES:
-        is_candidate = engine.automatic if name == "auto" else engine.name == name
-        if is_candidate and not reasons[engine.name]:
+        if _is_candidate(engine, name, task, batch) and not reasons[engine.name]:
             return engine(task)
     asked = [r for n, found in reasons.items() if name in ("auto", n) for r in found]
     if not asked:
@@ -44,18 +51,21 @@ def choose(name: str, task: Task):
     raise TrainError(f"engine {name!r} was asked for but cannot be used: {'; '.join(asked)}")
 
 
-def explain(name: str, task: Task) -> Iterable[str]:
+def explain(name: str, task: Task, batch: int | None = None) -> Iterable[str]:
     """One line an engine, in the order of choice: taken, or why not."""
     is_taken = False
     for engine in ENGINES:
         reasons = engine.reasons_against(task)
-        is_candidate = engine.automatic if name == "auto" else engine.name == name
+        is_candidate = _is_candidate(engine, name, task, batch)
         if reasons:
             yield f"{engine.name}: {'; '.join(reasons)}"
         elif is_candidate and not is_taken:
             is_taken = True
             yield f"{engine.name}: taken" + ("" if name == "auto" else ", asked for by name")
-        elif name == "auto" and not engine.automatic:
-            yield f"{engine.name}: only when asked for by name; nobody has measured it yet"
+        elif name == "auto" and not is_candidate:
+            yield (
+                f"{engine.name}: only when asked for by name, or where the start of a training has "
+                "found it right and faster than autograd"
+            )
         else:
             yield f"{engine.name}: can run it"

@@ -1,7 +1,8 @@
 """The `graph` engine: several training steps in one CUDA graph of fused kernels.
 
 Parameters are updated in place and the optimizer's state is in the torch.optim object, so its
-checkpoints are those of the `autograd` engine. It has never run on a GPU: `auto` does not take it.
+checkpoints are those of the `autograd` engine. It has never run on a GPU: `auto` takes it only
+where it was found there to be right and faster (tuned.py).
 On other devices the same calls run one by one, which is how they are tested.
 """
 
@@ -38,7 +39,7 @@ class Graph:
     """Steps of plain layers and SGD, Adam or AdamW on one GPU, without Python between them."""
 
     name = "graph"
-    automatic = False  # until a results file of a GPU says that it is right and fast
+    automatic = False  # but where tuned.py knows better
 
     @staticmethod
     def reasons_against(task: Task) -> list[str]:

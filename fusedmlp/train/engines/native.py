@@ -104,6 +104,7 @@ def train(
             [n for call in calls for n in call.floats],
             float(scaling.divisor),
             native_op.LOSSES[engines[0].task.loss],
+            engines[0].task.precision == "bf16",
         )
         if needed <= work.shape[1]:
             return work
@@ -120,10 +121,8 @@ class Native:
     def reasons_against(task: Task) -> list[str]:
         if task.device.type != "cpu":
             return [f"it runs on a CPU, the device is {task.device.type}"]
-        reason = native_op.unavailable(task.backend)
-        reasons = [] if reason is None else [reason]
-        if task.precision != "fp32":
-            reasons.append(f"it computes in fp32, --precision is {task.precision}")
+        found = native_op.unavailable(task.backend), native_op.reason_against(task.precision)
+        reasons = [reason for reason in found if reason is not None]
         if task.world.size > 1:
             reasons.append("it runs in one process")
         reasons += reasons_against_optimizer(task.optimizer)
@@ -209,7 +208,14 @@ class Native:
         if len(self.every) != len(x):
             self.every = torch.arange(len(x))
         totals, self.work = native_op.evaluate(
-            [self.layers], x, y, [self.every], task.scaling, task.loss, self.work
+            [self.layers],
+            x,
+            y,
+            [self.every],
+            task.scaling,
+            task.loss,
+            task.precision,
+            self.work,
         )
         return totals[0]
 

@@ -24,6 +24,7 @@ def evaluate(
     *,
     loss: str,
     scaling: Scaling = Scaling(),  # noqa: B008  frozen
+    precision: str = "fp32",
 ) -> Tensor | None:
     """Sums over rows in evaluation mode, without label smoothing.
 
@@ -31,15 +32,18 @@ def evaluate(
     x        (n, ...) rows as stored;  y (n,) int64 classes, or (n, k) fp32
     parts    for each model equally many (rows,) int64: numbers of rows of x
     loss     cross_entropy or mse
+    precision  fp32, or bf16: of the operands of the matrix products
     returns  (models, parts, 3) fp64: sum of losses, number right, rows; None where one of the
-             models or the data cannot be taken
+             models, the data or the precision cannot be taken
     """
     networks = [_layers(model, x, y, loss, scaling) for model in models]
-    if native_op.unavailable() is not None or not networks or None in networks:
+    if native_op.unavailable() is not None or native_op.reason_against(precision) is not None:
+        return None
+    if not networks or None in networks:
         return None
     each = [layers for layers, mine in zip(networks, parts, strict=True) for _ in mine]
     orders = [rows for mine in parts for rows in mine]
-    totals, _ = native_op.evaluate(each, x, y, orders, scaling, loss, torch.empty(1, 0))
+    totals, _ = native_op.evaluate(each, x, y, orders, scaling, loss, precision, torch.empty(1, 0))
     return totals.view(len(models), -1, 3)
 
 

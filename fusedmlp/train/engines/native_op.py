@@ -23,6 +23,7 @@ train: whole epochs of M networks that share the data, the loss and nothing else
     member_numbers  of each network: label smoothing, momentum, beta1, beta2, eps, max_norm of all
                     gradients (0 for no clipping)
     loss      0 cross-entropy, 1 mean squared error, 2 logistic: its sum over a row's outputs
+    bf16      operands of the matrix products are rounded to bf16, and summed in fp32 as all else
     rule      0 SGD, 1 Nesterov, 2 AdamW, 3 Adam, 4 Adam as in Kingma and Ba, section 2
     returns   floats of a row of `work` that these arguments take
 
@@ -47,10 +48,11 @@ _OUT = "Tensor(d!) totals, Tensor(e!) work, int[] ints, float[] numbers, "
 _SCHEMAS = {
     "train": (
         f"({_DATA}Tensor[] lr_scales, Tensor(a!)[] params, Tensor(b!)[] m1, Tensor(c!)[] m2, {_OUT}"
-        "int[] member_ints, float[] member_numbers, float divisor, int loss) -> int"
+        "int[] member_ints, float[] member_numbers, float divisor, int loss, bool bf16) -> int"
     ),
     "evaluate": (
-        f"({_DATA}Tensor[] params, {_OUT}int[] layers, float divisor, int batch, int loss) -> int"
+        f"({_DATA}Tensor[] params, {_OUT}int[] layers, float divisor, int batch, int loss, "
+        "bool bf16) -> int"
     ),
 }
 LOSSES = {"cross_entropy": 0, "mse": 1, "logistic": 2}
@@ -82,6 +84,20 @@ def unavailable(backend: str | None = None) -> str | None:
     return None
 
 
+def reason_against(precision: str) -> str | None:
+    """Why the ops cannot compute in it, where they can be opened, or None."""
+    if precision == "fp32":
+        return None
+    if precision != "bf16":
+        return f"it computes in fp32 or bf16, --precision is {precision}"
+    if native.unavailable("cpu") is not None or native.bf16_isa():
+        return None
+    return (
+        "its bf16 needs AVX512-BF16 or AMX, and this processor or FUSEDMLP_CPU_ISA has no more "
+        f"than {native.cpu_isa()}"
+    )
+
+
 def grown(work: Tensor, networks: int, floats: int) -> Tensor:
     """work, or more of it: a row of `floats` for each thread that takes part."""
     threads = min(networks, torch.get_num_threads())
@@ -103,6 +119,7 @@ def evaluate(
     orders: Sequence[Tensor],
     scaling: Scaling,
     loss: str,
+    precision: str,
     work: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The op on the layers of each network and its rows (rows,) int64 of x, y: totals and work."""
@@ -124,6 +141,7 @@ def evaluate(
             float(scaling.divisor),
             EVAL_ROWS,
             LOSSES[loss],
+            precision == "bf16",
         )
         if needed <= work.shape[1]:
             return totals, work

@@ -1,0 +1,1 @@
+"""Tests of what fusedmlp tune measures, keeps and chooses by."""
