@@ -169,7 +169,7 @@ def test_a_frame_is_trained_as_its_file_is(trained):
 
 
 def test_a_cross_validation_fits_each_fold_and_its_run_predicts(trained, capsys):
-    config = TrainConfig(target="kind", leave_out=("price", "weight"), device="cpu", epochs=20)
+    config = TrainConfig(target="kind", leave_out=("price", "weight"), device="cpu", epochs=60)
     found = crossval(config, {"hidden": [8, 16]}, RunOptions(out="cv"), folds=3, data=frame())
     assert found.best.mean("val") < 0.25 and found.test.error < 0.25
     predicted = load("cv").predict(frame(200, seed=1))["prediction"]

@@ -15,14 +15,14 @@ _TABLE = {
     "hidden": (256, 256, 256),
     "dropout": (0.1,),
     "optimizer": "adamw",
-    "lr": 5e-3,
+    "lr": 2e-3,
     "weight_decay": 0.02,
     "lr_schedule": "cosine",
     "clip_norm": 1.0,
     "batch_size": 256,
 }
 _ENSEMBLE = _TABLE | {"hidden": (128, 128, 128), "lr": 1e-2, "networks": 8}
-_CLASS_EPOCHS, _NUMBER_EPOCHS = 50, 100
+_EPOCHS, _NUMBER_EPOCHS, _NUMBER_ROWS = 50, 100, 2_000  # numbers of larger tables take longer
 _LEAST_STEPS = 200  # of a run: small tables take more epochs
 _SMOOTHING = 0.1
 _WARMUP_EPOCHS = 2.0
@@ -137,8 +137,10 @@ def _of_preset(preset: str, config: TrainConfig, data) -> dict:
     found = dict(_ENSEMBLE if preset == "ensemble" else _TABLE)
     if config.init is None and config.init_std is None:
         found |= {"init": "default", "init_std": None}
-    found["epochs"] = _CLASS_EPOCHS if is_classes else _NUMBER_EPOCHS
+    found["epochs"] = _EPOCHS
     if isinstance(data, Data):
+        if not is_classes and _rows(data) >= _NUMBER_ROWS:
+            found["epochs"] = _NUMBER_EPOCHS
         steps = math.ceil(_rows(data) * (1 - HELD_OUT) / (config.batch_size or found["batch_size"]))
         found["epochs"] = max(found["epochs"], math.ceil(_LEAST_STEPS / steps))
     found["label_smoothing"] = _SMOOTHING if is_classes else 0.0
