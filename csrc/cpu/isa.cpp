@@ -5,7 +5,6 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <iterator>
 
 #if defined(FUSEDMLP_X86) && defined(__linux__)
 #    include <cpuid.h>
