@@ -1,5 +1,5 @@
-// The blocking of gemm.h: packs what the micro-kernel cannot read where it lies, cuts C into
-// blocks. A is always read where it lies.
+// The blocking of gemm.h: packs B where it lies across, cuts C into blocks. What else is packed, a
+// block packs itself.
 #include "cpu/gemm.h"
 
 #include <algorithm>
