@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfloat>
 #include <cmath>
 
 #include "cpu/step_buffers.h"
@@ -55,14 +56,24 @@ class Step {
     template <class Body>
     void each_block(const int64_t* order, int64_t rows, const Body& body) {
         order_ = order;
-        rows_ = rows;
+        weight_ = weight_of(order, rows);
         network_.set_batch(rows);
         network_.each_block(body);
         for (int64_t at = 0; at < network_.blocks(); ++at) {
-            p_.totals[0] += losses_[at];
+            p_.totals[0] += losses_[at] * (double(rows) / weight_);
             p_.totals[1] += double(rights_[at]);
         }
         p_.totals[2] += double(rows);
+    }
+
+    // Of a batch, above 0: rows that all weigh nothing have no gradient.
+    double weight_of(const int64_t* order, int64_t rows) const {
+        if (!p_.weights)
+            return double(rows);
+        double sum = 0.0;
+        for (int64_t i = 0; i < rows; ++i)
+            sum += double(p_.weights[order[i]]);
+        return std::max(sum, double(FLT_MIN));
     }
 
     void forward_pass(Rows r, ParallelFor parallel) {
@@ -86,7 +97,7 @@ class Step {
             std::copy_n(out + at, count, b_.at.back().dz + at);
             out = b_.at.back().dz;
         }
-        const LossParams l{out, order_, p_.targets, rows_, last.n(), p_.smoothing};
+        const LossParams l{out, order_, p_.targets, p_.weights, weight_, last.n(), p_.smoothing};
         const auto kernel = p_.loss == kCrossEntropy ? isa_.step.cross_entropy
                             : p_.loss == kLogistic   ? isa_.step.logistic
                                                      : isa_.step.squared_error;
@@ -214,7 +225,7 @@ class Step {
     ParallelFor parallel_;
     Network network_;
     const int64_t* order_ = nullptr;
-    int64_t rows_ = 0;
+    double weight_ = 1.0;
     double lr_scale_ = 1.0;
     int64_t updates_ = 0;
     double losses_[kMaxBlocks] = {};
