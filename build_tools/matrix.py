@@ -23,10 +23,8 @@ COMPILERS = {"gcc": "g++", "clang": "clang++"}
 TESTS = (
     "tests/spec/test_rng.py",
     "tests/backends/test_reference.py",
-    "tests/backends/test_native_repeats.py",
     "tests/nn/test_nn.py",
     "tests/train/test_native_step.py",
-    "tests/train/test_checkpoint.py",
 )
 # What the installed package says of itself.
 ASK = """
