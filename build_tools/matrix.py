@@ -56,10 +56,15 @@ class Row:
     nvcc: bool = False
     triton: bool = True
 
-    def wanted(self, has_cuda, rows):
-        """The parts of the extension that this row must have."""
-        if self.source.startswith("wheel "):
-            return rows[int(self.source.split()[1]) - 1]["built"]
+    @property
+    def builder(self):
+        """The number of the row whose wheel this row takes, or None."""
+        return int(self.source.split()[1]) if self.source.startswith("wheel ") else None
+
+    def wanted(self, has_cuda, lines):
+        """The parts of the extension that this row must have, given the results of others."""
+        if self.builder:
+            return next(line["built"] for line in lines if line["row"] == self.builder)
         if self.source != "sdist" or self.compiler is None:
             return []
         return ["cpu", "cuda"] if self.nvcc and has_cuda else ["cpu"]

@@ -64,10 +64,8 @@ def build(source, dist):
 
 def differences(what, found, wanted):
     """Of the names in an archive and those that it must have."""
-    lines = [f"{what} lacks {name}" for name in sorted(wanted - found)]
-    return lines + [
-        f"{what} has {name}, which must not be in it" for name in sorted(found - wanted)
-    ]
+    lacks = [f"{what} lacks {name}" for name in sorted(wanted - found)]
+    return lacks + [f"{what} must not have {name}" for name in sorted(found - wanted)]
 
 
 def check_sdist(path, tracked):
@@ -128,10 +126,8 @@ class Release:
         return not wrong
 
     def archive(self, source):
-        if source.startswith("wheel "):
-            found = list((self.dist / source.replace(" ", "-")).glob("*.whl"))
-        else:
-            found = list(self.dist.glob("*.tar.gz" if source == "sdist" else "*-any.whl"))
+        pattern = {"sdist": "*.tar.gz", "plain wheel": "*-any.whl"}.get(source)
+        found = list(self.dist.glob(pattern or f"{source.replace(' ', '-')}/*.whl"))
         if not found:
             raise Failed(f"there is no {source}: the row that builds it has not passed")
         return found[0]
