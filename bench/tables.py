@@ -347,7 +347,7 @@ def _never_slower_table(rows: list[dict]) -> str:
 
 def _installs_table(rows: list[dict]) -> str:
     """A line for each environment that the package was installed in."""
-    is_there = {True: "yes", False: "no", None: None}
+    is_there = {True: "yes", False: "no"}
     columns: Columns = {
         "row": at("row"),
         "Python": at("python"),
@@ -355,9 +355,9 @@ def _installs_table(rows: list[dict]) -> str:
         "installed from": at("source"),
         "compiler": lambda r: re.sub(r"\(.*?\) ?| version", "", r["compiler"]),
         "nvcc": lambda r: is_there[r["nvcc"]],
-        "Triton": lambda r: r["triton"] or "no",
-        "C++ part": lambda r: is_there[r["cpu"]],
-        "CUDA part": lambda r: is_there[r["cuda"]],
+        "Triton": lambda r: is_there.get(r["triton"] or False, r["triton"]),
+        "C++ part": lambda r: is_there.get(r["cpu"]),
+        "CUDA part": lambda r: " ".join(r["archs"]) if r["cuda"] else is_there.get(r["cuda"]),
         "result": at("result"),
         "cases of verify": at("verified"),
         "tests passed": lambda r: r.get("tests", {}).get("passed"),

@@ -117,8 +117,6 @@ class Environment:
         (folder / "bin").mkdir(parents=True)
         self.variables = {k: v for k, v in os.environ.items() if not self.is_of_the_caller(k)}
         self.variables["PATH"] = f"{self.python.parent}:{folder / 'bin'}"
-        # Two files of kernels at a time take the memory of a small machine.
-        self.variables.setdefault("MAX_JOBS", "1")
         if row.compiler:
             for name in (COMPILERS[row.compiler], "as", "ld"):
                 (folder / "bin" / name).symlink_to(tools[name])

@@ -6,6 +6,7 @@ import zipfile
 
 import pytest
 
+from bench import tables
 from build_tools import matrix, release
 from build_tools.matrix import ROWS, Failed, Row
 
@@ -119,6 +120,20 @@ def test_the_line_of_an_error_is_found_in_a_long_output():
     text = "Collecting a\nfusedmlp: FUSEDMLP_BUILD=cpu: cpu: no ninja\nnote: see above\n\n"
     assert matrix.last_line(text) == "fusedmlp: FUSEDMLP_BUILD=cpu: cpu: no ninja"
     assert matrix.last_line("a\nb\n") == "b"
+
+
+def test_the_table_shows_what_was_there_and_what_came_of_it():
+    ran = {"row": 1, "python": "3.11.7", "torch": "2.11.0+cu130", "source": "sdist", "nvcc": True}
+    ran |= {"compiler": "g++ (Debian 12.2.0-14) 12.2.0", "triton": None, "seconds": 90, "cpu": True}
+    ran |= {"cuda": True, "archs": ["9.0"], "verified": 700, "tests": {"passed": 5}}
+    missing = {"row": 2, "python": "3.14", "torch": "newest", "source": "sdist", "nvcc": False}
+    missing |= {"compiler": "none", "triton": True, "cpu": None, "cuda": None, "seconds": 1}
+    lines = tables.of_file(
+        "installs", [ran | {"result": "passed"}, missing | {"result": "not run: no 3.14"}]
+    ).splitlines()
+    first = "| 1 | 3.11.7 | 2.11.0+cu130 | sdist | g++ 12.2.0 | yes | no | yes | 9.0 | passed | 700"
+    assert lines[2].startswith(first)
+    assert "| 3.14 | newest | sdist | none | no | yes | – | – | not run: no 3.14 | – |" in lines[3]
 
 
 def test_a_number_without_a_row_is_refused(capsys):
