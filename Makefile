@@ -13,7 +13,7 @@ CLANG  = $(shell PATH="$(VENV)/bin:$$PATH" command -v clang-format)
 CSRC   = $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h tests/ptx/*.cpp tests/ptx/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test sanitize train lint format bench kernels evidence semantics readme gpu verify info clean
+.PHONY: help setup test sanitize train lint format bench kernels evidence semantics readme release gpu verify info clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -57,6 +57,10 @@ semantics: setup  ## run what Triton makes of each GPU kernel on the CPU, in .ve
 
 readme: setup  ## write the README's tables from the results files
 	$(PY) -m bench.report $(ARGS)
+
+release: setup  ## build the archives, check them, install them in fresh environments (20 GB); ARGS: --rows, --clang
+	@$(PY) -m uv --version >/dev/null 2>&1 || $(PY) -m pip install -q uv
+	$(PY) -m build_tools.release $(ARGS)
 
 gpu:  ## on an NVIDIA GPU, with PYTHON as it is, into RESULTS: PART=first (right?), measure, deep; REHEARSE=1 on a CPU
 	@PYTHON="$(PYTHON)" RESULTS="$(RESULTS)" REHEARSE="$(REHEARSE)" bash bench/gpu.sh $(PART)

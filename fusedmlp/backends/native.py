@@ -19,6 +19,7 @@ import torch
 
 from .. import compat, context, environment
 from ..spec import activations
+from . import schemas
 
 log = logging.getLogger("fusedmlp")
 
@@ -121,7 +122,7 @@ def unavailable(device_type: str) -> str | None:
     if not path.exists():
         return _not_built(target)
     isa = asked_isa()
-    built_for = (build_info() or {}).get("torch", "an unknown torch")
+    built = build_info() or {}
     if _torch_version() < _OLDEST_TORCH:
         return f"the extension needs torch 2.11 or newer, this is {torch.__version__}"
     if device_type == "cuda" and torch.version.cuda is None:
@@ -130,11 +131,16 @@ def unavailable(device_type: str) -> str | None:
     try:
         if _ends_early(path):
             return f"{path.name} is damaged: the file ends early; {rebuild}"
+        if built.get("schemas") != schemas.digest():
+            return (
+                f"{path.name} was built from another version, whose ops take other arguments; "
+                f"{rebuild}"
+            )
         torch.ops.load_library(str(path))
         found = _answer(path, "fusedmlp_activations")
     except (OSError, AttributeError) as error:
         return (
-            f"{path.name}, built for torch {built_for}, cannot be opened under torch "
+            f"{path.name}, built for torch {built.get('torch')}, cannot be opened under torch "
             f"{torch.__version__}: {error}; {rebuild}"
         )
     expected = " ".join(f"{a.name}={a.id}" for a in activations.TABLE)

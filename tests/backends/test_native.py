@@ -1,6 +1,7 @@
 """The CPU kernels: every instruction set, any number of threads, and the functions inside."""
 
 import ctypes
+import json
 import math
 import os
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from fusedmlp import environment
-from fusedmlp.backends import native
+from fusedmlp.backends import native, schemas
 from fusedmlp.spec import activations, philox
 
 from .. import check_op
@@ -276,6 +277,7 @@ def test_what_the_build_left_out_is_the_reason(folder):
 
 def test_a_broken_extension_is_a_reason_and_no_error(folder):
     (folder / "_native_cpu.so").write_bytes(b"not a library")
-    (folder / "_build_info.json").write_text('{"torch": "2.0.0"}')
+    info = {"torch": "2.0.0", "schemas": schemas.digest()}
+    (folder / "_build_info.json").write_text(json.dumps(info))
     reason = native.unavailable("cpu")
     assert "built for torch 2.0.0" in reason and "rebuild with" in reason
