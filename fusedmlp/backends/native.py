@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import struct
+import zlib
 from pathlib import Path
 
 import torch
@@ -85,6 +86,14 @@ def _ends_early(path: Path) -> bool:
         return any(at + bytes_ > size for at, bytes_ in parts)
 
 
+def _is_other(path: Path, target: str) -> bool:
+    """Whether its bytes are not those that the build has noted: such code would compute anything.
+    Of a build that has noted none it cannot be told."""
+    info = build_info() or {}
+    wanted = (info.get("crc32") or {}).get(target)
+    return wanted is not None and zlib.crc32(path.read_bytes()) != wanted
+
+
 def _lacks(device_type: str) -> list[str]:
     """The ops that this version has for the device and the opened library does not."""
     has, key = compat.has_kernel, device_type.upper()
@@ -130,6 +139,8 @@ def unavailable(device_type: str) -> str | None:
     try:
         if _ends_early(path):
             return f"{path.name} is damaged: the file ends early; {rebuild}"
+        if _is_other(path, target):
+            return f"{path.name} is damaged: it is not the file that was built; {rebuild}"
         torch.ops.load_library(str(path))
         found = _answer(path, "fusedmlp_activations")
     except (OSError, AttributeError) as error:

@@ -15,7 +15,7 @@ from ..backends import choice
 from ..nn import FusedMLP
 from ..spec import activations
 from . import plots
-from .best import Best
+from .best import Best, best_epoch
 from .build import dims_of, predict, regression, shape_of
 from .config import RunOptions, TrainConfig, flag_name
 from .console import Quiet
@@ -114,7 +114,7 @@ class Run:
         return self.best is not None and self.best.is_over(self.position.epoch)
 
 
-def check_same_run(config: TrainConfig, saved: TrainConfig) -> None:
+def _check_same_run(config: TrainConfig, saved: TrainConfig) -> None:
     """Raise UsageError where the continuation asks for something that only a new run can have."""
     asked, was = config.to_dict(), saved.to_dict()
     for name, value in asked.items():
@@ -123,6 +123,32 @@ def check_same_run(config: TrainConfig, saved: TrainConfig) -> None:
                 f"--resume: {flag_name(name)} must stay {was[name]} as in the run, got "
                 f"{value}; leave it out, or start a new run"
             )
+
+
+def check_continuation(
+    config: TrainConfig, data: Data | Loaders, folder: Path, saved: dict
+) -> None:
+    """Raise UsageError where the run in this folder cannot go on as the config says."""
+    was = TrainConfig.from_dict(saved["config"])
+    _check_same_run(config, was)
+    if was.lr_schedule != "constant" and config.epochs != was.epochs:
+        raise UsageError(
+            f"--resume: --epochs must stay {was.epochs} as in the run, got {config.epochs}: its "
+            f"--lr-schedule {was.lr_schedule} ends there"
+        )
+    done = saved["position"]["epoch"]
+    is_over = was.patience is not None and done - best_epoch(saved["history"]) >= was.patience
+    # A run that was cut off before its end, or lacks a picture, gets what is missing now.
+    names = ("summary.json", *plots.run_pictures([], _held_out(data), lambda rows: rows))
+    last_files = [folder / name for name in names]
+    is_done = config.epochs == done or is_over
+    if config.epochs < done or (is_done and all(f.exists() for f in last_files)):
+        way_on = f"--epochs above {done} goes on from there"
+        if is_over:
+            way_on = f"none of the last {was.patience} was better, which is its --patience"
+        if was.lr_schedule != "constant":
+            way_on = f"its --lr-schedule {was.lr_schedule} has ended"
+        raise UsageError(f"--resume: {folder} has done its {done} epochs; {way_on}")
 
 
 def restore(run: Run, saved: dict) -> None:
