@@ -1,6 +1,7 @@
 """python -m bench.faults: injects faults of every kind and counts what survived them.
 
     python -m bench.faults --out bench/results/faults.json       # all, in about half an hour
+    python -m bench.faults --few                                 # some of each, in a minute
     python -m bench.faults --only killed --count 20 --seed 7
 
 Needs Linux; a kind that needs a C compiler or the extension is left out without it.
@@ -10,6 +11,7 @@ import argparse
 import os
 import random
 import secrets
+import shutil
 import sys
 import tempfile
 import time
@@ -26,9 +28,12 @@ _PRELOADED = "FAULTS_FOLDER"  # where this process's own library lies
 
 @dataclass(frozen=True)
 class Kind:
+    """count, few: how many are injected, and how many of them for a quick look."""
+
     fault: str
     wanted: str
     count: int
+    few: int
     inject: Callable[[Path, random.Random, int], Iterator[str | None]]
     is_preloaded: bool = False
 
@@ -36,52 +41,43 @@ class Kind:
 def kinds() -> dict[str, Kind]:
     from . import damage, disk, hostile, memory, stops
 
-    on, refused = "goes on to the same bits", "one ends right, the other is refused"
-    kept = "one message, no half-written file, the good one stays"
-    error = "an ordinary error, the next call has the right bits"
-    named, refusal = (
-        "an error with its name, or the same values",
-        "refused, or read in little memory",
-    )
-    passed = "passed over with a reason, the right values"
-    message = "ends with a message, goes on to the same bits"
+    on, message = "goes on to the same bits", "ends with a message, goes on to the same bits"
+    one = "one ends right, the other is refused or comes after it"
+    kept = "one message, no half-written file, the good one of before stays"
+    error = "an ordinary error, and the next call has the right bits"
+    values = "an error that names it, or the same values (text, pixels, times: or others)"
+    passed = "passed over with a reason, and right values"
+    refused = "no code runs; refused, or read in little memory"
     return {
-        "killed": Kind("SIGKILL at any moment of a run", on, 200, stops.killed),
+        "killed": Kind("SIGKILL at any moment of training", on, 200, 3, stops.killed),
         "killed-writing": Kind(
-            "SIGKILL in the middle of a write, at a rename",
-            on,
-            200,
-            stops.killed_while_writing,
-            True,
+            "SIGKILL in the middle of a write, before and after a rename",
+            *(on, 200, 6, stops.killed_while_writing, True),
         ),
-        "interrupted": Kind("Ctrl-C or SIGTERM", message, 60, stops.interrupted),
-        "two-at-once": Kind("two runs into one folder", refused, 40, stops.two_at_once),
-        "rank-dies": Kind("one of two processes is killed", message, 20, stops.rank_dies),
+        "interrupted": Kind("Ctrl-C or SIGTERM", message, 60, 2, stops.interrupted),
+        "two-at-once": Kind("two runs into one folder", one, 40, 4, stops.two_at_once),
+        "rank-dies": Kind("one of two processes is killed", message, 20, 1, stops.rank_dies),
         "disk-train": Kind(
-            "the disk is full at a write: train goes on", kept, 120, disk.train, True
+            "disk full at a write of a run that goes on", kept, 120, 6, disk.train, True
         ),
         "disk": Kind(
-            "the disk is full at a write: train, crossval, predict, tune",
-            kept,
-            240,
-            disk.other_commands,
-            True,
+            "disk full at a write of train, crossval, predict or tune",
+            *(kept, 240, 8, disk.other_commands, True),
         ),
         "memory": Kind(
             "the n-th allocation of C++ or of a tensor fails",
-            error,
-            600,
-            memory.native_allocations,
-            True,
+            *(error, 800, 24, memory.native_allocations, True),
         ),
         "memory-python": Kind(
-            "an allocation of Python fails", error, 300, memory.python_allocations
+            "an allocation of Python fails", error, 300, 6, memory.python_allocations
         ),
-        "damage": Kind("files cut off, or with a bit turned", named, 3000, damage.files),
+        "damage": Kind("file cut off, or with a bit turned", values, 3000, 90, damage.files),
         "damage-extension": Kind(
-            "the extension cut off, or with a bit turned", passed, 30, damage.extension
+            "extension cut off, or with a bit turned", passed, 40, 1, damage.extension
         ),
-        "hostile": Kind("files made to run code or to fill the memory", refusal, 1, hostile.files),
+        "hostile": Kind(
+            "file made to run code or to fill the memory", refused, 1, 1, hostile.files
+        ),
     }
 
 
@@ -133,9 +129,8 @@ def main() -> int:
     known = kinds()
     parser = argparse.ArgumentParser(prog="bench.faults", description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=known, default=list(known))
-    parser.add_argument(
-        "--count", type=int, help="faults of each kind; else as many as are worth it"
-    )
+    parser.add_argument("--count", type=int, help="faults of each kind")
+    parser.add_argument("--few", action="store_true", help="only a few of each, in a minute")
     parser.add_argument("--seed", type=int, help="else by chance; it is printed")
     parser.add_argument("--out", type=Path, help="results file")
     args = parser.parse_args()
@@ -148,8 +143,10 @@ def main() -> int:
         if kind.is_preloaded and not inject.is_preloaded():
             print(f"faults: {name}: left out without a C compiler")
             continue
-        row = run(kind, random.Random(f"{seed} {name}"), args.count or kind.count)
+        count = args.count or (kind.few if args.few else kind.count)
+        row = run(kind, random.Random(f"{seed} {name}"), count)
         results.add(row, columns=("fault", "injected", "survived", "failed", "seconds"))
+    shutil.rmtree(os.environ.get(_PRELOADED, ""), ignore_errors=True)
     return 1 if any(row["failed"] for row in results.rows) else 0
 
 

@@ -143,7 +143,7 @@ def _load() -> dict[str, dict]:
             _kept = _read(path())
         except FileNotFoundError:
             pass
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             log.warning(
                 "measured choices are not used: %s cannot be read: %s; `fusedmlp tune` writes it "
                 "anew",

@@ -26,13 +26,11 @@ from .losses import mean_figures, rounded
 from .process import (
     World,
     current_world,
-    join_processes,
-    leave_processes,
     pick_device,
     run_settings,
     seed_epoch,
-    started_by_torchrun,
     stop_on_signals,
+    together,
 )
 from .run_folder import create_folder, load_checkpoint, reopen_folder
 from .run_state import (
@@ -149,10 +147,8 @@ def run(
         )
     asked, progress = config, progress or Quiet()
     logs.check(options)
-    world = join_processes(pick_device(config).type)
-    several = world.size == 1 and options.resume is None
-    try:
-        loaded = None
+    with together(pick_device(config).type) as world:
+        several, loaded = world.size == 1 and options.resume is None, None
 
         def load_first() -> str:
             # Rank 0 before the others: the one download, and the choice of a data set, are for all.
@@ -172,9 +168,6 @@ def run(
         network = build.build_network(config, loaded)
         progress = progress if world.is_lead else Quiet()
         return fit(network, loaded, config, options, progress=progress)
-    finally:
-        if started_by_torchrun():
-            leave_processes()
 
 
 def _check_world(config: TrainConfig, world: World, data) -> None:

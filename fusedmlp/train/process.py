@@ -249,6 +249,13 @@ def join_processes(device: str) -> World:
     return current_world()
 
 
-def leave_processes() -> None:
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+@contextlib.contextmanager
+def together(device: str):
+    """The World of the processes that torchrun started, which are joined and left again."""
+    world = join_processes(device)
+    try:
+        with world.others():
+            yield world
+    finally:
+        if started_by_torchrun() and dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()

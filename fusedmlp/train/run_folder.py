@@ -318,7 +318,7 @@ def load_config(folder: Path) -> TrainConfig:
         raise TrainError(f"{folder} must be a run folder, but it has no config.json")
     try:
         return TrainConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise TrainError(
             f"{path} is truncated, corrupted or no config of a run ({error})"
         ) from error
