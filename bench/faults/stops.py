@@ -17,18 +17,18 @@ FLAGS = f"{runs.TRAIN} --epochs 40"
 LATEST = 15.0  # seconds from a signal to the end of a run, on a busy machine
 
 
-def _whole(place: Path, flags: str) -> tuple[dict, float]:
+def _whole(place: Path, flags: str, draws: bool = False) -> tuple[dict, float]:
     """What a run that nobody stops leaves, and its seconds."""
     runs.make_data(place)
     started = time.monotonic()
-    ended = child.run(lambda: runs.command(place, f"{flags} --out whole"), place, 300)
+    ended = child.run(lambda: runs.command(place, f"{flags} --out whole", draws), place, 300)
     seconds = time.monotonic() - started
     if ended.result != 0:
         raise RuntimeError(f"faults: a run without a fault has failed: {ended}")
     return runs.content(place / "whole"), seconds
 
 
-def _start(place: Path, flags: str, run: Path, name: str = "said.txt", **environment: str):
+def _start(place: Path, flags: str, run: Path, name="said.txt", draws=False, **environment: str):
     """Start the run, or have it go on where it has a checkpoint."""
     go_on = (run / "checkpoint.pt").exists()
     words = f"train --resume {run.name} --device cpu" if go_on else f"{flags} --out {run.name}"
@@ -37,14 +37,14 @@ def _start(place: Path, flags: str, run: Path, name: str = "said.txt", **environ
 
     def work():
         os.environ.update(environment)
-        return runs.command(place, words)
+        return runs.command(place, words, draws)
 
     return (*child.start(work, place / name), place / name)
 
 
-def _finish(place: Path, flags: str, run: Path, wanted: dict) -> str | None:
+def _finish(place: Path, flags: str, run: Path, wanted: dict, draws: bool = False) -> str | None:
     """Let the run go on to its end; what is wrong then."""
-    ended = child.end(*_start(place, flags, run), 300)
+    ended = child.end(*_start(place, flags, run, draws=draws), 300)
     is_done = ended.result == 2 and "has done its" in ended.said
     if ended.result != 0 and not is_done:
         return f"it did not go on: {ended.crash() or ended.error or ended.said[-400:]}"
@@ -76,7 +76,7 @@ def killed_while_writing(place: Path, dice: random.Random, count: int) -> Iterat
     """SIGKILL in the middle of a write, before and after a rename, or when a file is made: at each
     in turn, so often as there are any, or at `count` of them."""
     flags = f"{runs.TRAIN} --epochs 3"
-    wanted, _ = _whole(place, flags)
+    wanted, _ = _whole(place, flags, draws=True)
     run = place / "run"
 
     def work(n: int):
@@ -92,7 +92,7 @@ def killed_while_writing(place: Path, dice: random.Random, count: int) -> Iterat
         if ended.signal != signal.SIGKILL:
             yield f"write {n} of {all_of_them} did not end it"
             continue
-        yield _finish(place, flags, run, wanted)
+        yield _finish(place, flags, run, wanted, draws=True)
         shutil.rmtree(run)
 
 
@@ -151,7 +151,9 @@ def two_at_once(place: Path, dice: random.Random, count: int) -> Iterator[str | 
         started = []
         for i, words in enumerate(both):
             said = place / f"said{i}.txt"
-            started.append((*child.start(lambda w=words: runs.command(place, w), said), said))
+            started.append(
+                (*child.start(lambda w=words: runs.command(place, w, False), said), said)
+            )
             time.sleep(dice.choice((0, 0, 0.05, 0.3)))
         ended = [child.end(*one, 120) for one in started]
         codes = [e.crash() or e.error or e.result for e in ended]

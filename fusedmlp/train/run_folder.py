@@ -104,6 +104,9 @@ class RunFolder:
         """Let other runs have the folder, in the process that has it."""
         handle = _locks.pop(self.path, None)
         if handle is not None:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_UN)  # a forked child may have it open too
             os.close(handle)
 
 
@@ -143,9 +146,20 @@ def create_folder(options: RunOptions, config: TrainConfig) -> RunFolder:
 
 def reopen_folder(path: Path) -> RunFolder:
     """The folder of a run that goes on; what that run was writing when it was killed is removed."""
+    return _take(path, False, _remove_unfinished)
+
+
+def _take(path: Path, is_new: bool, clear: Callable[[Path], None] | None = None) -> RunFolder:
+    """The folder, locked and cleared."""
+    folder = RunFolder(path, is_new)
     _lock(path)
-    _remove_unfinished(path)
-    return RunFolder(path, is_new=False)
+    try:
+        if clear is not None:
+            clear(path)
+    except BaseException:
+        folder.release()
+        raise
+    return folder
 
 
 def _lock(path: Path) -> None:
@@ -183,8 +197,7 @@ def _numbered(parent: Path) -> RunFolder:
             path.mkdir()
         except FileExistsError:
             continue
-        _lock(path)
-        return RunFolder(path, is_new=True)
+        return _take(path, True)
 
 
 def _named(path: Path, overwrite: bool) -> RunFolder:
@@ -192,8 +205,7 @@ def _named(path: Path, overwrite: bool) -> RunFolder:
         raise TrainError(f"--out must be a folder, but {path} is a file")
     if not path.exists():
         path.mkdir(parents=True)
-        _lock(path)
-        return RunFolder(path, is_new=True)
+        return _take(path, True)
     present = [name for name in FILES if (path / name).exists()]
     if present and not overwrite:
         raise TrainError(
@@ -206,9 +218,7 @@ def _named(path: Path, overwrite: bool) -> RunFolder:
         raise TrainError(
             f"cannot write to {path}: permission denied; name another folder with --out"
         )
-    _lock(path)
-    _remove_files(path)
-    return RunFolder(path, is_new=False)
+    return _take(path, False, _remove_files)
 
 
 def _claim(folder: RunFolder, text: str) -> None:

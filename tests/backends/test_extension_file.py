@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zlib
 
 import pytest
 import torch
@@ -82,6 +83,16 @@ def test_a_file_is_damaged_from_its_last_byte_on(tmp_path):
     assert not native._ends_early(path)
     path.write_bytes(b"\x7fELF\x01" + content[5:200])  # of 32 bits
     assert not native._ends_early(path)
+
+
+@needs_native
+def test_a_turned_bit_is_told_by_the_checksum_of_the_build(tmp_path):
+    """Else it may compute anything, or end the process."""
+    content = bytearray(whole())
+    (tmp_path / "_build_info.json").write_text(json.dumps({"crc32": {"cpu": zlib.crc32(content)}}))
+    content[len(content) // 2] ^= 4
+    (tmp_path / "_native_cpu.so").write_bytes(content)
+    assert_passed_over(tmp_path, "_native_cpu.so is damaged: it is not the file that was built")
 
 
 def test_an_extension_without_ops_is_passed_over(tmp_path):

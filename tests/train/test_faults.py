@@ -224,6 +224,21 @@ def test_a_folder_is_free_again_after_a_run_that_failed(tmp_path, monkeypatch, o
     assert not run_folder._locks
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_child_does_not_keep_the_folder(tmp_path):
+    """As the workers of a DataLoader, which live on."""
+    folder = run_folder.create_folder(RunOptions(out=tmp_path / "run"), TrainConfig())
+    child = os.fork()
+    if not child:
+        signal.pause()
+    try:
+        folder.release()
+        run_folder.reopen_folder(tmp_path / "run").release()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
 # ends
 
 
