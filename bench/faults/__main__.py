@@ -8,6 +8,7 @@ Needs Linux; a kind that needs a C compiler or the extension is left out without
 """
 
 import argparse
+import functools
 import os
 import random
 import secrets
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import record
-from . import inject
+from . import child, inject
 
 _PRELOADED = "FAULTS_FOLDER"  # where this process's own library lies
 
@@ -107,7 +108,7 @@ def _import_all() -> None:
     torch.set_num_threads(1)
 
 
-def run(kind: Kind, dice: random.Random, count: int, say=print) -> dict:
+def run(kind: Kind, dice: random.Random, count: int) -> dict:
     """The row of a kind."""
     started, failures, injected = time.monotonic(), [], 0
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
@@ -115,11 +116,28 @@ def run(kind: Kind, dice: random.Random, count: int, say=print) -> dict:
             injected += 1
             if failure is not None:
                 failures.append(failure)
-                say(f"  FAILED: {failure}")
+                print(f"  FAILED: {failure}", flush=True)
     failed = len(failures)
     row = {"fault": kind.fault, "wanted": kind.wanted, "injected": injected}
     row |= {"survived": injected - failed, "failed": failed}
     return row | {"seconds": time.monotonic() - started, "failures": failures[:3]}
+
+
+def run_all(works: dict[str, Callable[[], dict]], jobs: int) -> Iterator[dict]:
+    """The rows of all kinds, each in a process of its own, so many at a time."""
+    waiting, running = dict(works), {}
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                name = next(iter(waiting))
+                said = Path(folder) / name
+                running[name] = (*child.start(waiting.pop(name), said), said)
+            name = next(iter(running))
+            ended = child.end(*running.pop(name), seconds=24 * 3600)
+            print(ended.said, end="", flush=True)
+            if ended.result is None:
+                raise SystemExit(f"faults: {name}: {ended.crash() or ended.error}")
+            yield ended.result
 
 
 def main() -> int:
@@ -131,6 +149,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=known, default=list(known))
     parser.add_argument("--count", type=int, help="faults of each kind")
     parser.add_argument("--few", action="store_true", help="only a few of each, in a minute")
+    parser.add_argument("--jobs", type=int, default=1, help="kinds at a time")
     parser.add_argument("--seed", type=int, help="else by chance; it is printed")
     parser.add_argument("--out", type=Path, help="results file")
     args = parser.parse_args()
@@ -138,13 +157,15 @@ def main() -> int:
     print(f"faults: seed {seed}", flush=True)
     head = record.header("faults", "bench.faults", None) | {"seed": seed}
     results = record.Results(head, args.out)
+    works = {}
     for name in args.only:
         kind = known[name]
         if kind.is_preloaded and not inject.is_preloaded():
             print(f"faults: {name}: left out without a C compiler")
             continue
         count = args.count or (kind.few if args.few else kind.count)
-        row = run(kind, random.Random(f"{seed} {name}"), count)
+        works[name] = functools.partial(run, kind, random.Random(f"{seed} {name}"), count)
+    for row in run_all(works, args.jobs):
         results.add(row, columns=("fault", "injected", "survived", "failed", "seconds"))
     shutil.rmtree(os.environ.get(_PRELOADED, ""), ignore_errors=True)
     return 1 if any(row["failed"] for row in results.rows) else 0

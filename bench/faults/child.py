@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PAGE = resource.getpagesize()
+HANGS = 600.0  # seconds after which a child is taken to hang; all take a few
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def end(process: int, reader: int, said: Path, seconds: float) -> Ended:
 
 
 def run(
-    work: Callable[[], object], folder: Path, seconds: float = 60, memory: int | None = None
+    work: Callable[[], object], folder: Path, seconds: float = HANGS, memory: int | None = None
 ) -> Ended:
     """The work in a child.
 

@@ -22,7 +22,8 @@ from fusedmlp.train.data import datasets, images
 
 from . import child, runs
 
-ROOM = 1 << 30  # address space that reading may take
+# Address space that reading may take; Arrow reserves a GB before it reads anything.
+ROOM = 4 << 30
 MEMORY = 256 << 20  # bytes of memory
 
 
@@ -88,7 +89,7 @@ def readers(place: Path) -> dict[str, Reader]:
         config = TrainConfig(dataset="fashion_mnist", data_dir=path.parent, val_split=0.0)
         found[name] = Reader(path, lambda c=config: _loaded(c), may_differ=not packed)
     runs.make_data(place)
-    child.run(lambda: runs.command(place, f"{runs.TRAIN} --epochs 2 --out run"), place, 300)
+    child.run(lambda: runs.command(place, f"{runs.TRAIN} --epochs 2 --out run"), place, child.HANGS)
     run = place / "run"
     found["checkpoint.pt"] = Reader(run / "checkpoint.pt", lambda: run_folder.load_checkpoint(run))
     model = run / "model.safetensors"
@@ -148,7 +149,7 @@ def files(place: Path, dice: random.Random, count: int) -> Iterator[str | None]:
     made = readers(place)
     for name, reader in made.items():
         content = reader.path.read_bytes()
-        wanted = child.run(reader.read, place, 120).result
+        wanted = child.run(reader.read, place, child.HANGS).result
         if wanted is None:
             raise RuntimeError(f"faults: a whole {name} could not be read")
         for _ in range(max(1, count // len(made))):
@@ -166,7 +167,7 @@ def _wrong(which: str, reader: Reader, place: Path, wanted) -> str | None:
             return "named" if reader.path.name in str(error) else f"not named: {error}"
         return "same" if runs.equal(found, wanted) else "other"
 
-    ended = child.run(work, place, 60, ROOM)
+    ended = child.run(work, place, child.HANGS, ROOM)
     wrong = ended.crash() or ended.error
     if not wrong and ended.grew > MEMORY:
         wrong = f"it took {ended.grew >> 20} MB"

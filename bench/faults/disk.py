@@ -50,14 +50,14 @@ def _each(
         return code, counted.number
 
     prepare()
-    whole = child.run(lambda: faulty(inject.NEVER, inject.FAILS), place, 300)
+    whole = child.run(lambda: faulty(inject.NEVER, inject.FAILS), place, child.HANGS)
     code, number = whole.result
     if code != 0:
         raise RuntimeError(f"faults: a command without a fault has failed: {whole.said}")
     cases = [(n, way) for n in range(1, number + 1) for way in (inject.FAILS, inject.STAYS_FULL)]
     for n, way in sorted(dice.sample(cases, min(count, len(cases)))):
         prepare()
-        ended = child.run(lambda n=n, way=way: faulty(n, way), place, 300)
+        ended = child.run(lambda n=n, way=way: faulty(n, way), place, child.HANGS)
         how = "for once" if way == inject.FAILS else "from then on"
         yield f"write {n} of {number} {how}", ended
 
@@ -76,7 +76,7 @@ def train(place: Path, dice: random.Random, count: int) -> Iterator[str | None]:
     """A run that goes on from a checkpoint, and then goes on again."""
     runs.make_data(place)
     for words in (f"{LESS} --out first", f"{MORE} --out whole"):
-        child.run(lambda w=words: runs.command(place, w), place, 300)
+        child.run(lambda w=words: runs.command(place, w), place, child.HANGS)
     wanted, run = runs.content(place / "whole"), place / "run"
 
     def prepare():
@@ -92,7 +92,7 @@ def train(place: Path, dice: random.Random, count: int) -> Iterator[str | None]:
             held = run_folder.load_checkpoint(run)["position"]["epoch"]
             if held < 2:
                 wrong = "the checkpoint of before is gone"
-            again = child.run(work, place, 300)
+            again = child.run(work, place, child.HANGS)
             is_done = again.result == 2 and "has done its" in again.said
             if again.result != 0 and not is_done:
                 wrong = f"it did not go on: {again.said[-300:]}"
@@ -106,7 +106,7 @@ def other_commands(place: Path, dice: random.Random, count: int) -> Iterator[str
     table = "a,b,kind\n" + "".join(f"{i % 7},{i % 5},{'xy'[i % 2]}\n" for i in range(80))
     (place / "table.csv").write_text(table)
     trained = "train --dataset table.csv --target kind --preset plain --epochs 1 --device cpu"
-    child.run(lambda: runs.command(place, f"{trained} --out trained"), place, 300)
+    child.run(lambda: runs.command(place, f"{trained} --out trained"), place, child.HANGS)
     out = place / "out"
 
     def fresh():
@@ -116,7 +116,7 @@ def other_commands(place: Path, dice: random.Random, count: int) -> Iterator[str
     def fresh_cache():
         fresh()
         os.environ["XDG_CACHE_HOME"] = str(out)
-        child.run(lambda: measured.keep_all("cpu", "classes", ROW), place, 60)
+        child.run(lambda: measured.keep_all("cpu", "classes", ROW), place, child.HANGS)
 
     def kept():
         measured.keep_all("cpu", "classes", {"another": ROW["one"]})

@@ -105,14 +105,14 @@ def native_allocations(place: Path, dice: random.Random, count: int) -> Iterator
             assert native.unavailable("cpu") is None, native.unavailable("cpu")
             return _outcome(work, inject.memory(n, library), place)
 
-        whole = child.run(lambda: faulty(inject.NEVER), place, 120)
+        whole = child.run(lambda: faulty(inject.NEVER), place, child.HANGS)
         if whole.result is None or whole.result[0] or whole.result[1]:
             raise RuntimeError(f"faults: {name} without a fault has failed: {whole}")
         _, _, number, wanted = whole.result
         share = max(1, count // len(works))
         numbers = range(1, number + 1)
         for n in sorted(dice.sample(numbers, min(share, number))):
-            ended = child.run(lambda n=n: faulty(n), place, 120)
+            ended = child.run(lambda n=n: faulty(n), place, child.HANGS)
             which = f"{name}, allocation {n} of {number}"
             yield _judged(which, ended, wanted)
 
@@ -137,12 +137,12 @@ def python_allocations(place: Path, dice: random.Random, count: int) -> Iterator
         assert native.unavailable("cpu") is None, native.unavailable("cpu")
         return _outcome(lambda: _training(place), Fault(n), place)
 
-    whole = child.run(lambda: faulty(1 << 30), place, 120)
+    whole = child.run(lambda: faulty(1 << 30), place, child.HANGS)
     wanted = whole.result[3]
     for _ in range(count):
         n = int(10 ** dice.uniform(0, 5.5))
         yield _judged(
-            f"Python's allocation {n}", child.run(lambda n=n: faulty(n), place, 120), wanted
+            f"Python's allocation {n}", child.run(lambda n=n: faulty(n), place, child.HANGS), wanted
         )
 
 

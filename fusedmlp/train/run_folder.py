@@ -89,6 +89,11 @@ class RunFolder:
         for reason, names in failed.items():
             warn(f"{self.path}: no {', '.join(names)}: {reason}")
 
+    def remove_pictures(self) -> None:
+        for name in FILES:
+            if name.endswith(".png") or name == "importance.csv":
+                self.file(name).unlink(missing_ok=True)
+
     def discard(self) -> None:
         """Remove what a run left that has no checkpoint to go on from."""
         if self.file("checkpoint.pt").exists():
@@ -327,7 +332,10 @@ def load_config(folder: Path) -> TrainConfig:
     if not path.is_file():
         raise TrainError(f"{folder} must be a run folder, but it has no config.json")
     try:
-        return TrainConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+        return TrainConfig.from_dict(content)
     except (ValueError, TypeError, RecursionError) as error:
         raise TrainError(
             f"{path} is truncated, corrupted or no config of a run ({error})"

@@ -250,6 +250,29 @@ def test_what_a_run_had_no_time_for_comes_with_resume(run, lacking):
     assert lacking in result.paths and len(result.history) == 1
 
 
+@pytest.mark.parametrize("lost", ["summary.json", "curves.png"])
+def test_results_of_before_do_not_stand_for_those_of_a_run_that_went_on(run, lost, monkeypatch):
+    """Where the disk was full at the end, the old summary once made resume refuse to write a new
+    one."""
+    replace, options, net = os.replace, RunOptions(resume=run), network(sizes=(64, 16, 4))
+
+    def full(source, target):
+        if target.name == lost:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        if lost == "summary.json":
+            with pytest.raises(TrainError, match="its checkpoint of epoch 2 is kept"):
+                fit(net, made_data.pictures(), config(epochs=2), options)
+        else:
+            fit(net, made_data.pictures(), config(epochs=2), options)
+    result = fit(network(sizes=(64, 16, 4)), made_data.pictures(), config(epochs=2), options)
+    assert lost in result.paths
+    assert json.loads((run / "summary.json").read_text())["epochs"] == 2
+
+
 def test_sigterm_ends_any_command_with_a_message(monkeypatch, capsys):
     def slow(argv):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -284,8 +307,11 @@ def test_measurements_that_cannot_be_kept_leave_those_of_before(tmp_path, monkey
     assert list(measured.own("cpu")["calls"]) == ["one"]
 
 
-def test_settings_nested_without_end_are_no_config(tmp_path):
-    (tmp_path / "config.json").write_text("[" * 100_000)
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "[]", "null", "\x00"], ids=["deep", "list", "null", "zero"]
+)
+def test_what_is_no_config_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
     with pytest.raises(TrainError, match="config.json is truncated, corrupted or no config"):
         run_folder.load_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(TrainConfig().to_dict()))
