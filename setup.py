@@ -22,6 +22,7 @@ import shlex
 import shutil
 import sys
 import time
+import zlib
 from pathlib import Path
 
 from setuptools import Command, setup
@@ -149,7 +150,7 @@ class build_native(Command):
         return (ROOT if self.editable_mode else Path(self.build_lib)) / "fusedmlp"
 
     def run(self):
-        builder, built, left_out, said = Builder(), [], {}, []
+        builder, built, left_out, said, checksums = Builder(), [], {}, [], {}
         for target in TARGETS:
             installed = self.folder() / f"_native_{target}.so"
             start = time.monotonic()
@@ -166,8 +167,9 @@ class build_native(Command):
                 continue
             size, seconds = installed.stat().st_size / 1e6, time.monotonic() - start
             built.append(target)
+            checksums[target] = zlib.crc32(installed.read_bytes())
             said.append(f"built {target} ({size:.1f} MB, {seconds:.1f} s)")
-        self.write_info(built=built, left_out=left_out, **builder.info)
+        self.write_info(built=built, left_out=left_out, crc32=checksums, **builder.info)
         for why in dict.fromkeys(left_out.values()):
             targets = [target for target, reason in left_out.items() if reason == why]
             said.append(f"left out {', '.join(targets)}: {why}")

@@ -7,7 +7,9 @@ Imports nothing that a command does not need: `info`, `verify` and `tune` need n
 import contextlib
 import importlib.util
 import os
+import signal
 import sys
+import threading
 import traceback
 
 from . import environment
@@ -42,10 +44,29 @@ def main(argv: list[str] | None = None) -> int:
     _open_streams()
     code = None
     try:
-        code = _guarded(list(sys.argv[1:] if argv is None else argv))
+        with _sigterm_as_ctrl_c():
+            code = _guarded(list(sys.argv[1:] if argv is None else argv))
     finally:  # of SystemExit as well: what a parser said is still to be written
         code = _flushed(code)
     return code
+
+
+@contextlib.contextmanager
+def _sigterm_as_ctrl_c():
+    """Else it ends the process without a word; training, which saves itself, has handlers of its
+    own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+
+    def end(number, frame):
+        raise KeyboardInterrupt(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _open_streams() -> None:
@@ -77,8 +98,8 @@ def _discard_output() -> None:
 def _guarded(argv: list[str]) -> int:
     try:
         return _run(argv)
-    except KeyboardInterrupt:
-        return _say("interrupted", INTERRUPTED)
+    except KeyboardInterrupt as error:
+        return _say("interrupted", error.args[0] if error.args else INTERRUPTED)
     except BrokenPipeError:
         _discard_output()  # its reader has gone (head)
         return FAILED
@@ -124,10 +145,12 @@ def _run(argv: list[str]) -> int:
 
 def _failed(error: Exception) -> int:
     from .backends.registry import BackendError
-    from .train.errors import TrainError, UsageError
+    from .train.errors import LostProcessError, TrainError, UsageError
 
     if isinstance(error, UsageError):
         return _say(str(error), MISUSED)
+    if isinstance(error, LostProcessError):
+        return _say(str(error), FAILED, everyone=True)
     if isinstance(error, TrainError | BackendError):
         return _say(str(error), FAILED)
     lines = str(error).strip().splitlines()
@@ -135,9 +158,9 @@ def _failed(error: Exception) -> int:
     return _say(f"{what} (--debug shows where)", FAILED)
 
 
-def _say(text: str, code: int) -> int:
-    # Of several processes started by torchrun, one does the talking.
-    if os.environ.get("RANK", "0") == "0":
+def _say(text: str, code: int, everyone: bool = False) -> int:
+    # Of several processes started by torchrun, one does the talking, unless that may be gone.
+    if everyone or os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):
             print(f"fusedmlp: {text}", file=sys.stderr, flush=True)
     return code

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "fusedmlp"
 # Each layer may import those above it in this list, wherever the import stands.
 LAYERS = (
     ("_version", "compat"),
-    ("context", "environment"),
+    ("context", "environment", "whole_file"),
     ("spec",),
     ("backends", "flops"),
     ("ops",),

@@ -130,6 +130,8 @@ def build_wheel(tree, **environ):
     assert isinstance(path, Path), path
     with zipfile.ZipFile(path) as wheel:
         info = json.loads(wheel.read("fusedmlp/_build_info.json"))
+        for target, number in info["crc32"].items():  # which an archive holds too
+            assert wheel.getinfo(f"fusedmlp/_native_{target}.so").CRC == number
         return path.name, wheel.namelist(), info
 
 
@@ -161,6 +163,7 @@ def test_wheel_holds_the_libraries_and_no_source(tree, stand_in_torch):
     assert info["built"] == ["cpu"] and info["torch"] == "2.12.0"
     assert info["left_out"] == {"cuda": "FUSEDMLP_BUILD=cpu"}
     assert info["compiler"] and info["schemas"] == schemas.digest()
+    assert list(info["crc32"]) == ["cpu"]
 
 
 def test_build_none_gives_a_pure_wheel(tree):

@@ -22,7 +22,6 @@ import logging
 import math
 import os
 import platform
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -31,6 +30,7 @@ import torch
 from .. import environment
 from .._version import __version__
 from ..spec import activations, dtypes
+from ..whole_file import whole_file
 
 log = logging.getLogger("fusedmlp")
 
@@ -143,7 +143,7 @@ def _load() -> dict[str, dict]:
             _kept = _read(path())
         except FileNotFoundError:
             pass
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             log.warning(
                 "measured choices are not used: %s cannot be read: %s; `fusedmlp tune` writes it "
                 "anew",
@@ -207,12 +207,14 @@ def keep_all(device_type: str, part: str, rows: dict[str, dict | list]) -> None:
 
 
 def _save(tables: dict) -> None:
-    """Write the file in one step: a reader never sees half of it."""
+    """raises   OSError, that names the file"""
     target = path()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False) as f:
-        json.dump(tables, f, indent=1)
-    os.replace(f.name, target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(target) as file:
+            file.write(json.dumps(tables, indent=1).encode())
+    except OSError as error:
+        raise OSError(f"cannot write {target}: {error.strerror}") from error
 
 
 _watchers: list = []

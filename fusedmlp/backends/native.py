@@ -11,8 +11,7 @@ import ctypes
 import functools
 import json
 import logging
-import os
-import struct
+import zlib
 from pathlib import Path
 
 import torch
@@ -67,25 +66,6 @@ def bf16_isa() -> str:
     return _answer(library("cpu"), "fusedmlp_bf16_isa")
 
 
-def _ends_early(path: Path) -> bool:
-    """Whether the file lacks bytes that its ELF headers name: to read them from a mapping of it
-    ends the process. What is no ELF file is left to the loader, which refuses it."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        head = file.read(64)
-        if len(head) < 64 or head[:6] != b"\x7fELF\x02\x01":
-            return False
-        segments, sections = struct.unpack_from("<QQ", head, 32)
-        length, count, each, number = struct.unpack_from("<HHHH", head, 54)
-        file.seek(segments)
-        table = file.read(length * count)
-        if len(table) < length * count or sections + each * number > size:
-            return True
-        # The offset and the length in the file of each segment.
-        parts = (struct.unpack_from("<Q16xQ", table, i * length + 8) for i in range(count))
-        return any(at + bytes_ > size for at, bytes_ in parts)
-
-
 def _lacks(device_type: str) -> list[str]:
     """The ops that this version has for the device and the opened library does not."""
     has, key = compat.has_kernel, device_type.upper()
@@ -129,13 +109,14 @@ def unavailable(device_type: str) -> str | None:
         return f"this torch ({torch.__version__}) is not a CUDA build"
     rebuild = f"rebuild with {_HOW.format(target)}"
     try:
-        if _ends_early(path):
-            return f"{path.name} is damaged: the file ends early; {rebuild}"
         if built.get("schemas") != schemas.digest():
             return (
                 f"{path.name} was built from another version, whose ops take other arguments; "
                 f"{rebuild}"
             )
+        # Code with other bytes would compute anything, and a file that ends early ends the process.
+        if built.get("crc32", {}).get(target) != zlib.crc32(path.read_bytes()):
+            return f"{path.name} is damaged: it is not the file that was built; {rebuild}"
         torch.ops.load_library(str(path))
         found = _answer(path, "fusedmlp_activations")
     except (OSError, AttributeError) as error:

@@ -175,7 +175,8 @@ def _measure_classes(count: int, seed: int) -> int:
 def command(argv: list[str]) -> int:
     """`fusedmlp tune`: 0 when all is measured, 1 when something was wrong or did not run.
 
-    raises   BackendError where plain PyTorch cannot be measured; SystemExit(2) for wrong arguments
+    raises   BackendError where plain PyTorch cannot be measured, or nothing kept; SystemExit(2)
+             for wrong arguments
     """
     parser = _parser()
     args = parser.parse_args(argv)
@@ -197,10 +198,13 @@ def command(argv: list[str]) -> int:
     if not works and device == "cuda":
         parser.error("give layers (256x784x256) or a network (--net 784-256-10)")
     torch.manual_seed(args.seed)
-    if not works:
-        failed = _measure_classes(args.networks or _NETWORKS, args.seed)
-    else:
-        failed = _measure_sizes(works, args.missing, device)
+    try:
+        if not works:
+            failed = _measure_classes(args.networks or _NETWORKS, args.seed)
+        else:
+            failed = _measure_sizes(works, args.missing, device)
+    except OSError as error:
+        raise registry.BackendError(f"tune: {error}") from error
     print(f"kept in {measured.path()}")
     if failed:
         print(f"fusedmlp: tune: {failed} failed, as said above", file=sys.stderr)

@@ -86,7 +86,7 @@ def _summary(folder: Path) -> dict | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TrainError(
             f"{path} is truncated, corrupted or no summary of a run ({error})"
         ) from error
@@ -101,7 +101,7 @@ def _last_epoch(folder: Path) -> dict:
     try:
         rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
         found = {name: float(text) for name, text in (rows or [{}])[-1].items() if text}
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, TypeError, csv.Error) as error:  # a row may be too long
         raise TrainError(
             f"{path} is truncated, corrupted or no metrics of a run ({error})"
         ) from error

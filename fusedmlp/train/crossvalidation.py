@@ -128,8 +128,7 @@ def crossval(
     given = _loaded(config, data)
     if data is None:
         config = config.replace(dataset=given.name if config.dataset == "auto" else config.dataset)
-    configs = candidate_configs(config, compare)
-    configs = [resolved(c, given) for c in configs]
+    configs = [resolved(c, given) for c in candidate_configs(config, compare)]
     if configs[0].val_split and configs[0].keep == "last":
         raise UsageError(
             "--val-split belongs to train or --keep best; a cross-validation holds out each fold"
@@ -169,6 +168,8 @@ def crossval(
         raise
     finally:
         progress.close()
+        if place is not None:
+            place.release()
     progress.finish(result)
     return result
 

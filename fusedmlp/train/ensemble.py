@@ -115,6 +115,7 @@ def run(config: TrainConfig, options: RunOptions, data: Data, progress: Quiet) -
         raise
     finally:
         progress.close()
+        folder.release()
 
 
 def _reasons_against_native(config: TrainConfig, data: Data, loss: str) -> list[str]:

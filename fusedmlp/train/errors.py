@@ -11,3 +11,8 @@ class TrainError(RuntimeError):
 
 class WriteError(TrainError):
     """A file of a run that could not be written, for want of room or of permission."""
+
+
+class LostProcessError(TrainError):
+    """Another process has ended or does not answer; this one says so, as that one may have been
+    the one that talks."""

@@ -2,6 +2,7 @@
 Nothing is written; whole files of tables are read in table_files.py."""
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +19,11 @@ from .data.preparation import Preparation
 from .data.types import Data, Scaling
 from .errors import TrainError, UsageError
 from .losses import loss_sums
-from .run_folder import check_same_model, load_checkpoint, load_config
+from .run_folder import check_model_file, check_same_model, load_checkpoint, load_config
 
+MOST_PIXELS = 1 << 26  # of a picture
+# Not all that the library knows: for PostScript it starts another program.
+PICTURES = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 BLOCK_ROWS = 65_536  # of a table that are made inputs and predicted at once
 
 
@@ -121,12 +125,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> Trained:
             f"{folder} holds a model of kind {shape.get('kind')}, which only its own code can "
             f"make; load {folder / 'model.safetensors'} into it"
         )
-    count = shape.get("networks", 1)
-    network = models.network_of_shape(shape)
-    if count > 1:
-        others = [models.network_of_shape(shape) for _ in range(count - 1)]
-        network = models.Ensemble([network, *others], about["data"]["classes"] is not None)
-    check_same_model(network, weights, str(folder))
+    network = _network(shape, about, weights, folder)
     network.load_state_dict(weights)
     network.to(device).eval()
     scaling = Scaling.from_dict(about["data"]["scaling"]).to(device)
@@ -134,6 +133,28 @@ def load(folder: Path, device: torch.device | str = "cpu") -> Trained:
     listed = about["data"].get("preparation")
     preparation = None if listed is None else _preparation(listed, shape["dims"], about, folder)
     return Trained(folder, network, config, about, scaling, of_target, preparation)
+
+
+def _network(shape: dict, about: dict, weights: dict[str, Tensor], folder: Path) -> nn.Module:
+    """The network that the weights belong to, with its memory as it comes.
+
+    raises  TrainError where they belong to another one, before that takes memory
+    """
+    count, dims = shape.get("networks", 1), shape["dims"]
+    try:
+        if count * (len(dims) - 1) > len(weights):
+            raise ValueError(f"it has only {len(weights)} tensors")
+        with torch.device("meta"):
+            network = models.network_of_shape(shape)
+            if count > 1:
+                others = [models.network_of_shape(shape) for _ in range(count - 1)]
+                network = models.Ensemble([network, *others], about["data"]["classes"] is not None)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise TrainError(
+            f"{folder}: what it says of its network is damaged: {type(error).__name__}: {error}"
+        ) from error
+    check_same_model(network, weights, str(folder))
+    return network.to_empty(device="cpu")
 
 
 def _preparation(listed: dict, dims: list[int], about: dict, folder: Path) -> Preparation:
@@ -166,9 +187,11 @@ def _weights(folder: Path) -> tuple[dict[str, Tensor], dict]:
         ) from error
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("fusedmlp", "null"))
+            metadata = file.metadata() or {}
+            check_model_file(path, metadata.get("crc32"))
+            about = json.loads(metadata.get("fusedmlp", "null"))
             weights = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise TrainError(
             f"{path} is truncated, corrupted or no safetensors file ({error})"
         ) from error
@@ -245,7 +268,12 @@ def read_images(
     rows, notes = [], []
     for file in files:
         try:
-            with Image.open(file) as image:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                opened = Image.open(file, formats=PICTURES)
+            with opened as image:
+                if image.width * image.height > MOST_PIXELS:
+                    raise ValueError(f"{image.width} x {image.height} are too many pixels")
                 grey = _flattened(image).convert("L").resize((width, height), Image.Resampling.BOX)
         except FileNotFoundError as error:
             raise TrainError(f"{file} does not exist") from error

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from . import build, engines, ensemble, logs
-from .best import best_epoch, best_for
+from .best import best_for
 from .build import evaluate, evaluate_batches
 from .config import RunOptions, TrainConfig, checked
 from .console import Quiet
@@ -21,26 +21,24 @@ from .data.defaults import preset_notes, resolved
 from .data.frames import is_frame
 from .data.types import Data, permutation, prepared
 from .data.weights import row_weights
-from .errors import TrainError, UsageError, WriteError
+from .errors import LostProcessError, TrainError, UsageError, WriteError
 from .losses import mean_figures, rounded
 from .process import (
     World,
     current_world,
-    join_processes,
-    leave_processes,
     pick_device,
     run_settings,
     seed_epoch,
-    started_by_torchrun,
     stop_on_signals,
+    together,
 )
 from .run_folder import create_folder, load_checkpoint, reopen_folder
 from .run_state import (
     Result,
     Run,
     about_time,
+    check_continuation,
     check_loss,
-    check_same_run,
     describe_run,
     draw_results,
     restore,
@@ -92,7 +90,7 @@ def fit(
     if saved is None:
         config = resolved(config, given)
     else:
-        _check_continuation(config, Path(options.resume), saved)
+        check_continuation(config, given, Path(options.resume), saved)
     device, world = pick_device(config), current_world()
     _check_world(config, world, given)
     with run_settings(config, device), stop_on_signals() as stop:
@@ -108,17 +106,22 @@ def fit(
         run = Run(config, options, world, task, engine, data, progress, stop, about)
         run.best = best
         try:
-            _open(run, saved)
-            _loop(run, saved)
-            return _close(run)
+            with world.others():
+                _open(run, saved)
+                _loop(run, saved)
+                return _close(run)
         except BaseException as error:
             if run.folder is not None and world.is_lead:
                 run.folder.discard()
             if isinstance(error, WriteError):
                 raise TrainError(f"{error}; {what_is_kept(run)}") from error
+            if isinstance(error, LostProcessError) and run.folder is not None:
+                raise LostProcessError(f"{error}; {what_is_kept(run)}") from error
             raise
         finally:
             run.progress.close()
+            if run.folder is not None:
+                run.folder.release()
 
 
 def run(
@@ -144,10 +147,8 @@ def run(
         )
     asked, progress = config, progress or Quiet()
     logs.check(options)
-    world = join_processes(pick_device(config).type)
-    several = world.size == 1 and options.resume is None
-    try:
-        loaded = None
+    with together(pick_device(config).type) as world:
+        several, loaded = world.size == 1 and options.resume is None, None
 
         def load_first() -> str:
             # Rank 0 before the others: the one download, and the choice of a data set, are for all.
@@ -167,32 +168,6 @@ def run(
         network = build.build_network(config, loaded)
         progress = progress if world.is_lead else Quiet()
         return fit(network, loaded, config, options, progress=progress)
-    finally:
-        if started_by_torchrun():
-            leave_processes()
-
-
-def _check_continuation(config: TrainConfig, folder: Path, saved: dict) -> None:
-    """Raise UsageError where the run in this folder cannot go on as the config says."""
-    was = TrainConfig.from_dict(saved["config"])
-    check_same_run(config, was)
-    if was.lr_schedule != "constant" and config.epochs != was.epochs:
-        raise UsageError(
-            f"--resume: --epochs must stay {was.epochs} as in the run, got {config.epochs}: its "
-            f"--lr-schedule {was.lr_schedule} ends there"
-        )
-    done = saved["position"]["epoch"]
-    is_over = was.patience is not None and done - best_epoch(saved["history"]) >= was.patience
-    # A run that was cut off before its end, or has no picture, gets what is missing now.
-    last_files = [folder / name for name in ("summary.json", "curves.png")]
-    is_done = config.epochs == done or is_over
-    if config.epochs < done or (is_done and all(f.exists() for f in last_files)):
-        way_on = f"--epochs above {done} goes on from there"
-        if is_over:
-            way_on = f"none of the last {was.patience} was better, which is its --patience"
-        if was.lr_schedule != "constant":
-            way_on = f"its --lr-schedule {was.lr_schedule} has ended"
-        raise UsageError(f"--resume: {folder} has done its {done} epochs; {way_on}")
 
 
 def _check_world(config: TrainConfig, world: World, data) -> None:

@@ -21,7 +21,7 @@ from .. import environment
 from ..backends import registry
 from .config import TrainConfig
 from .data.types import seeded
-from .errors import TrainError, UsageError
+from .errors import LostProcessError, TrainError, UsageError
 
 
 @dataclass
@@ -140,6 +140,18 @@ class World:
         """[first, last) of a batch's rows that this process works on."""
         return batch * self.rank // self.size, batch * (self.rank + 1) // self.size
 
+    @contextlib.contextmanager
+    def others(self):
+        """Raise what torch says of a process that has gone as LostProcessError."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or isinstance(error, TrainError) or not _tells_of_a_loss(error):
+                raise
+            raise LostProcessError(
+                f"process {self.rank} of {self.size}: another process has ended or does not answer"
+            ) from error
+
     def sum(self, values: Tensor) -> Tensor:
         if self.size > 1:
             values = values.to(self.device)
@@ -172,6 +184,12 @@ class World:
         if box[1] is not None:
             raise OtherProcessError(box[1])
         return box[0]
+
+
+def _tells_of_a_loss(error: RuntimeError) -> bool:
+    """gloo's errors have no type of their own."""
+    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Broken pipe")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
 ALONE = World()
@@ -231,6 +249,13 @@ def join_processes(device: str) -> World:
     return current_world()
 
 
-def leave_processes() -> None:
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+@contextlib.contextmanager
+def together(device: str):
+    """The World of the processes that torchrun started, which are joined and left again."""
+    world = join_processes(device)
+    try:
+        with world.others():
+            yield world
+    finally:
+        if started_by_torchrun() and dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,8 +1,9 @@
 """RunFolder: the files of a run. It is claimed for one run at a time, and an earlier run is never
 overwritten unasked.
 
-Every file is written whole or not at all. A checkpoint holds plain values and tensors only, so it
-loads with weights_only=True.
+Every file is written whole or not at all, and those with weights hold a checksum of what they are:
+a bit that has turned is an error and not another network. A checkpoint holds plain values and
+tensors only, so it loads with weights_only=True.
 """
 
 import csv
@@ -12,14 +13,17 @@ import io
 import json
 import os
 import shutil
-import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.serialization import config as saving
 
+from ..whole_file import whole_file
 from .config import RunOptions, TrainConfig
 from .errors import TrainError, WriteError
 
@@ -36,6 +40,7 @@ FILES = (
     *("residuals.png", "importance.csv", "importance.png"),
     *("results.csv", "crossval.png"),
 )
+_locks: dict[Path, int] = {}  # the folders that this process has, open
 EVENT_FILES = "events.out.tfevents."  # how the names of those begin that TensorBoard reads
 
 
@@ -84,6 +89,11 @@ class RunFolder:
         for reason, names in failed.items():
             warn(f"{self.path}: no {', '.join(names)}: {reason}")
 
+    def remove_pictures(self) -> None:
+        for name in FILES:
+            if name.endswith(".png") or name == "importance.csv":
+                self.file(name).unlink(missing_ok=True)
+
     def discard(self) -> None:
         """Remove what a run left that has no checkpoint to go on from."""
         if self.file("checkpoint.pt").exists():
@@ -95,6 +105,15 @@ class RunFolder:
             except OSError:
                 pass
 
+    def release(self) -> None:
+        """Let other runs have the folder, in the process that has it."""
+        handle = _locks.pop(self.path, None)
+        if handle is not None:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_UN)  # a forked child may have it open too
+            os.close(handle)
+
 
 def config_json(config: TrainConfig, options: RunOptions) -> str:
     told = config.to_dict() | RunOptions(out=options.out).to_dict()
@@ -103,7 +122,8 @@ def config_json(config: TrainConfig, options: RunOptions) -> str:
 
 def create_folder(options: RunOptions, config: TrainConfig) -> RunFolder:
     """A folder with nothing in it but config.json, which claims it: of two runs that start at the
-    same time, one gets it. Without options.out it is the next free number under runs/.
+    same time, one gets it, until it releases it. Without options.out it is the next free number
+    under runs/.
 
     raises  TrainError, also where safetensors is missing, which the end of the run needs
     """
@@ -116,7 +136,11 @@ def create_folder(options: RunOptions, config: TrainConfig) -> RunFolder:
             folder = _numbered(NUMBERED_RUNS)
         else:
             folder = _named(Path(options.out), options.overwrite)
-        _claim(folder, config_json(config, options))
+        try:
+            _claim(folder, config_json(config, options))
+        except BaseException:
+            folder.release()
+            raise
     except OSError as error:
         place = error.filename or options.out or NUMBERED_RUNS
         raise TrainError(
@@ -127,8 +151,44 @@ def create_folder(options: RunOptions, config: TrainConfig) -> RunFolder:
 
 def reopen_folder(path: Path) -> RunFolder:
     """The folder of a run that goes on; what that run was writing when it was killed is removed."""
-    _remove_unfinished(path)
-    return RunFolder(path, is_new=False)
+    return _take(path, False, _remove_unfinished)
+
+
+def _take(path: Path, is_new: bool, clear: Callable[[Path], None] | None = None) -> RunFolder:
+    """The folder, locked and cleared."""
+    folder = RunFolder(path, is_new)
+    _lock(path)
+    try:
+        if clear is not None:
+            clear(path)
+    except BaseException:
+        folder.release()
+        raise
+    return folder
+
+
+def _lock(path: Path) -> None:
+    """Have the folder until this process ends or releases it, however it ends; a file system
+    without locks gives none.
+
+    raises  TrainError where another run has it
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise TrainError(
+            f"another run is at work in {path}; wait for its end, or name another folder with --out"
+        ) from error
+    except OSError:
+        os.close(handle)
+    else:
+        _locks[path] = handle
 
 
 def _numbered(parent: Path) -> RunFolder:
@@ -142,7 +202,7 @@ def _numbered(parent: Path) -> RunFolder:
             path.mkdir()
         except FileExistsError:
             continue
-        return RunFolder(path, is_new=True)
+        return _take(path, True)
 
 
 def _named(path: Path, overwrite: bool) -> RunFolder:
@@ -150,7 +210,7 @@ def _named(path: Path, overwrite: bool) -> RunFolder:
         raise TrainError(f"--out must be a folder, but {path} is a file")
     if not path.exists():
         path.mkdir(parents=True)
-        return RunFolder(path, is_new=True)
+        return _take(path, True)
     present = [name for name in FILES if (path / name).exists()]
     if present and not overwrite:
         raise TrainError(
@@ -163,8 +223,7 @@ def _named(path: Path, overwrite: bool) -> RunFolder:
         raise TrainError(
             f"cannot write to {path}: permission denied; name another folder with --out"
         )
-    _remove_files(path)
-    return RunFolder(path, is_new=False)
+    return _take(path, False, _remove_files)
 
 
 def _claim(folder: RunFolder, text: str) -> None:
@@ -196,27 +255,13 @@ def _remove_unfinished(path: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write all of content, or leave the file as it was before: a temporary file beside it is
-    flushed to disk and then renamed."""
-    temporary = None
+    """Write all of content, or leave the file as it was before."""
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
+        with whole_file(path) as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~umask())  # mkstemp makes files that only the owner can read
-        os.replace(temporary, path)
-        temporary = None
     except OSError as error:
         room = _missing_room(error, path, len(content))
         raise WriteError(f"cannot write {path}: {error.strerror}{room}") from error
-    finally:
-        if temporary is not None:
-            try:
-                os.unlink(temporary)
-            except OSError:
-                pass
 
 
 def _missing_room(error: OSError, path: Path, size: int) -> str:
@@ -229,16 +274,11 @@ def _missing_room(error: OSError, path: Path, size: int) -> str:
     return text
 
 
-def umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def save_checkpoint(path: Path, content: dict) -> None:
     # Through memory: torch's own zip writer, met by a full disk, does not say which file or why.
     buffer = io.BytesIO()
-    torch.save({"format": CHECKPOINT_FORMAT, **content}, buffer)
+    with saving.patch("save.compute_crc32", True):
+        torch.save({"format": CHECKPOINT_FORMAT, **content}, buffer)
     write_atomically(path, buffer.getvalue())
 
 
@@ -254,6 +294,7 @@ def load_checkpoint(folder: Path) -> dict:
         wanted = "a run folder" if Path(folder).exists() else "an existing run folder"
         raise TrainError(f"{folder} must be {wanted} with a checkpoint.pt, and there is none")
     try:
+        _check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling a damaged file raises whatever it likes
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -262,6 +303,20 @@ def load_checkpoint(folder: Path) -> dict:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise TrainError(f"{path} must be a checkpoint of format {CHECKPOINT_FORMAT}, got {found}")
     return content
+
+
+def _check_archive(path: Path) -> None:
+    """Raise for an archive with a checksum that is not that of its record, which torch.load does
+    not look at, and for what would take memory beyond the size of the file."""
+    with zipfile.ZipFile(path) as archive:
+        if sum(record.file_size for record in archive.infolist()) > path.stat().st_size:
+            raise ValueError("its records are longer than the file")
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"the checksum of its record {damaged} is another")
+        for name in archive.namelist():
+            # Of what torch.load lets a file call, this one alone fills as much as it is told.
+            if name.endswith("data.pkl") and b"\nbytearray\n" in archive.read(name):
+                raise ValueError("it makes a bytearray")
 
 
 def _is_ensemble(folder: Path) -> bool:
@@ -277,8 +332,11 @@ def load_config(folder: Path) -> TrainConfig:
     if not path.is_file():
         raise TrainError(f"{folder} must be a run folder, but it has no config.json")
     try:
-        return TrainConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+        return TrainConfig.from_dict(content)
+    except (ValueError, TypeError, RecursionError) as error:
         raise TrainError(
             f"{path} is truncated, corrupted or no config of a run ({error})"
         ) from error
@@ -297,9 +355,15 @@ def check_same_model(model: nn.Module, state: dict, where: str) -> None:
             )
 
 
+def _checksum(number: int = 0) -> bytes:
+    """As the header of model.safetensors has it; quotes within its texts are escaped."""
+    return f'"crc32": "{number:08x}"'.encode()
+
+
 def model_bytes(model: nn.Module, about: dict) -> bytes:
     """model.safetensors: the weights under the plain nn.Sequential's names, and what the model and
-    its data are (`about`) as metadata. The same bytes for the same weights."""
+    its data are (`about`) as metadata, with the CRC-32 that the file has while that stands as
+    zeros. The same bytes for the same weights."""
     from safetensors.torch import save
 
     weights, seen = {}, {}
@@ -308,10 +372,29 @@ def model_bytes(model: nn.Module, about: dict) -> bytes:
             tensor = tensor.clone()  # shared weights: the format wants each name to own its bytes
         seen[tensor.data_ptr()] = name
         weights[name] = tensor.detach().cpu().contiguous()
-    content = save(weights, metadata={"format": "pt", "fusedmlp": json.dumps(about)})
+    metadata = {"format": "pt", "fusedmlp": json.dumps(about), "crc32": f"{0:08x}"}
+    content = save(weights, metadata=metadata)
     # The library leaves the order of the metadata to chance, so the header is sorted here: JSON
     # after its length in 8 bytes, padded with spaces to a multiple of 8.
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8:end]), sort_keys=True).encode()
     header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + content[end:]
+    head, rest = len(header).to_bytes(8, "little") + header, memoryview(content)[end:]
+    number = zlib.crc32(rest, zlib.crc32(head))
+    return head.replace(_checksum(), _checksum(number), 1) + rest
+
+
+def check_model_file(path: Path, checksum: str | None) -> None:
+    """Raise ValueError where the file has other bytes than `model_bytes` has made, given the
+    checksum among its metadata; other programs write none."""
+    if checksum is None:
+        return
+    wanted = int(checksum, 16)
+    with open(path, "rb") as file:
+        start = file.read(8)
+        header = file.read(int.from_bytes(start, "little"))
+        found = zlib.crc32(start + header.replace(_checksum(wanted), _checksum(), 1))
+        while block := file.read(1 << 20):
+            found = zlib.crc32(block, found)
+    if found != wanted:
+        raise ValueError("its checksum is another")

@@ -1,6 +1,7 @@
 """Run and Result: what the training loop works on, how it continues from a checkpoint, and the
 results that it writes at its end."""
 
+import json
 import math
 import platform
 import time
@@ -15,7 +16,7 @@ from ..backends import choice
 from ..nn import FusedMLP
 from ..spec import activations
 from . import plots
-from .best import Best
+from .best import Best, best_epoch
 from .build import dims_of, predict, regression, shape_of
 from .config import RunOptions, TrainConfig, flag_name
 from .console import Quiet
@@ -114,7 +115,7 @@ class Run:
         return self.best is not None and self.best.is_over(self.position.epoch)
 
 
-def check_same_run(config: TrainConfig, saved: TrainConfig) -> None:
+def _check_same_run(config: TrainConfig, saved: TrainConfig) -> None:
     """Raise UsageError where the continuation asks for something that only a new run can have."""
     asked, was = config.to_dict(), saved.to_dict()
     for name, value in asked.items():
@@ -123,6 +124,39 @@ def check_same_run(config: TrainConfig, saved: TrainConfig) -> None:
                 f"--resume: {flag_name(name)} must stay {was[name]} as in the run, got "
                 f"{value}; leave it out, or start a new run"
             )
+
+
+def check_continuation(
+    config: TrainConfig, data: Data | Loaders, folder: Path, saved: dict
+) -> None:
+    """Raise UsageError where the run in this folder cannot go on as the config says."""
+    was = TrainConfig.from_dict(saved["config"])
+    _check_same_run(config, was)
+    if was.lr_schedule != "constant" and config.epochs != was.epochs:
+        raise UsageError(
+            f"--resume: --epochs must stay {was.epochs} as in the run, got {config.epochs}: its "
+            f"--lr-schedule {was.lr_schedule} ends there"
+        )
+    done = saved["position"]["epoch"]
+    is_over = was.patience is not None and done - best_epoch(saved["history"]) >= was.patience
+    # A run that was cut off before its end, or lacks a picture, gets what is missing now.
+    pictures = plots.run_pictures([], _held_out(data), lambda rows: rows)
+    has_all = _told_epochs(folder) == done and all((folder / name).exists() for name in pictures)
+    if config.epochs < done or ((config.epochs == done or is_over) and has_all):
+        way_on = f"--epochs above {done} goes on from there"
+        if is_over:
+            way_on = f"none of the last {was.patience} was better, which is its --patience"
+        if was.lr_schedule != "constant":
+            way_on = f"its --lr-schedule {was.lr_schedule} has ended"
+        raise UsageError(f"--resume: {folder} has done its {done} epochs; {way_on}")
+
+
+def _told_epochs(folder: Path) -> int | None:
+    """The epochs of the results in a folder, which may be those of the run before it went on."""
+    try:
+        return json.loads((folder / "summary.json").read_text(encoding="utf-8"))["epochs"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
 
 
 def restore(run: Run, saved: dict) -> None:
@@ -307,11 +341,13 @@ def _device_name(device: torch.device) -> str:
 
 
 def write_results(run: Run, content: dict) -> None:
-    """Write the results, the summary last: a folder that has one is complete."""
+    """Write the results, the summary last: a folder that has one is complete, but for pictures.
+    Those of before, where the run has gone on, are not of these results."""
     folder = run.folder
     folder.write_config(run.config)
     folder.write_metrics(run.history)
     folder.write("model.safetensors", model_bytes(run.task.model, run.about))
+    folder.remove_pictures()
     folder.write_json("summary.json", content)
 
 

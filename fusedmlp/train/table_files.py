@@ -1,9 +1,8 @@
 """Files of tables and the network of a run: predicting their rows, testing it on them. Rows are
 read in blocks, so that memory does not grow with the file."""
 
-import os
+import io
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..whole_file import whole_file
 from .data.columns import Column
 from .data.frame_data import raw_rows
 from .data.frame_target import encode_target
@@ -18,7 +18,6 @@ from .data.frames import open_table
 from .errors import TrainError, UsageError
 from .inference import BLOCK_ROWS, Trained
 from .losses import loss_sums
-from .run_folder import umask
 
 
 @dataclass
@@ -82,7 +81,7 @@ def predict_file(
             f"--proba needs a run with classes, but {trained.folder} predicts a number"
         )
     reading = Reading(trained, path)
-    with _whole_file(out) if out is not None else _kept(sys.stdout) as file:
+    with _text_file(out) if out is not None else _kept(sys.stdout) as file:
         for outputs, _, _ in reading.blocks(with_target=False):
             found = trained.predictions(outputs, proba)
             found.to_csv(file, index=False, header=reading.rows == len(found), lineterminator="\n")
@@ -97,23 +96,18 @@ def _kept(stream):
 
 
 @contextmanager
-def _whole_file(path: Path):
-    """A text file that gets its name at the end, and is removed where there is an error."""
+def _text_file(path: Path):
+    """A text file that is written whole or not at all."""
     if path.is_dir():
         raise TrainError(f"--out must be a file, but {path} is a folder")
-    temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            yield file
-        os.chmod(temporary, 0o666 & ~umask())  # mkstemp makes files that only the owner can read
-        os.replace(temporary, path)
-        temporary = None
+        with whole_file(path) as file:
+            text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+            yield text
+            text.flush()
+            text.detach()
     except OSError as error:
         raise TrainError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            os.unlink(temporary)
 
 
 class _Spread:

@@ -20,7 +20,7 @@ from fusedmlp.train.process import World
 from .. import made_data
 
 made_data.need(*made_data.TRAIN_EXTRA)
-from fusedmlp.train import commands  # noqa: E402
+from fusedmlp.train import commands, run_folder  # noqa: E402
 
 # 240 rows, 48 of them held out: the last of the batches of 50 has 42 rows, which 4 does not divide.
 FLAGS = ("--hidden", "24", "16", "--dropout", "0.2", "0.5", "--batch-size", "50", "--lr", "0.3")
@@ -115,14 +115,14 @@ def test_several_processes_resume_what_they_began(rows, together, tmp_path):
     assert all(torch.equal(whole[name], part[name]) for name in whole)
 
 
-@pytest.mark.slow
-def test_ctrl_c_ends_all_processes_at_one_step_with_a_checkpoint(rows, tmp_path):
+def _long_run(rows: Path, place: Path) -> subprocess.Popen:
+    """Two processes in the middle of a run."""
     flags = [*map(str, FLAGS), "--epochs", "100000", "--dataset", str(rows), "--out", "run"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "-m", "fusedmlp", "train", *flags]
     child = subprocess.Popen(
         command,
-        cwd=tmp_path,
+        cwd=place,
         env=made_data.environment(GLOO_SOCKET_IFNAME="lo"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -130,8 +130,35 @@ def test_ctrl_c_ends_all_processes_at_one_step_with_a_checkpoint(rows, tmp_path)
         start_new_session=True,
     )
     until = time.monotonic() + 120
-    while not (tmp_path / "run" / "checkpoint.pt").exists() and time.monotonic() < until:
+    while not (place / "run" / "checkpoint.pt").exists() and time.monotonic() < until:
         time.sleep(0.1)
+    return child
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for the processes in /proc")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_is_told_of_by_the_other(rank, rows, tmp_path):
+    """Rank 0 does the talking, but it may be the one that is gone."""
+    child = _long_run(rows, tmp_path)
+    children = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+    is_it = f"RANK={rank}".encode()
+    (victim,) = [
+        n for n in children if is_it in Path(f"/proc/{n}/environ").read_bytes().split(b"\0")
+    ]
+    os.kill(int(victim), signal.SIGKILL)
+    said, _ = child.communicate(timeout=120)
+    other = f"fusedmlp: process {1 - rank} of 2: another process has ended or does not answer; its "
+    assert said.count(other) == 1, said
+    assert "is kept: go on with --resume run" in said
+    done = run_folder.load_checkpoint(tmp_path / "run")["position"]["epoch"]
+    again = torchrun(2, "--resume", "run", "--epochs", done + 1, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_processes_at_one_step_with_a_checkpoint(rows, tmp_path):
+    child = _long_run(rows, tmp_path)
     os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to all processes of the group
     said, _ = child.communicate(timeout=120)
     assert "go on with: fusedmlp train --resume run" in said, said

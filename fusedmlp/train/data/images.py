@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ... import environment
 from ..errors import TrainError
+from .packed import check_unpacked, most_bytes
 from .types import Data, Scaling
 
 # (what, file, number of dimensions), images before labels.
@@ -214,8 +215,11 @@ def _read_bytes(path: Path) -> bytearray:
     try:
         if path.suffix != ".gz":
             return bytearray(path.read_bytes())
+        packed = path.stat().st_size
         with gzip.open(path) as file:
-            return bytearray(file.read())
+            content = bytearray(file.read(most_bytes(packed) + 1))
+        check_unpacked(str(path), len(content), packed)
+        return content
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise TrainError(
             f"{path} is truncated or corrupted ({error}); delete it and get it again"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TrainError
+from .packed import check_unpacked
 from .types import Data, Scaling
 
 MAX_CLASSES = 1000  # a target of more different integers is a number, not a class
@@ -29,15 +30,15 @@ def read_npz(file: str, loss: str = "auto") -> Data:
                 f"one array of shape {archive.shape}; write both with numpy.savez"
             )
         with archive:
-            arrays = {
-                name: archive[name]
-                for name in ("x_train", "y_train", "x_test", "y_test")
-                if name in archive.files
-            }
             names = archive.files
+            wanted = [n for n in ("x_train", "y_train", "x_test", "y_test") if n in names]
+            for name in wanted:
+                member = archive.zip.getinfo(f"{name}.npy")
+                check_unpacked(f"{path}: {name}", member.file_size, member.compress_size)
+            arrays = {name: archive[name] for name in wanted}
     except FileNotFoundError as error:
         raise TrainError(f"{path} does not exist") from error
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError, MemoryError) as error:
         if "pickle" in str(error) and zipfile.is_zipfile(path):
             raise TrainError(
                 f"{path}: arrays must hold numbers or strings, got Python objects"
