@@ -2,6 +2,7 @@
 first. The first pattern that a file matches counts."""
 
 import fnmatch
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ class Kind:
 
     def tests_of(self, path: str) -> list[str]:
         words = next(t for pattern, t in self.tests.items() if fnmatch.fnmatch(path, pattern))
-        return ["-m", "not slow and not gpu", *words.split()]
+        return ["-m", "not slow and not gpu", *shlex.split(words)]
 
 
 _B, _A, _T = "tests/backends/test_", "tests/autograd/test_", "tests/train/test_"
@@ -72,14 +73,14 @@ KINDS = [
         16,
         {
             "fusedmlp/backends/triton/activations.py": f"{_B}triton.py {_A}corners.py",
-            "fusedmlp/backends/triton/bias_act_dropout.py": f"{_TRITON} bias_act_dropout",
+            "fusedmlp/backends/triton/bias_act_dropout.py": f"{_TRITON} 'not dgrad and not cross_entropy'",
             "fusedmlp/backends/triton/cross_entropy.py": f"{_A}cross_entropy.py -k triton",
-            "fusedmlp/backends/triton/dgrad_act.py": f"{_TRITON} mlp",
+            "fusedmlp/backends/triton/dgrad_act.py": f"{_TRITON} dgrad",
             "fusedmlp/backends/triton/epilogue.py": _TRITON.removesuffix(" -k"),
             "fusedmlp/backends/triton/gemm.py": f"{_B}triton.py {_B}triton_tune.py",
             "fusedmlp/backends/triton/layout.py": _TRITON.removesuffix(" -k"),
-            "fusedmlp/backends/triton/linear_act.py": f"{_TRITON} linear_act",
-            "fusedmlp/backends/triton/mlp.py": f"{_TRITON} mlp",
+            "fusedmlp/backends/triton/linear_act.py": f"{_TRITON} 'not dgrad and not cross_entropy'",
+            "fusedmlp/backends/triton/mlp.py": f"{_A}mlp_op.py -k triton",
             "fusedmlp/backends/triton/philox.py": _TRITON.removesuffix(" -k"),
             "fusedmlp/backends/triton/launch.py": f"{_B}triton_launch.py {_B}triton.py",
             "fusedmlp/backends/triton/tiles.py": f"{_B}triton_tune.py {_B}triton.py",
