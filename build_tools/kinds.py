@@ -29,10 +29,11 @@ class Kind:
 
 
 _B, _A, _T = "tests/backends/test_", "tests/autograd/test_", "tests/train/test_"
-_STEP = f"{_T}native_step.py {_A}mlp_op.py {_T}native_evaluate.py {_B}native_repeats.py"
+_STEP = f"{_T}native_step.py {_A}mlp_op.py -k 'not triton and not reference'"
 _ELEMENTS = f"{_B}native.py {_B}native_calls.py {_A}corners.py"
 _CHOICE = f"{_B}backends.py tests/tuning tests/test_context.py"
 _TRITON = f"{_B}triton.py -k"
+_ONE_LAYER = f"{_TRITON} 'not dgrad and not cross_entropy'"
 _TABLES = f"{_T}csv_table.py {_T}columns.py {_T}bad_tables.py {_T}preparation.py"
 _FIT = f"{_T}train_inputs.py {_T}train.py {_T}run_end.py {_T}checkpoint.py"
 
@@ -51,8 +52,10 @@ KINDS = [
             "csrc/cpu/gemm_bf16_impl.h": f"{_T}native_bf16.py",
             "csrc/cpu/isa_amx.cpp": f"{_T}native_bf16.py",
             "csrc/cpu/isa_avx512_bf16.cpp": f"{_T}native_bf16.py",
-            "csrc/cpu/gemm*": f"{_T}native_step.py {_A}mlp_op.py {_T}native_bf16.py",
-            "csrc/cpu/step*": f"{_STEP} {_T}schedules.py",
+            "csrc/cpu/gemm*": _STEP,
+            "csrc/cpu/step_many.cpp": f"{_T}ensemble.py {_T}native_evaluate.py",
+            "csrc/cpu/step_numbers.cpp": f"{_T}native_step.py {_T}schedules.py",
+            "csrc/cpu/step*": _STEP,
             "csrc/cpu/network*": _STEP,
             "csrc/cpu/mlp.cpp": _STEP,
             "csrc/cpu/pool.cpp": f"{_B}native_repeats.py {_T}native_step.py",
@@ -73,13 +76,13 @@ KINDS = [
         16,
         {
             "fusedmlp/backends/triton/activations.py": f"{_B}triton.py {_A}corners.py",
-            "fusedmlp/backends/triton/bias_act_dropout.py": f"{_TRITON} 'not dgrad and not cross_entropy'",
+            "fusedmlp/backends/triton/bias_act_dropout.py": _ONE_LAYER,
             "fusedmlp/backends/triton/cross_entropy.py": f"{_A}cross_entropy.py -k triton",
             "fusedmlp/backends/triton/dgrad_act.py": f"{_TRITON} dgrad",
             "fusedmlp/backends/triton/epilogue.py": _TRITON.removesuffix(" -k"),
             "fusedmlp/backends/triton/gemm.py": f"{_B}triton.py {_B}triton_tune.py",
             "fusedmlp/backends/triton/layout.py": _TRITON.removesuffix(" -k"),
-            "fusedmlp/backends/triton/linear_act.py": f"{_TRITON} 'not dgrad and not cross_entropy'",
+            "fusedmlp/backends/triton/linear_act.py": _ONE_LAYER,
             "fusedmlp/backends/triton/mlp.py": f"{_A}mlp_op.py -k triton",
             "fusedmlp/backends/triton/philox.py": _TRITON.removesuffix(" -k"),
             "fusedmlp/backends/triton/launch.py": f"{_B}triton_launch.py {_B}triton.py",

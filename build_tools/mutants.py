@@ -35,7 +35,7 @@ from .kinds import KINDS, Kind
 from .toolchain import ROOT, find_ninja
 
 RESULTS = ROOT / "bench" / "results" / "mutants.json"
-LIMIT_S, WAIT_S = 100, 1800  # of processor time, and of a test that waits for good
+LIMIT_S, WAIT_S = 300, 1800  # of processor time, and of a test that waits for good
 COLUMNS = ("outcome", "kind", "file", "line", "operator", "by", "seconds")
 OUTCOMES = ("killed", "survived", "equivalent", "does not compile")
 PYTEST = "-q -rfE --tb=line -p no:cacheprovider -p no:xdist"
