@@ -134,7 +134,7 @@ KINDS = [
             "fusedmlp/train/loop.py": _FIT,
             "fusedmlp/train/build.py": f"{_T}defaults.py {_FIT}",
             "fusedmlp/train/run_state.py": f"{_T}checkpoint.py {_FIT}",
-            "fusedmlp/train/engines/native*.py": f"{_T}native_step.py {_T}native_evaluate.py",
+            "fusedmlp/train/engines/native*.py": f"{_T}native_step.py",
             "fusedmlp/train/engines/graph*.py": f"{_T}graph_step.py {_T}graph_evaluate.py",
             "fusedmlp/train/engines/[!_]*.py": f"{_T}train.py {_T}native_step.py {_T}tuned.py",
             "fusedmlp/sklearn/lbfgs.py": "tests/sklearn/test_lbfgs.py",
