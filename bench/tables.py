@@ -345,6 +345,42 @@ def _never_slower_table(rows: list[dict]) -> str:
     return f"{totals}\nThe {len(shown)} lowest:\n\n{worst}"
 
 
+# --- mutants and fuzzing --------------------------------------------------------------------------
+
+
+def _mutants_table(rows: list[dict]) -> str:
+    """One line for each kind of code; what does not compile is no mutant."""
+
+    def count(outcome: str, is_new: bool = False) -> Callable[[list[dict]], int]:
+        new = "by a new test"
+        return lambda g: sum(r["outcome"] == outcome and bool(r.get(new)) == is_new for r in g)
+
+    columns: Columns = {
+        "what was broken": lambda g: g[0]["kind"],
+        "mutants": lambda g: len(g) - count("does not compile")(g),
+        "killed at once": count("killed"),
+        "by a test written for it": count("killed", is_new=True),
+        "equivalent": count("equivalent"),
+        "survived": count("survived"),
+    }
+    every = [r | {"kind": "all"} for r in rows]
+    return markdown(columns, [*by(rows, "kind"), every])
+
+
+def _fuzz_table(rows: list[dict]) -> str:
+    """One line for each reader, all runs together."""
+    add = lambda name: lambda g: sum(r[name] for r in g)  # noqa: E731
+    columns: Columns = {
+        "reader": lambda g: g[0]["reader"],
+        "examples": add("examples"),
+        "of them read": add("accepted"),
+        "kept for new lines": add("kept"),
+        "findings": lambda g: sum(len(r["findings"]) for r in g),
+    }
+    every = [r | {"reader": "all"} for r in rows]
+    return markdown(columns, [*by(rows, "reader"), every])
+
+
 # By the name of a results file; every other file is a plain table.
 OF_FILE = {
     "engine_step": _engine_table,
@@ -354,6 +390,8 @@ OF_FILE = {
     "kernels": _triton_table,
     "cuda_kernels": _cuda_table,
     "dropout_instructions": _dropout_table,
+    "mutants": _mutants_table,
+    "fuzz": _fuzz_table,
 }
 
 

@@ -100,9 +100,12 @@ def _last_epoch(folder: Path) -> dict:
         return {}
     try:
         rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
-        found = {name: float(text) for name, text in (rows or [{}])[-1].items() if text}
-    except (OSError, ValueError, csv.Error) as error:
+        last = rows[-1] if rows else {}
+        found = {name: float(text) for name, text in last.items() if text}
+        if "epoch" in found:
+            found["epoch"] = int(found["epoch"])
+    except (OSError, ValueError, TypeError, OverflowError, csv.Error) as error:
         raise TrainError(
             f"{path} is truncated, corrupted or no metrics of a run ({error})"
         ) from error
-    return found | ({"epoch": int(found["epoch"])} if "epoch" in found else {})
+    return found

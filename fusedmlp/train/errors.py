@@ -11,3 +11,8 @@ class TrainError(RuntimeError):
 
 class WriteError(TrainError):
     """A file of a run that could not be written, for want of room or of permission."""
+
+
+def first_line(error: Exception) -> str:
+    """What an exception of a library says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

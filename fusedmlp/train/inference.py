@@ -2,6 +2,7 @@
 Nothing is written; whole files of tables are read in table_files.py."""
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from .data.frame_data import raw_rows
 from .data.frames import is_frame, open_table
 from .data.preparation import Preparation
 from .data.types import Data, Scaling
-from .errors import TrainError, UsageError
+from .errors import TrainError, UsageError, first_line
 from .losses import loss_sums
 from .run_folder import check_same_model, load_checkpoint, load_config
 
@@ -245,12 +246,18 @@ def read_images(
     rows, notes = [], []
     for file in files:
         try:
-            with Image.open(file) as image:
-                grey = _flattened(image).convert("L").resize((width, height), Image.Resampling.BOX)
+            with warnings.catch_warnings():
+                # A picture of more than 89 million pixels, which a few bytes can claim to be.
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with Image.open(file) as image:
+                    grey = _flattened(image).convert("L")
+                    grey = grey.resize((width, height), Image.Resampling.BOX)
         except FileNotFoundError as error:
             raise TrainError(f"{file} does not exist") from error
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise TrainError(f"{file} is truncated, corrupted or no image ({error})") from error
+        except Exception as error:  # Pillow's readers of damaged files raise whatever they like
+            raise TrainError(
+                f"{file} is truncated, corrupted or no image ({first_line(error)})"
+            ) from error
         pixels = torch.tensor(list(grey.tobytes()), dtype=torch.float32).view(height, width) / 255
         pixels = 1 - pixels if invert else pixels
         if _border(pixels) > 0.5:

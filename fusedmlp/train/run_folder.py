@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from .config import RunOptions, TrainConfig
-from .errors import TrainError, WriteError
+from .errors import TrainError, WriteError, first_line
 
 CHECKPOINT_FORMAT = 1
 NUMBERED_RUNS = Path("runs")  # holds the folders of runs whose options name none
@@ -256,8 +256,9 @@ def load_checkpoint(folder: Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling a damaged file raises whatever it likes
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TrainError(f"{path} is truncated, corrupted or no checkpoint ({reason})") from error
+        raise TrainError(
+            f"{path} is truncated, corrupted or no checkpoint ({first_line(error)})"
+        ) from error
     if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise TrainError(f"{path} must be a checkpoint of format {CHECKPOINT_FORMAT}, got {found}")
@@ -277,8 +278,11 @@ def load_config(folder: Path) -> TrainConfig:
     if not path.is_file():
         raise TrainError(f"{folder} must be a run folder, but it has no config.json")
     try:
-        return TrainConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        listed = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(listed, dict):
+            raise ValueError(f"it holds a {type(listed).__name__}")
+        return TrainConfig.from_dict(listed).check()
+    except (ValueError, TypeError, OSError) as error:
         raise TrainError(
             f"{path} is truncated, corrupted or no config of a run ({error})"
         ) from error

@@ -173,7 +173,10 @@ def with_validation(data: Data, share: float) -> Data:
 
 def _held_out(data: Data, share: float) -> tuple[Data, Tensor]:
     """(the data without the rows held out, the numbers of those)."""
-    kept, held = hold_out(len(data.x_train), share, data.y_train if data.is_classes else None)
+    try:
+        kept, held = hold_out(len(data.x_train), share, data.y_train if data.is_classes else None)
+    except TrainError as error:
+        raise TrainError(f"{data.name}: {error}") from error
     weights = None if data.weights is None else data.weights[kept]
     rest = replace(data, x_train=data.x_train[kept], y_train=data.y_train[kept], weights=weights)
     return rest, held
