@@ -35,10 +35,17 @@ from .kinds import KINDS, Kind
 from .toolchain import ROOT, find_ninja
 
 RESULTS = ROOT / "bench" / "results" / "mutants.json"
-LIMIT_S, WAIT_S = 300, 1800  # of processor time, and of a test that waits for good
+BUDGET_S, LIMIT_S, WAIT_S = (
+    40,
+    200,
+    1800,
+)  # no new test after it; of a test that does not end; of one that waits
 COLUMNS = ("outcome", "kind", "file", "line", "operator", "by", "seconds")
 OUTCOMES = ("killed", "survived", "equivalent", "does not compile")
 PYTEST = "-q -rfE --tb=line -p no:cacheprovider -p no:xdist"
+# How tests/ptx/mutant.py ends, whose import here would be that of the whole package.
+SURVIVED, FOUND, NOT_COMPILED, SAME = 0, 10, 20, 30
+SPENT = 40  # pytest's time
 # torch is imported once for all mutants; nothing of this package may be.
 PRELOADED = ["torch", "numpy", "pandas", "pytest", "hypothesis"]
 
@@ -98,6 +105,19 @@ def chosen(kind: Kind, seed: int, count: int | None = None) -> list[Mutant]:
 # --- a copy of the tree ---------------------------------------------------------------------------
 
 
+class Budget:
+    """A plugin of pytest: no new test begins once this much processor time is spent."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.is_spent = seconds, False
+
+    def pytest_runtest_teardown(self, item):
+        used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        if sum(u.ru_utime + u.ru_stime for u in used) > self.seconds:
+            self.is_spent = True
+            item.session.shouldstop = "the time is spent"
+
+
 def _in_copy(copy: str, environ: dict, out: str, call: tuple) -> None:
     """In a process of its own: pytest, or the main of a module."""
     os.setsid()
@@ -112,7 +132,9 @@ def _in_copy(copy: str, environ: dict, out: str, call: tuple) -> None:
     if call[0] == "pytest":
         import pytest
 
-        code = pytest.main([*PYTEST.split(), *call[1:]])
+        budget = Budget(call[1])
+        code = pytest.main([*PYTEST.split(), *call[2:]], plugins=[budget])
+        code = SPENT if budget.is_spent and code != 1 else code
     else:
         import importlib
 
@@ -223,8 +245,8 @@ class Tree:
 
 def judged(status: int | None, printed: str) -> dict:
     """What the end of pytest says of a mutant."""
-    if status == 0:
-        return {"outcome": "survived"}
+    if status in (0, SPENT):
+        return {"outcome": "survived"} | ({"not all tests": True} if status else {})
     if status == 5:
         raise RuntimeError(f"mutants: no test was run: {printed[-500:]}")
     failed = re.search(r"^(?:FAILED|ERROR) (.*?)(?: - .*)?$", printed, re.M)
@@ -260,24 +282,26 @@ def _with_tests(tree: Tree, mutant: Mutant, tests: list[str]) -> dict:
                     return {"outcome": "does not compile"}
                 if isa in ("baseline", "avx2", "avx512"):
                     environ["FUSEDMLP_CPU_ISA"] = isa
-                return judged(*tree.call("pytest", "-x", *tests, environ=environ))
+                return judged(*tree.call("pytest", BUDGET_S, "-x", *tests, environ=environ))
             finally:
                 tree.restore_extension()
-        return judged(*tree.call("pytest", "-x", *tests))
+        return judged(*tree.call("pytest", BUDGET_S, "-x", *tests))
 
 
 def _cuda(tree: Tree, mutant: Mutant) -> dict | None:
     """None where the kernels are as they were: what is changed is host code."""
     m = mutant.mutation
     status, printed = tree.call("tests.ptx.mutant", mutant.file, m.line, m.after)
-    if status == 3:
+    if status == SAME:
         return None
-    if status == 2:
-        return {"outcome": "does not compile"}
-    if status == 0:
-        return {"outcome": "survived"}
-    said = f"test_ptx_mistakes.py, {printed.strip()[-160:]}" if status == 1 else None
-    return {"outcome": "killed", "by": said or judged(status, "")["by"]}
+    if status in (NOT_COMPILED, SURVIVED):
+        return {"outcome": "survived" if status == SURVIVED else "does not compile"}
+    if status == FOUND:
+        said = f"test_ptx_mistakes.py, {printed.strip()[-160:]}"
+        return {"outcome": "killed", "by": said}
+    if status is not None and status >= 0:
+        raise RuntimeError(f"mutants: tests.ptx.mutant ended with {status}: {printed[-500:]}")
+    return judged(status, "")
 
 
 def failing_when_right(tree: Tree, rows: list[dict]) -> list[str]:
@@ -287,7 +311,7 @@ def failing_when_right(tree: Tree, rows: list[dict]) -> list[str]:
         return []
     # In parts: together they may take longer than one mutant may.
     parts = [killers[i : i + 10] for i in range(0, len(killers), 10)]
-    ends = [tree.call("pytest", *part) for part in parts]
+    ends = [tree.call("pytest", LIMIT_S, *part) for part in parts]
     printed = "".join(told if status else "" for status, told in ends)
     return re.findall(r"^(?:FAILED|ERROR) (.*?)(?: - .*)?$", printed, re.M)
 

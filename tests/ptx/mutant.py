@@ -1,7 +1,7 @@
 """Whether the machine finds a line of csrc/cuda changed: -m tests.ptx.mutant FILE LINE AFTER.
 
-Ends with 0 where nothing is found, 1 where it is, 2 where nvcc does not compile it, and 3 where the
-PTX is that of the unchanged line, as it is for host code. The kernels are those of the mistakes.
+Ends with SURVIVED where nothing is found, and SAME where the PTX is that of the unchanged line, as
+it is for host code. The kernels are those of the mistakes.
 """
 
 import re
@@ -10,6 +10,8 @@ from pathlib import Path
 
 from ..backends import test_ptx_mistakes as mistakes
 from . import launchers, library
+
+SURVIVED, FOUND, NOT_COMPILED, SAME = 0, 10, 20, 30  # as build_tools/mutants.py reads them
 
 
 def main(file: str, line: int, after: str) -> int:
@@ -27,17 +29,17 @@ def main(file: str, line: int, after: str) -> int:
         changed = library.mistaken(80, source, [edit])
     except RuntimeError as error:
         print(error)
-        return 2
+        return NOT_COMPILED
     right = library.mistaken(80, source, [], fewer)
     if {k: v.body for k, v in changed.items()} == {k: v.body for k, v in right.items()}:
-        return 3
+        return SAME
     try:
         with launchers.chosen().replaced(changed):
             work()
     except Exception as found:
         print(re.sub(r"\s+", " ", f"{work.__name__}: {type(found).__name__}: {found}")[:300])
-        return 1
-    return 0
+        return FOUND
+    return SURVIVED
 
 
 if __name__ == "__main__":
