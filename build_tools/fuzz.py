@@ -184,7 +184,9 @@ def main(argv: list[str] | None = None) -> int:
         tallies = []
         for name in names:
             seconds = args.seconds / len(READERS)
-            tallies.append(vars(fuzz(name, seconds, args.seed, args.inside)))
+            folder = args.inside / name.replace(" ", "-")
+            folder.mkdir()
+            tallies.append(vars(fuzz(name, seconds, args.seed, folder)))
             (args.inside / "tallies.json").write_text(json.dumps(tallies))
         return 0
     seed = args.seed or secrets.randbelow(2**31)

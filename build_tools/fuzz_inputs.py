@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import shutil
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -277,17 +278,20 @@ def _read_picture(path: Path) -> None:
 # --- run folders ----------------------------------------------------------------------------------
 
 
-def _run(folder: Path, name: str = "run") -> Path:
-    """A run folder of a table with every kind of column, made once."""
-    run = folder / name
-    if not run.exists():
+def _run(folder: Path) -> Path:
+    """A run folder of a table with every kind of column: a copy of one that is trained once."""
+    run, first = folder / "run", folder.parent / "trained"
+    if not first.exists():
         from fusedmlp.train import TrainConfig, loop
         from fusedmlp.train.config import RunOptions
 
-        table = _file("table.csv")(folder, CSV[0])
+        table = _file("table.csv")(folder.parent, CSV[0])
         config = TrainConfig(dataset=str(table), hidden=(4,), epochs=1, device="cpu")
         with contextlib.redirect_stdout(None):
-            loop.run(config, RunOptions(out=run))
+            loop.run(config, RunOptions(out=first))
+    if not run.exists():
+        shutil.copytree(first, run)
+        shutil.copy(folder.parent / "table.csv", folder)
     return run
 
 
@@ -303,13 +307,6 @@ def _in_run(name: str):
         return folder / "run"
 
     return write
-
-
-def _load_run(folder: Path) -> None:
-    from fusedmlp.train import inference
-
-    run = inference.load(folder)
-    inference.test_data(run)
 
 
 def _load_weights(folder: Path) -> None:
@@ -398,11 +395,11 @@ def _choose(path: Path) -> None:
     """A file that cannot be used is told in a warning, and the call runs."""
     import torch
 
-    import fusedmlp
+    from fusedmlp import functional
     from fusedmlp.backends import measured
 
     measured.forget()
-    fusedmlp.linear_act(torch.ones(256, 16), torch.ones(16, 16), None, "relu")
+    functional.linear_act(torch.ones(256, 16), torch.ones(16, 16), None, "relu")
 
 
 FLAGS = (
@@ -472,7 +469,7 @@ READERS = {
     "idx": Reader(_idx, _write_idx, _load_images),
     "idx gz": Reader(_gz, _write_gz, _load_images),
     "pictures": Reader(_pictures, _write_picture, _read_picture),
-    "config.json": Reader(_of_run("config.json"), _in_run("config.json"), _load_run, **_JSON),
+    "config.json": Reader(_of_run("config.json"), _in_run("config.json"), _load_weights, **_JSON),
     "model.safetensors": Reader(
         _of_run("model.safetensors"), _in_run("model.safetensors"), _load_weights
     ),

@@ -4,6 +4,7 @@ Nothing is written; whole files of tables are read in table_files.py."""
 import json
 import warnings
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -116,13 +117,33 @@ def load(folder: Path, device: torch.device | str = "cpu") -> Trained:
     folder = Path(folder)
     config = load_config(folder)
     weights, about = _weights(folder)
+    try:
+        return _assembled(folder, config, weights, about, torch.device(device))
+    except TrainError:
+        raise
+    except Exception as error:  # what a damaged file says of its network can be anything
+        raise TrainError(
+            f"{folder}: what is said there of its network is damaged "
+            f"({type(error).__name__}: {first_line(error)})"
+        ) from error
+
+
+def _assembled(
+    folder: Path, config: TrainConfig, weights: dict, about: dict, device: torch.device
+) -> Trained:
     shape = about["model"]
     if shape.get("kind") != "FusedMLP" or shape.get("activation") is None or not shape.get("dims"):
         raise TrainError(
             f"{folder} holds a model of kind {shape.get('kind')}, which only its own code can "
             f"make; load {folder / 'model.safetensors'} into it"
         )
-    count = shape.get("networks", 1)
+    dims, count = shape["dims"], shape.get("networks", 1)
+    # Before memory is taken for sizes that a damaged file may claim.
+    if count * sum(k * n for k, n in pairwise(dims)) > sum(w.numel() for w in weights.values()):
+        raise TrainError(
+            f"{folder} belongs to another model: {'-'.join(map(str, dims))} needs more weights "
+            "than there are"
+        )
     network = models.network_of_shape(shape)
     if count > 1:
         others = [models.network_of_shape(shape) for _ in range(count - 1)]
@@ -130,11 +151,26 @@ def load(folder: Path, device: torch.device | str = "cpu") -> Trained:
     check_same_model(network, weights, str(folder))
     network.load_state_dict(weights)
     network.to(device).eval()
-    scaling = Scaling.from_dict(about["data"]["scaling"]).to(device)
-    of_target = Scaling.from_dict(about["data"]["target_scaling"] or {"divisor": 1.0})
-    listed = about["data"].get("preparation")
-    preparation = None if listed is None else _preparation(listed, shape["dims"], about, folder)
+    data = about["data"]
+    _check_described(data, dims)
+    scaling = Scaling.from_dict(data["scaling"]).to(device)
+    of_target = Scaling.from_dict(data["target_scaling"] or {"divisor": 1.0})
+    listed = data.get("preparation")
+    preparation = None if listed is None else _preparation(listed, dims, about, folder)
     return Trained(folder, network, config, about, scaling, of_target, preparation)
+
+
+def _check_described(data: dict, dims: list[int]) -> None:
+    """raises  ValueError where what is said of the data does not belong to the network"""
+    classes, shape = data["classes"], data["image_shape"]
+    if classes is not None and not (
+        isinstance(classes, list) and [type(c) for c in classes] == [str] * dims[-1]
+    ):
+        raise ValueError(f"classes must be {dims[-1]} names")
+    if shape and not (len(shape) == 2 and min(shape) > 0 and shape[0] * shape[1] == dims[0]):
+        raise ValueError(f"image_shape must be two sizes of {dims[0]} pixels, got {shape}")
+    if not isinstance(data["name"], str):
+        raise ValueError(f"name must be a word, got {data['name']!r}")
 
 
 def _preparation(listed: dict, dims: list[int], about: dict, folder: Path) -> Preparation:

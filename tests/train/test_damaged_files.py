@@ -116,3 +116,46 @@ def test_metrics_with_a_damaged_last_line_name_their_file(tmp_path, last):
     (tmp_path / "metrics.csv").write_text(f"epoch,train_loss\n1,0.5\n{last}\n")
     with pytest.raises(TrainError, match=r"metrics\.csv is truncated, corrupted or no metrics"):
         compare.table([tmp_path])
+
+
+@pytest.mark.parametrize(("name", "value"), [("test_accuracy", "high"), ("train_seconds", [1])])
+def test_a_summary_whose_figures_are_none_names_its_file(tmp_path, name, value):
+    from fusedmlp.train import compare
+
+    config = TrainConfig(dataset="synthetic").to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "summary.json").write_text(json.dumps({"epochs": 1, name: value}))
+    with pytest.raises(TrainError, match=rf"summary\.json is .*\({name} must be a number, got"):
+        compare.table([tmp_path])
+
+
+DAMAGED = {
+    "no_scaling": (lambda about: about["data"].pop("target_scaling"), "KeyError: target_scaling"),
+    "classes": (lambda about: about["data"].update(classes=["a"]), "classes must be 3 names"),
+    "image": (lambda about: about["data"].update(image_shape=[2, 3]), "two sizes of 4 pixels"),
+    "name": (lambda about: about["data"].update(name=None), "name must be a word, got None"),
+    "no_model": (lambda about: about.update(model=3), "AttributeError"),
+    "huge": (lambda about: about["model"].update(dims=[4, 10**9, 3]), "needs more weights than"),
+    "activation": (lambda about: about["model"].update(activation="a"), "a"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_what_a_model_says_of_itself_is_checked(tmp_path, case):
+    import fusedmlp
+    from fusedmlp.train import run_folder
+
+    change, message = DAMAGED[case]
+    model = fusedmlp.FusedMLP(4, [5], 3)
+    data = {"name": "made", "classes": ["a", "b", "c"], "image_shape": None, "preparation": None}
+    data |= {"scaling": {"divisor": 1.0}, "target_scaling": None}
+    shape = {"kind": "FusedMLP", "dims": [4, 5, 3], "activation": "relu", "dropout": [0.0]}
+    about = {"model": shape, "data": data}
+    (tmp_path / "config.json").write_text(json.dumps(TrainConfig(dataset="synthetic").to_dict()))
+    (tmp_path / "model.safetensors").write_bytes(run_folder.model_bytes(model, about))
+    assert inference.load(tmp_path).classes == ["a", "b", "c"]
+    change(about)
+    (tmp_path / "model.safetensors").write_bytes(run_folder.model_bytes(model, about))
+    with pytest.raises(TrainError) as error:
+        inference.load(tmp_path)
+    assert str(tmp_path) in str(error.value) and message in str(error.value)
