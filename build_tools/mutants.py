@@ -264,8 +264,12 @@ def run(tree: Tree, mutant: Mutant, tests: list[str], budget: float = 40) -> dic
     if found is None:
         found = _with_tests(tree, mutant, tests, budget)
     if found["outcome"] == "survived" and mutant.key in EQUIVALENT:
-        found |= {"outcome": "equivalent", "why": EQUIVALENT[mutant.key]}
+        found |= _equivalent(mutant)
     return mutant.row | found | {"seconds": round(time.monotonic() - start)}
+
+
+def _equivalent(mutant: Mutant) -> dict:
+    return {"outcome": "equivalent", "why": EQUIVALENT[mutant.key]}
 
 
 def _with_tests(tree: Tree, mutant: Mutant, tests: list[str], budget: float) -> dict:
@@ -361,7 +365,10 @@ def main(argv: list[str] | None = None) -> int:
         for mutant in wanted:
             tests = kinds[mutant.kind].tests_of(mutant.file)
             tests = shlex.split(args.tests) if args.tests else tests
-            row = run(tree, mutant, tests, args.budget)
+            if args.again and mutant.key in EQUIVALENT:
+                row = known[mutant.key] | _equivalent(mutant)
+            else:
+                row = run(tree, mutant, tests, args.budget)
             if args.again and row["outcome"] == "killed":
                 row["by a new test"] = True
             results.add(row, columns=COLUMNS)
