@@ -13,7 +13,8 @@ CLANG  = $(shell PATH="$(VENV)/bin:$$PATH" command -v clang-format)
 CSRC   = $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h tests/ptx/*.cpp tests/ptx/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test sanitize train lint format bench kernels evidence semantics faults readme release gpu verify info clean
+.PHONY: help setup test sanitize mutants fuzz train lint format bench kernels evidence semantics faults readme release \
+        gpu verify info clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +30,12 @@ test: setup lint  ## lint, then every test that this machine can run; ARGS go to
 
 sanitize: setup  ## drive the C++ core from real threads under ThreadSanitizer, AddressSanitizer and UBSan; ARGS: --only, --seed, --rounds
 	$(PY) -m build_tools.sanitize $(ARGS)
+
+mutants: setup  ## break one line at a time, at random, and see that a test fails; ARGS: --seed, --kind, --count, --again
+	$(PY) -m build_tools.mutants $(ARGS)
+
+fuzz: setup  ## feed damaged files to every reader and words to the command; ARGS: --seconds, --seed, --only
+	$(PY) -m build_tools.fuzz $(ARGS)
 
 train: setup  ## train the first MLP on Fashion-MNIST, or on digits without a network; ARGS go to fusedmlp train
 	$(VENV)/bin/fusedmlp train --dataset auto $(ARGS)

@@ -345,44 +345,15 @@ def _never_slower_table(rows: list[dict]) -> str:
     return f"{totals}\nThe {len(shown)} lowest:\n\n{worst}"
 
 
-def _installs_table(rows: list[dict]) -> str:
-    """A line for each environment that the package was installed in."""
-    is_there = {True: "yes", False: "no"}
-    columns: Columns = {
-        "row": at("row"),
-        "Python": at("python"),
-        "torch": at("torch"),
-        "installed from": at("source"),
-        "compiler": lambda r: re.sub(r"\(.*?\) ?| version", "", r["compiler"]),
-        "nvcc": lambda r: is_there[r["nvcc"]],
-        "Triton": lambda r: is_there.get(r["triton"] or False, r["triton"]),
-        "C++ part": lambda r: is_there.get(r["cpu"]),
-        "CUDA part": lambda r: " ".join(r["archs"]) if r["cuda"] else is_there.get(r["cuda"]),
-        "result": at("result"),
-        "cases of verify": at("verified"),
-        "tests passed": lambda r: r.get("tests", {}).get("passed"),
-        "skipped": lambda r: r.get("tests", {}).get("skipped"),
-        "seconds": at("seconds"),
-    }
-    return markdown(columns, rows, 10)
-
-
-def _faults_table(rows: list[dict]) -> str:
-    names = ("fault", "wanted", "injected", "survived", "failed")
-    return markdown({name: at(name) for name in names}, rows, 2)
-
-
 # By the name of a results file; every other file is a plain table.
 OF_FILE = {
     "engine_step": _engine_table,
     "saved_bytes": _saved_bytes_table,
     "crossval": _crossval_table,
     "never_slower": _never_slower_table,
-    "faults": _faults_table,
     "kernels": _triton_table,
     "cuda_kernels": _cuda_table,
     "dropout_instructions": _dropout_table,
-    "installs": _installs_table,
 }
 
 

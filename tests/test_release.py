@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 
-from bench import tables
+from bench import check_tables
 from build_tools import matrix, release
 from build_tools.matrix import ROWS, Failed, Row
 
@@ -128,8 +128,8 @@ def test_the_table_shows_what_was_there_and_what_came_of_it():
     ran |= {"cuda": True, "archs": ["9.0"], "verified": 700, "tests": {"passed": 5}}
     missing = {"row": 2, "python": "3.14", "torch": "newest", "source": "sdist", "nvcc": False}
     missing |= {"compiler": "none", "triton": True, "cpu": None, "cuda": None, "seconds": 1}
-    lines = tables.of_file(
-        "installs", [ran | {"result": "passed"}, missing | {"result": "not run: no 3.14"}]
+    lines = check_tables.OF_FILE["installs"](
+        [ran | {"result": "passed"}, missing | {"result": "not run: no 3.14"}]
     ).splitlines()
     first = "| 1 | 3.11.7 | 2.11.0+cu130 | sdist | g++ 12.2.0 | yes | no | yes | 9.0 | passed | 700"
     assert lines[2].startswith(first)
