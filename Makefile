@@ -13,7 +13,7 @@ CLANG  = $(shell PATH="$(VENV)/bin:$$PATH" command -v clang-format)
 CSRC   = $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h tests/ptx/*.cpp tests/ptx/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test sanitize train lint format bench kernels evidence semantics readme gpu verify info clean
+.PHONY: help setup test sanitize train lint format bench kernels evidence semantics numerics readme gpu verify info clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -54,6 +54,9 @@ evidence: setup  ## count what each GPU kernel did in the tests without a GPU, f
 
 semantics: setup  ## run what Triton makes of each GPU kernel on the CPU, in .venv-semantics (Python 3.12, 5 GB)
 	$(PY) -m bench.semantics $(ARGS)
+
+numerics: setup  ## every case of the table on every backend and instruction set of this CPU, the same bits, and 2^31 elements
+	$(PY) -m bench.numerics $(ARGS)
 
 readme: setup  ## write the README's tables from the results files
 	$(PY) -m bench.report $(ARGS)
