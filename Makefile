@@ -13,8 +13,8 @@ CLANG  = $(shell PATH="$(VENV)/bin:$$PATH" command -v clang-format)
 CSRC   = $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h tests/ptx/*.cpp tests/ptx/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test sanitize mutants fuzz train lint format bench kernels evidence semantics faults readme release \
-        gpu verify info clean
+.PHONY: help setup test sanitize mutants fuzz train lint format bench kernels evidence semantics numerics faults readme \
+        release gpu verify info clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -61,6 +61,9 @@ evidence: setup  ## count what each GPU kernel did in the tests without a GPU, f
 
 semantics: setup  ## run what Triton makes of each GPU kernel on the CPU, in .venv-semantics (Python 3.12, 5 GB)
 	$(PY) -m bench.semantics $(ARGS)
+
+numerics: setup  ## every case of the table on every backend and instruction set of this CPU, the same bits, and 2^31 elements
+	$(PY) -m bench.numerics $(ARGS)
 
 faults: setup  ## inject faults (kills, full disks, no memory, damaged files) and count what survives; ARGS: --few, --only, --seed
 	$(PY) -m bench.faults $(or $(ARGS),--out bench/results/faults.json)

@@ -7,11 +7,13 @@ FUSEDMLP_CPU_ISA that does not exist.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import json
 import logging
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -64,6 +66,26 @@ def bf16_isa() -> str:
     """The instruction set of the training engine's products in bf16, or "" where there is none.
     The extension for the CPU can be opened."""
     return _answer(library("cpu"), "fusedmlp_bf16_isa")
+
+
+@contextlib.contextmanager
+def instruction_set(name: str) -> Iterator[bool]:
+    """Inside, the highest instruction set of all threads is this one instead of the one that was
+    asked for; whether the processor has it. For tests: calls that are under way may use either."""
+    change = ctypes.CDLL(str(library("cpu"))).fusedmlp_set_cpu_isa
+    try:
+        yield bool(change(name.encode()))
+    finally:
+        change(None)
+
+
+def cpu_isas() -> list[str]:
+    """The instruction sets that the ops can use on this processor, from the lowest up."""
+    found = []
+    for name in environment.CHOICES["FUSEDMLP_CPU_ISA"]:
+        with instruction_set(name):
+            found += [name] if cpu_isa() == name else []
+    return found
 
 
 def _lacks(device_type: str) -> list[str]:
