@@ -6,6 +6,7 @@ EXTRAS  ?= all,test
 WORKERS ?= auto
 ARGS    ?=
 RESULTS ?= bench/results/gpu
+DATA    ?= $(FUSEDMLP_DATA)
 PART    ?= all
 
 PY     = $(VENV)/bin/python
@@ -14,7 +15,7 @@ CSRC   = $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test sanitize mutants fuzz train lint format bench kernels evidence semantics numerics faults readme \
-        release gpu verify info clean
+        figures release gpu verify info clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -67,6 +68,22 @@ numerics: setup  ## every case of the table on every backend and instruction set
 
 faults: setup  ## inject faults (kills, full disks, no memory, damaged files) and count what survives; ARGS: --few, --only, --seed
 	$(PY) -m bench.faults $(or $(ARGS),--out bench/results/faults.json)
+
+figures: setup  ## measure all that README and docs show, on a quiet machine, in some hours; DATA=folder of Fashion-MNIST
+	@test -n "$(DATA)" || { echo 'figures: DATA must be a folder with Fashion-MNIST' >&2; exit 2; }
+	$(PY) -m bench.saved_bytes
+	$(PY) -m bench.kernels --dropout-instructions --out bench/results/dropout_instructions.json
+	$(PY) -m bench.run --suite cpu --group step elementwise --threads 2 --budget 0.4 --out bench/results/cpu.json
+	$(PY) -m bench.run --suite grid --threads 2 --budget 0.5 --out bench/results/cpu_grid.json
+	$(PY) -m bench.steps --threads 2 --busy 0 1 2 --out bench/results/engine_step.json
+	$(PY) -m bench.steps --group batch width depth threads ensemble --threads 1 2 --out bench/results/engine_scaling.json
+	$(PY) -m bench.steps --group rivals --threads 2 --busy 0 1 2 --out bench/results/rivals.json
+	rm -f bench/results/never_slower.json bench/results/tabular.json
+	$(PY) -m bench.never_slower --threads 2 --nets 300 --seed 7 --out bench/results/never_slower.json
+	$(PY) -m bench.crossval --data-dir "$(DATA)" --threads 2 --rounds 5
+	$(PY) -m bench.train --data-dir "$(DATA)" --threads 2 --part time seeds parity
+	$(PY) -m bench.tabular
+	$(PY) -m bench.report
 
 readme: setup  ## write the README's tables from the results files
 	$(PY) -m bench.report $(ARGS)

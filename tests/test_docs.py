@@ -230,6 +230,16 @@ def test_the_readme_lists_every_environment_variable():
     assert not missing
 
 
+def test_every_test_that_guards_against_a_fault_exists():
+    named = re.findall(
+        r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / "docs" / "found.md").read_text()
+    )
+    assert len(named) > 20
+    for file, test in named:
+        text = (ROOT / file).read_text()
+        assert not test or f"def {test}(" in text, f"{file}::{test}"
+
+
 def _write() -> None:
     for page, parts in _parts().items():
         path = ROOT / "docs" / page
