@@ -6,7 +6,8 @@ bits. A GPU's cases are run there by `fusedmlp verify --full`.
 
 Parts: `table`, every case on every backend and instruction set; `interpreter`, a spread of them on
 Triton's interpreter; `bits`, the same bits in other circumstances; `large`, tensors of more than
-2^31 elements, for which 13 GiB of memory must be free. Exits with 1 where anything is wrong.
+2^31 elements, for which 13 GiB of memory must be free; `dropout`, mean and correlations of 2^28
+draws, and masks with known faults, which they must find. Exits with 1 where anything is wrong.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from fusedmlp.backends import native
 from fusedmlp.commands import cases, repeats, verify
 from fusedmlp.ops import BY_BACKEND
 from fusedmlp.spec import activations, dtypes, philox
+from tests import mask_statistics
 
 from . import record
 
@@ -193,7 +195,32 @@ def _available() -> int:
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
-PARTS = {"table": table, "interpreter": interpreter, "bits": bits, "large": large}
+_SIDE = 1 << 14  # rows and columns of 2^28 draws
+
+
+def dropout() -> Iterator[dict]:
+    row = {"part": "dropout", "backend": f"native {native.cpu_isa()}", "op": "bias_act_dropout"}
+    row |= {"dtype": "bf16", "cases": mask_statistics.LOOKS}
+    masks = {}
+    for p in (0.001, 0.05, 0.1, 0.3, 0.5, 0.9):
+        with FF.dropout_state(torch.tensor([verify.SEED, verify.STREAM])):
+            x = torch.ones(_SIDE, _SIDE, dtype=torch.bfloat16)
+            masks[p] = FF.bias_act_dropout(x, p=p, backend="native") != 0
+        found = mask_statistics.suspicious(masks[p], philox.threshold_and_scale(p)[1], p)
+        what = f"{_SIDE * _SIDE} draws of p = {p}"
+        yield row | {"what": what, "wrong": len(found), "error": ", ".join(found)}
+        masks = {0.1: masks[0.1]} if 0.1 in masks else {}
+    for what, sign, keep in (
+        ("a threshold of one byte is found", "mean", mask_statistics.byte_wide(_SIDE, _SIDE, 0.1)),
+        ("rows that repeat are found", "lag (32, 0)", mask_statistics.repeating(masks[0.1])),
+    ):
+        found = mask_statistics.suspicious(keep, 1 / 0.9, 0.1)
+        yield row | {"what": what, "wrong": int(sign not in found), "error": ""}
+
+
+PARTS = {
+    "table": table, "interpreter": interpreter, "bits": bits, "large": large, "dropout": dropout,
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

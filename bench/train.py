@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedmlp.train import TrainConfig, build, engines, fit
-from fusedmlp.train.data import datasets, images, types
+from fusedmlp.train.data import datasets, defaults, images, types
 
 from . import record, rivals, timing, ways
 from .ways import Network
@@ -314,7 +314,7 @@ def parity_rows(job: Job, data: types.Data, at: list[int], seeds: int) -> list[d
 
 def _errors(job: Job, data: types.Data, at: list[int]) -> Iterator[tuple[int, list[Tensor]]]:
     """(steps, [ours, PyTorch's]): differences from fp64 of all parameters."""
-    case, config = job.network(data), job.config
+    case, config = job.network(data), defaults.resolved(job.config, data)
     net = build.build_network(config, data).to(data.x_train.device)
     truth, plain = (
         ways.Masked(case, data, dtype, net, config.seed) for dtype in (torch.float64, torch.float32)

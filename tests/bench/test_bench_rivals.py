@@ -175,6 +175,15 @@ def test_resuming_adds_a_way_to_the_table(tmp_path):
     assert text.index("--threads 2`") < text.index("--ways JAX --resume`")
 
 
+def test_the_distance_from_fp64_beside_that_of_pytorch():
+    job = train.jobs(None, 1, "cpu")[0]
+    data = ways.noise(600, 100)
+    one, two = train.parity_rows(job, data, [1, 2], seeds=2)
+    assert (one["steps"], two["steps"]) == (1, 2)
+    for row in (one, two):
+        assert 0 < row["max error"] < 1e-6 and row["RMS ratio"][0] <= 2
+
+
 def test_busy_programs_spin_until_the_end(monkeypatch):
     started, start = [], subprocess.Popen
     monkeypatch.setattr(

@@ -1,13 +1,13 @@
 """The dropout contract: known answers, statistics that catch known bugs, independence of layout."""
 
-import math
-
 import pytest
 import torch
 
 import fusedmlp
 import fusedmlp.functional as FF
 from fusedmlp.spec import philox
+
+from .. import mask_statistics
 
 # Known answers of Philox 4x32-10, published with Random123 (kat_vectors): counter, key, words.
 RANDOM123 = [
@@ -64,46 +64,21 @@ def test_threshold_and_scale_come_from_one_rounding_each(p):
 # --- statistics ---------------------------------------------------------------------------------
 
 
-def _scaled_mean(keep: torch.Tensor, scale: float, p: float) -> float:
-    """Deviation of E[y] / x from 1, in standard errors."""
-    mean = keep.double().mean().item() * scale
-    return (mean - 1) / (math.sqrt(p * (1 - p) / keep.numel()) * scale)
-
-
-def _correlation(keep: torch.Tensor, rows: int, columns: int, p: float) -> float:
-    """Correlation of the mask with itself, shifted by (rows, columns), in standard errors."""
-    k = keep.double() - (1 - p)
-    a, b = k[rows:, columns:], k[: k.shape[0] - rows, : k.shape[1] - columns]
-    return (a * b).sum().item() / (p * (1 - p) * math.sqrt(a.numel()))
-
-
-LAGS = [(0, c) for c in range(1, 9)] + [(r, 0) for r in (1, 2, 8, 16, 31, 32, 33, 64)] + [(1, 1)]
-
-
-def _suspicious(keep: torch.Tensor, scale: float, p: float) -> list[str]:
-    """What is wrong with a mask at five standard errors, the threshold for 18 looks."""
-    found = [] if abs(_scaled_mean(keep, scale, p)) < 5 else ["mean"]
-    return found + [f"lag {lag}" for lag in LAGS if abs(_correlation(keep, *lag, p)) >= 5]
-
-
 @pytest.mark.parametrize("p", [0.001, 0.05, 0.1, 0.3, 0.5, 0.9])
 def test_mask_is_unbiased_and_uncorrelated(p):
     keep = philox.dropout_mask(20, 22, 4096, 1024, p)
-    assert _suspicious(keep, philox.threshold_and_scale(p)[1], p) == []
+    assert mask_statistics.suspicious(keep, philox.threshold_and_scale(p)[1], p) == []
 
 
 def test_a_mask_with_a_byte_wide_threshold_is_caught():
-    """Negative control, shipped by a well-known library: dropped below floor(256 p) / 256."""
-    p = 0.1
-    byte = philox.windows(torch.tensor([20, 22]), 0, 4096, 1024) >> 24
-    assert "mean" in _suspicious(byte >= math.floor(256 * p), 1 / (1 - p), p)
+    keep, p = mask_statistics.byte_wide(4096, 1024, 0.1), 0.1
+    assert "mean" in mask_statistics.suspicious(keep, 1 / (1 - p), p)
 
 
 def test_a_mask_that_repeats_every_32_rows_is_caught():
-    """Negative control, shipped by a well-known library: the row block is not in the counter."""
     p = 0.1
-    keep = philox.dropout_mask(20, 22, 32, 1024, p).repeat(128, 1)
-    assert "lag (32, 0)" in _suspicious(keep, philox.threshold_and_scale(p)[1], p)
+    keep = mask_statistics.repeating(philox.dropout_mask(20, 22, 4096, 1024, p))
+    assert "lag (32, 0)" in mask_statistics.suspicious(keep, philox.threshold_and_scale(p)[1], p)
 
 
 # --- seeds --------------------------------------------------------------------------------------
