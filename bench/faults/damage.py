@@ -147,16 +147,16 @@ def _spoilt(content: bytes, dice: random.Random) -> tuple[str, bytes]:
 def files(place: Path, dice: random.Random, count: int) -> Iterator[str | None]:
     """Every kind of file but the extension."""
     made = readers(place)
-    for name, reader in made.items():
-        content = reader.path.read_bytes()
-        wanted = child.run(reader.read, place, child.HANGS).result
-        if wanted is None:
-            raise RuntimeError(f"faults: a whole {name} could not be read")
-        for _ in range(max(1, count // len(made))):
+    wanted = {name: child.run(reader.read, place).result for name, reader in made.items()}
+    if absent := [name for name, found in wanted.items() if found is None]:
+        raise RuntimeError(f"faults: whole files could not be read: {', '.join(absent)}")
+    for _ in range(max(1, count // len(made))):
+        for name, reader in made.items():
+            content = reader.path.read_bytes()
             how, spoilt = _spoilt(content, dice)
             reader.path.write_bytes(spoilt)
-            yield _wrong(f"{name}, {how}", reader, place, wanted)
-        reader.path.write_bytes(content)
+            yield _wrong(f"{name}, {how}", reader, place, wanted[name])
+            reader.path.write_bytes(content)
 
 
 def _wrong(which: str, reader: Reader, place: Path, wanted) -> str | None:
