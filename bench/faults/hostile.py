@@ -178,7 +178,7 @@ def cases(place: Path) -> Iterator[tuple[str, Path, Callable[[], object]]]:
     csv = place / "bad.csv"
     table = lambda: datasets.read(TrainConfig(dataset=str(csv), target="a", val_split=0.0))  # noqa: E731
     for name, text in {
-        "200,000 columns": "a" + "".join(f",c{i}" for i in range(200_000)) + "\n1\n",
+        "20,000 columns": "a" + "".join(f",c{i}" for i in range(20_000)) + "\n1\n",
         "one cell of 20 MB": "a,b\n1," + "x" * 20_000_000 + "\n",
         "only separators": "a,b\n" + "," * 2_000_000 + "\n",
         "only quotes": 'a,b\n"' + '""' * 1_000_000 + "\n",

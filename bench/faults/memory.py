@@ -98,23 +98,21 @@ def native_allocations(place: Path, dice: random.Random, count: int) -> Iterator
     """Each allocation of the extension's code and of tensors in turn."""
     runs.make_data(place)
     library = native.library("cpu")
-    works = _works(place)
-    for name, work in works.items():
+    works, wanted, cases = _works(place), {}, []
 
-        def faulty(n: int, work=work):
-            assert native.unavailable("cpu") is None, native.unavailable("cpu")
-            return _outcome(work, inject.memory(n, library), place)
+    def faulty(name: str, n: int):
+        assert native.unavailable("cpu") is None, native.unavailable("cpu")
+        return _outcome(works[name], inject.memory(n, library), place)
 
-        whole = child.run(lambda: faulty(inject.NEVER), place, child.HANGS)
+    for name in works:
+        whole = child.run(lambda: faulty(name, inject.NEVER), place)  # noqa: B023
         if whole.result is None or whole.result[0] or whole.result[1]:
             raise RuntimeError(f"faults: {name} without a fault has failed: {whole}")
-        _, _, number, wanted = whole.result
-        share = max(1, count // len(works))
-        numbers = range(1, number + 1)
-        for n in sorted(dice.sample(numbers, min(share, number))):
-            ended = child.run(lambda n=n: faulty(n), place, child.HANGS)
-            which = f"{name}, allocation {n} of {number}"
-            yield _judged(which, ended, wanted)
+        _, _, number, wanted[name] = whole.result
+        cases += [(name, n, number) for n in range(1, number + 1)]
+    for name, n, number in dice.sample(cases, min(count, len(cases))):
+        ended = child.run(lambda: faulty(name, n), place)  # noqa: B023
+        yield _judged(f"{name}, allocation {n} of {number}", ended, wanted[name])
 
 
 def python_allocations(place: Path, dice: random.Random, count: int) -> Iterator[str | None]:

@@ -34,7 +34,7 @@ def faults(*words, code: str = "", **environment: str) -> subprocess.CompletedPr
 
 @needs_native
 def test_a_few_faults_of_each_kind_are_survived(tmp_path):
-    done = faults("--few", "--out", tmp_path / "faults.json")
+    done = faults("--few", "--jobs", 2, "--out", tmp_path / "faults.json")
     found = record.read(tmp_path / "faults.json")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"seed {found['seed']}" in done.stdout
@@ -55,9 +55,10 @@ r.whole_file = plain
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "count", "code"),
-    [("damage", 160, UNCHECKED), ("killed-writing", 40, HALF_WRITTEN)],
+    [("damage", 160, UNCHECKED), ("killed-writing", 12, HALF_WRITTEN)],
     ids=["no checksum", "files in place"],
 )
 def test_the_tool_sees_what_does_not_survive(kind, count, code, tmp_path):

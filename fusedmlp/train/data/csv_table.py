@@ -8,7 +8,7 @@ import codecs
 import csv
 import warnings
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import islice
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from .columns import MISSING, is_number
 
 SEPARATORS = ",;\t|"
 _SAMPLE_ROWS = 20  # rows from which the separator is found
+_LONG_LINE = 1 << 16  # bytes
 
 
 class CsvTable:
@@ -57,6 +58,15 @@ class CsvTable:
                 return "cp1252"
         return "utf-8-sig"
 
+    def _has_long_line(self) -> bool:
+        longest = length = 0
+        with open(self.path, "rb") as file:
+            while block := file.read(1 << 20):
+                first, *rest = map(len, block.split(b"\n"))
+                longest = max(longest, length + first, *rest)
+                length = rest[-1] if rest else length + first
+        return longest > _LONG_LINE
+
     def _open(self):
         errors = "replace" if self.encoding == "cp1252" else "strict"
         return open(self.path, newline="", encoding=self.encoding, errors=errors)
@@ -93,6 +103,10 @@ class CsvTable:
         numbers = range(len(self.names))
         as_text = {i for i in numbers if self.names[i] in text}
         with _file_errors(self.path), warnings.catch_warnings():
+            if self._has_long_line():
+                # pandas makes a column of each cell of a row that is too long: a KB of each byte.
+                with suppress(csv.Error):
+                    self.check_lengths()
             # pandas warns of rows that are too long.
             warnings.simplefilter("error", pd.errors.ParserWarning)
             try:
@@ -104,7 +118,10 @@ class CsvTable:
                     index_col=False,
                     skiprows=self.skipped,
                     keep_default_na=False,
-                    na_values={i: [] if i in as_text else list(MISSING) for i in numbers},
+                    # For all columns at once where it can be: of each it keeps two sets.
+                    na_values={i: [] if i in as_text else list(MISSING) for i in numbers}
+                    if as_text
+                    else list(MISSING),
                     dtype=dict.fromkeys(as_text, str),
                     skipinitialspace=True,
                     low_memory=False,  # else a column gets a type for each piece of the file
