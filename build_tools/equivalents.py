@@ -22,4 +22,9 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "uint64_t divisor = 1;",
         "uint64_t divisor = 0;",
     ): "Every Divider that a kernel uses has been assigned by its launcher.",
+    (
+        "fusedmlp/train/data/datasets.py",
+        "def read(config: TrainConfig, frame=None, several: bool = False) -> Data:",
+        "def read(config: TrainConfig, frame=None, several: bool = True) -> Data:",
+    ): "The one caller that leaves it out holds out nothing, which is all that it decides over.",
 }

@@ -286,6 +286,11 @@ def test_cross_entropy_is_that_of_torch(shape, smoothing, machine):
     torch.testing.assert_close(dx, gradient, rtol=1e-5, atol=1e-7)
 
 
+def test_cross_entropy_of_no_rows_is_no_error():
+    losses, dx = launchers.cross_entropy(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64))
+    assert losses.shape == (0,) and dx.shape == (0, 5)
+
+
 def test_cross_entropy_of_infinite_logits_and_of_unknown_targets():
     x = torch.tensor([[1.0, -torch.inf, 2.0], [1e4, -1e4, 0.0], [1.0, 2.0, 3.0], [0.0, 0.0, 0.0]])
     losses, dx = launchers.cross_entropy(x, torch.tensor([0, 0, 3, -1]))
