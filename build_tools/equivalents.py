@@ -22,4 +22,19 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "uint64_t divisor = 1;",
         "uint64_t divisor = 0;",
     ): "Every Divider that a kernel uses has been assigned by its launcher.",
+    (
+        "fusedmlp/train/data/datasets.py",
+        "def read(config: TrainConfig, frame=None, several: bool = False) -> Data:",
+        "def read(config: TrainConfig, frame=None, several: bool = True) -> Data:",
+    ): "The one caller that leaves it out holds out nothing, which is all that it decides over.",
+    (
+        "fusedmlp/backends/triton/mlp.py",
+        "for kind, y in zip(kinds, ys, strict=True)",
+        "for kind, y in zip(kinds, ys, strict=False)",
+    ): "Both lists have an element for each layer.",
+    (
+        "fusedmlp/train/commands.py",
+        "debug: bool = False",
+        "debug: bool = True",
+    ): "The parsed value is not read: whether --debug was given is seen in the words.",
 }

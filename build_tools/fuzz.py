@@ -24,7 +24,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .fuzz_inputs import READERS, changed
+from .fuzz_changes import changed
+from .fuzz_readers import READERS
 from .toolchain import ROOT
 
 RESULTS = ROOT / "bench" / "results" / "fuzz.json"

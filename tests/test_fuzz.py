@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from build_tools import fuzz, fuzz_inputs
+from build_tools import fuzz, fuzz_changes, fuzz_readers
 from fusedmlp.train import TrainError
 from fusedmlp.train.errors import UsageError
 
@@ -21,13 +21,13 @@ def test_no_damaged_file_ends_in_anything_but_one_message():
     command = [sys.executable, "-m", "build_tools.fuzz", "--seconds", "15", "--seed", "16"]
     done = subprocess.run(command, cwd=made_data.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    for name in fuzz_inputs.READERS:
+    for name in fuzz_readers.READERS:
         assert f"\n{name}: " in done.stdout
     assert "\nfuzz: seed 16: " in done.stdout and " 0 findings" in done.stdout
 
 
 def reader(read, **more):
-    return fuzz_inputs.Reader(lambda folder: [b"12345678"], fuzz_inputs._file("f"), read, **more)
+    return fuzz_readers.Reader(lambda folder: [b"12345678"], fuzz_readers._file("f"), read, **more)
 
 
 PLANTED = {
@@ -46,11 +46,11 @@ PLANTED = {
 def test_what_is_wrong_with_a_reader_is_found(case, tmp_path):
     """In a process of its own, as it limits memory."""
     code = (
-        "import sys; from pathlib import Path; from build_tools import fuzz, fuzz_inputs;"
+        "import sys; from pathlib import Path; from build_tools import fuzz, fuzz_readers;"
         "from tests import test_fuzz; fuzz.LIMIT_S = 1; fuzz.FOUND = Path(sys.argv[2]) / 'found';"
         "read = test_fuzz.PLANTED[sys.argv[1]][0]; fuzz.ROOT = Path(sys.argv[2]);"
         "first = iter([True]);"
-        "fuzz_inputs.READERS['planted'] = test_fuzz.reader("
+        "fuzz_readers.READERS['planted'] = test_fuzz.reader("
         "lambda path: None if next(first, False) else read(path));"
         "print(*fuzz.fuzz('planted', 1, 1, Path(sys.argv[2])).findings)"
     )
@@ -77,7 +77,7 @@ def test_inputs_that_reach_new_lines_are_kept_and_others_are_not():
             sys.settrace(None)
         return reached.new
 
-    call = lambda: list(map(str, fuzz_inputs.NUMBERS))  # noqa: E731
+    call = lambda: list(map(str, fuzz_changes.NUMBERS))  # noqa: E731
     assert not run(call)  # none of the package
     inside = lambda: schedule.__dict__ and TrainErrorLine()  # noqa: E731
     assert run(inside) and not run(inside)
@@ -90,11 +90,11 @@ def TrainErrorLine():
 
 
 def test_the_same_seed_makes_the_same_inputs():
-    kinds = [fuzz_inputs.READERS[name] for name in ("csv", "measured.json")]
+    kinds = [fuzz_readers.READERS[name] for name in ("csv", "measured.json")]
     for kind in kinds:
         seed = kind.seeds(None)[0]
         made = [
-            [fuzz_inputs.changed(pick, seed, [seed], kind) for _ in range(50)]
+            [fuzz_changes.changed(pick, seed, [seed], kind) for _ in range(50)]
             for pick in (random.Random(3), random.Random(3), random.Random(4))
         ]
         assert made[0] == made[1] != made[2]
@@ -102,12 +102,12 @@ def test_the_same_seed_makes_the_same_inputs():
 
 
 def test_json_stays_json_most_of_the_time():
-    kind, pick = fuzz_inputs.READERS["measured.json"], random.Random(0)
+    kind, pick = fuzz_readers.READERS["measured.json"], random.Random(0)
     seed = b'{"a": {"b": [1, 2.5, "c"]}, "d": null}'
     good = 0
     for _ in range(200):
         try:
-            json.loads(fuzz_inputs.changed(pick, seed, [seed], kind))
+            json.loads(fuzz_changes.changed(pick, seed, [seed], kind))
             good += 1
         except ValueError:
             pass

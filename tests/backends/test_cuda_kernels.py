@@ -264,7 +264,8 @@ def test_the_tensor_core_kernel_takes_what_it_can_and_nothing_else():
     assert not takes(m=4096, n=1024, k=1024)  # the library's
     # Sizes that an int can say; with no column of x the products are few.
     for size, can in ((2**31 - 1, True), (2**31, False)):
-        x, y = torch.zeros(1, 0, dtype=torch.bfloat16), torch.zeros(1, 1, dtype=torch.bfloat16)
+        y = torch.zeros(1, 8, dtype=torch.bfloat16)[:, :1]
+        x = y[:, :0]
         assert launchers.takes(x, x.expand(size, 0), y.expand(1, size)) is can
         assert launchers.takes(x.expand(size, 0), x, y.expand(size, 1)) is can
 
@@ -283,6 +284,11 @@ def test_cross_entropy_is_that_of_torch(shape, smoothing, machine):
     losses, dx = launchers.cross_entropy(x.detach(), target, smoothing, grad_scale=0.25)
     torch.testing.assert_close(losses, expected.detach())
     torch.testing.assert_close(dx, gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_cross_entropy_of_no_rows_is_no_error():
+    losses, dx = launchers.cross_entropy(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64))
+    assert losses.shape == (0,) and dx.shape == (0, 5)
 
 
 def test_cross_entropy_of_infinite_logits_and_of_unknown_targets():

@@ -125,3 +125,8 @@ def test_unknown_words_have_a_number_of_their_own():
     column = columns.Column("c", "words", ("f", "m"))
     found = columns.encode(column, pd.Series(["m", "x", None]), "new.csv")
     np.testing.assert_array_equal(found, [1, columns.UNKNOWN, NAN])
+
+
+def test_complex_numbers_are_no_column():
+    with pytest.raises(TrainError, match="column 'c' must hold numbers or words, got complex128"):
+        _read([1j, 2.0, 3.0, 4.0])

@@ -130,7 +130,7 @@ def test_a_summary_whose_figures_are_none_names_its_file(tmp_path, name, value):
 
 
 DAMAGED = {
-    "no_scaling": (lambda about: about["data"].pop("target_scaling"), "KeyError: target_scaling"),
+    "no_scaling": (lambda about: about["data"].pop("target_scaling"), "KeyError: 'target_scaling'"),
     "classes": (lambda about: about["data"].update(classes=["a"]), "classes must be 3 names"),
     "image": (lambda about: about["data"].update(image_shape=[2, 3]), "two sizes of 4 pixels"),
     "name": (lambda about: about["data"].update(name=None), "name must be a word, got None"),
@@ -159,3 +159,11 @@ def test_what_a_model_says_of_itself_is_checked(tmp_path, case):
     with pytest.raises(TrainError) as error:
         inference.load(tmp_path)
     assert str(tmp_path) in str(error.value) and message in str(error.value)
+
+
+def test_a_parquet_file_without_rows(tmp_path):
+    pd = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    pd.DataFrame({"a": [1.0], "y": ["x"]})[:0].to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(TrainError, match=r"a\.parquet must have rows, got none"):
+        load(tmp_path / "a.parquet")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fusedmlp.train import TrainError
+from fusedmlp.train.data import columns, frame_target
 from fusedmlp.train.data.frame_data import read_table
 
 from .. import made_data
@@ -145,3 +146,9 @@ def test_dates_are_no_target():
     frame = pd.DataFrame({"a": [1, 2], "y": pd.to_datetime(["2001-01-01", "2002-01-01"])})
     with pytest.raises(TrainError, match="'y' must hold numbers or words to predict, got dates"):
         read_table(frame, "y")
+
+
+def test_the_target_of_new_rows_is_kept_where_it_is_given():
+    column = columns.Column("y", "words", levels=("a", "b"))
+    y, kept = frame_target.encode_target(column, pd.Series(["b", "a", "", "b"]), "t.csv", "known")
+    assert y.tolist() == [1, 0, 1] and kept.tolist() == [True, True, False, True]

@@ -165,3 +165,9 @@ def test_pictures_of_any_numbers_can_be_drawn(rows, spread):
 def test_pictures_of_images_do_not_wait_for_scikit_learn():
     made = plots.run_pictures([], made_data.pictures(), None).keys()
     assert made == {"curves.png", "predictions.png", "confusion.png"}
+
+
+def test_the_axis_of_an_error_names_what_it_is_an_error_of():
+    line = made_data.line()
+    assert importance._axis_words(line, "RMSE rise") == "RMSE of y rises by"
+    assert importance._axis_words(line, "log loss rise") == "log loss rises by"
