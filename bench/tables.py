@@ -345,12 +345,34 @@ def _never_slower_table(rows: list[dict]) -> str:
     return f"{totals}\nThe {len(shown)} lowest:\n\n{worst}"
 
 
+def _numerics_table(rows: list[dict]) -> str:
+    """A line for each backend, op and what was asked of it; dtypes and circumstances together."""
+    asked = {
+        "table": "within the budget",
+        "interpreter": "within the budget, a spread",
+        "bits": "the same bits",
+        "large": "equal, more than 2^31 elements",
+    }
+    lines = []
+    for part in by(rows, "part", "backend", "op"):
+        first = part[0]
+        dtypes = ", ".join(dict.fromkeys(row["dtype"] for row in part))
+        line = {"backend": first["backend"], "op": first["op"], "dtypes": dtypes}
+        line |= {"asked": asked[first["part"]], "cases": sum(row["cases"] for row in part)}
+        line["of these on integers, equal"] = sum(row.get("equal", 0) for row in part) or None
+        budgets = [row["worst"] for row in part if "worst" in row]
+        line["most of the budget"] = f"{max(budgets):.2f}" if budgets else None
+        lines.append(line | {"wrong": sum(row["wrong"] for row in part)})
+    return markdown({name: at(name) for name in lines[0]}, lines, 4)
+
+
 # By the name of a results file; every other file is a plain table.
 OF_FILE = {
     "engine_step": _engine_table,
     "saved_bytes": _saved_bytes_table,
     "crossval": _crossval_table,
     "never_slower": _never_slower_table,
+    "numerics": _numerics_table,
     "kernels": _triton_table,
     "cuda_kernels": _cuda_table,
     "dropout_instructions": _dropout_table,
