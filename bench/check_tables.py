@@ -1,5 +1,5 @@
-"""The tables of what was done to the package to find faults: installs, injected faults, mutants and
-fuzzing."""
+"""The tables of what was done to the package to find faults: installs, injected faults, mutants,
+fuzzing and the table of cases."""
 
 from __future__ import annotations
 
@@ -69,10 +69,33 @@ def _fuzz_table(rows: list[dict]) -> str:
     return tables.markdown(columns, [*tables.by(rows, "reader"), every])
 
 
+def _numerics_table(rows: list[dict]) -> str:
+    """A line for each backend, op and what was asked of it; dtypes and circumstances together."""
+    asked = {
+        "table": "within the budget",
+        "interpreter": "within the budget, a spread",
+        "bits": "the same bits",
+        "large": "equal, more than 2^31 elements",
+        "dropout": "mean and correlations of 2^28 draws",
+    }
+    lines = []
+    for part in tables.by(rows, "part", "backend", "op"):
+        first = part[0]
+        dtypes = ", ".join(dict.fromkeys(row["dtype"] for row in part))
+        line = {"backend": first["backend"], "op": first["op"], "dtypes": dtypes}
+        line |= {"asked": asked[first["part"]], "cases": sum(row["cases"] for row in part)}
+        line["of these on integers, equal"] = sum(row.get("equal", 0) for row in part) or None
+        budgets = [row["worst"] for row in part if "worst" in row]
+        line["most of the budget"] = f"{max(budgets):.2f}" if budgets else None
+        lines.append(line | {"wrong": sum(row["wrong"] for row in part)})
+    return tables.markdown({name: tables.at(name) for name in lines[0]}, lines, 4)
+
+
 # By the name of a results file.
 OF_FILE = {
     "installs": _installs_table,
     "faults": _faults_table,
     "mutants": _mutants_table,
     "fuzz": _fuzz_table,
+    "numerics": _numerics_table,
 }

@@ -13,7 +13,16 @@ from bench import record
 
 OPTIONAL = (
     *("tyro", "rich", "matplotlib", "safetensors", "torchvision", "sklearn", "scipy", "pandas"),
-    *("hypothesis", "triton", "lightning", "skorch", "onnx", "onnxruntime", "onnxscript"),
+    *(
+        "hypothesis",
+        "expecttest",
+        "triton",
+        "lightning",
+        "skorch",
+        "onnx",
+        "onnxruntime",
+        "onnxscript",
+    ),
 )
 COLLECT = """
 import sys
