@@ -116,6 +116,8 @@ class Environment:
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "bin").mkdir(parents=True)
         self.variables = {k: v for k, v in os.environ.items() if not self.is_of_the_caller(k)}
+        # Threads that wait for each other take many times as long beside busy processes.
+        self.variables.setdefault("OMP_NUM_THREADS", "1")
         self.variables["PATH"] = f"{self.python.parent}:{folder / 'bin'}"
         if row.compiler:
             for name in (COMPILERS[row.compiler], "as", "ld"):
