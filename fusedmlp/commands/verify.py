@@ -37,10 +37,11 @@ def _finish(y: Tensor, leaves: dict[str, Tensor], dy: Tensor) -> dict[str, Tenso
 
 
 def leaves_of(
-    inputs: dict[str, Tensor], dtype: torch.dtype | None = None, needs: str = cases.NEEDS[0]
+    inputs: dict[str, Tensor], dtype: torch.dtype | None = None, needs: str | None = None
 ) -> dict[str, Tensor]:
+    """Copies that need a gradient: those that are named in needs, or all."""
     return {
-        name: t.detach().to(dtype or t.dtype).requires_grad_(name in needs.split())
+        name: t.detach().to(dtype or t.dtype).requires_grad_(needs is None or name in needs.split())
         for name, t in inputs.items()
         if name != "dy"
     }
