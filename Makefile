@@ -13,7 +13,8 @@ CLANG  = $(shell PATH="$(VENV)/bin:$$PATH" command -v clang-format)
 CSRC   = $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h tests/ptx/*.cpp tests/ptx/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test sanitize train lint format bench kernels evidence semantics faults readme gpu verify info clean
+.PHONY: help setup test sanitize mutants fuzz train lint format bench kernels evidence semantics numerics faults readme \
+        release gpu verify info clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +30,12 @@ test: setup lint  ## lint, then every test that this machine can run; ARGS go to
 
 sanitize: setup  ## drive the C++ core from real threads under ThreadSanitizer, AddressSanitizer and UBSan; ARGS: --only, --seed, --rounds
 	$(PY) -m build_tools.sanitize $(ARGS)
+
+mutants: setup  ## break one line at a time, at random, and see that a test fails; ARGS: --seed, --kind, --count, --again
+	$(PY) -m build_tools.mutants $(ARGS)
+
+fuzz: setup  ## feed damaged files to every reader and words to the command; ARGS: --seconds, --seed, --only
+	$(PY) -m build_tools.fuzz $(ARGS)
 
 train: setup  ## train the first MLP on Fashion-MNIST, or on digits without a network; ARGS go to fusedmlp train
 	$(VENV)/bin/fusedmlp train --dataset auto $(ARGS)
@@ -55,11 +62,18 @@ evidence: setup  ## count what each GPU kernel did in the tests without a GPU, f
 semantics: setup  ## run what Triton makes of each GPU kernel on the CPU, in .venv-semantics (Python 3.12, 5 GB)
 	$(PY) -m bench.semantics $(ARGS)
 
+numerics: setup  ## every case of the table on every backend and instruction set of this CPU, the same bits, and 2^31 elements
+	$(PY) -m bench.numerics $(ARGS)
+
 faults: setup  ## inject faults (kills, full disks, no memory, damaged files) and count what survives; ARGS: --few, --only, --seed
 	$(PY) -m bench.faults $(or $(ARGS),--out bench/results/faults.json)
 
 readme: setup  ## write the README's tables from the results files
 	$(PY) -m bench.report $(ARGS)
+
+release: setup  ## build the archives, check them, install them in fresh environments (20 GB); ARGS: --rows, --clang
+	@$(PY) -m uv --version >/dev/null 2>&1 || $(PY) -m pip install -q uv
+	$(PY) -m build_tools.release $(ARGS)
 
 gpu:  ## on an NVIDIA GPU, with PYTHON as it is, into RESULTS: PART=first (right?), measure, deep; REHEARSE=1 on a CPU
 	@PYTHON="$(PYTHON)" RESULTS="$(RESULTS)" REHEARSE="$(REHEARSE)" bash bench/gpu.sh $(PART)

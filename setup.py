@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import sys
@@ -185,7 +186,8 @@ class build_native(Command):
 
     def write_info(self, **found):
         info = dict(version=self.distribution.get_version(), torch=None, cuda=None, archs=[])
-        info |= dict(commit=None, compiler=None) | found
+        schemas = runpy.run_path(str(ROOT / "fusedmlp" / "backends" / "schemas.py"))
+        info |= dict(commit=None, compiler=None, schemas=schemas["digest"]()) | found
         if (ROOT / ".git").exists():
             info["commit"] = output_of("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
         self.folder().mkdir(parents=True, exist_ok=True)

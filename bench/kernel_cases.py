@@ -60,6 +60,8 @@ class Kernel:
             epilogue.bias_act_dropout_fwd(empty(m, n), e)
         elif self.op == "bias_act_dropout_bwd":
             epilogue.bias_act_dropout_bwd(empty(m, n), *back)
+        elif self.op == "bias_act_dropout_bwd without sums":
+            epilogue.bias_act_dropout_bwd(empty(m, n), *back[:3], False, False)
         elif self.op == "dropout":
             alone = Epilogue(None, None, state, 0, 0.0, *drop)
             epilogue.bias_act_dropout_fwd(empty(m, n), alone)
@@ -122,10 +124,13 @@ def _elementwise(target: str) -> Iterator[Kernel]:
         for op in ("dropout", "cross_entropy", "cross_entropy of long rows"):
             yield Kernel(op, target, dtype)
         yield Kernel("bias_act_dropout_bwd", target, dtype, part=1)  # the second stage of its sums
-        for op in ("bias_act_dropout_fwd", "bias_act_dropout_bwd"):
-            for act in activations.NAMES:
-                yield Kernel(op, target, dtype, act)
-            yield Kernel(op, target, dtype, "gelu", aligned=False)
+        for aligned in (True, False):
+            for op in ("bias_act_dropout_fwd", "bias_act_dropout_bwd"):
+                for act in activations.NAMES:
+                    yield Kernel(op, target, dtype, act, aligned=aligned)
+            for act in ("prelu", "gelu", "silu"):  # the most that are live
+                op = "bias_act_dropout_bwd without sums"
+                yield Kernel(op, target, dtype, act, aligned=aligned)
 
 
 def sample() -> list[Kernel]:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from fusedmlp.train import TrainError, drawing
 
-from . import evidence_tables, record, rivals, tables, tabular_tables
+from . import check_tables, evidence_tables, record, rivals, tables, tabular_tables
 
 _MARKED = re.compile(
     r"(?P<open><!-- bench:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<close><!-- /bench:(?P=name) -->)",
@@ -84,6 +84,8 @@ def table(name: str, results: dict[Path, dict]) -> str:
             text = tabular_tables.tabular_each(rows)
         elif name == "tabular":
             text = tabular_tables.tabular_table(rows)
+        elif found["name"] in check_tables.OF_FILE:
+            text = check_tables.OF_FILE[found["name"]](rows)
         elif "provider" not in rows[0]:
             text = tables.of_file(found["name"], rows)
         else:

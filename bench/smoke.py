@@ -25,6 +25,7 @@ from torch import Tensor
 from fusedmlp import functional as FF
 from fusedmlp.backends import registry
 from fusedmlp.commands import verify
+from fusedmlp.spec.budget import excess
 from fusedmlp.trial import check
 
 from . import record, timing, ways
@@ -36,7 +37,7 @@ _STEPS = 20
 def _within_budget(case: verify.Case, backend: str) -> str:
     got, inputs = verify.run(case, backend), case.inputs()
     truth, plain = verify.oracle(case, inputs), verify.plain(case, inputs)
-    share = max(verify.excess(got[n], plain[n], truth[n], case.dtype) for n in got)
+    share = max(excess(got[n], plain[n], truth[n], case.dtype) for n in got)
     if not share <= 1:
         raise ValueError(f"takes {share:.2f} of the error budget")
     return f"{share:.2f} of the error budget"

@@ -345,18 +345,12 @@ def _never_slower_table(rows: list[dict]) -> str:
     return f"{totals}\nThe {len(shown)} lowest:\n\n{worst}"
 
 
-def _faults_table(rows: list[dict]) -> str:
-    names = ("fault", "wanted", "injected", "survived", "failed")
-    return markdown({name: at(name) for name in names}, rows, 2)
-
-
 # By the name of a results file; every other file is a plain table.
 OF_FILE = {
     "engine_step": _engine_table,
     "saved_bytes": _saved_bytes_table,
     "crossval": _crossval_table,
     "never_slower": _never_slower_table,
-    "faults": _faults_table,
     "kernels": _triton_table,
     "cuda_kernels": _cuda_table,
     "dropout_instructions": _dropout_table,

@@ -27,8 +27,8 @@ _CODE = """
 import json, platform, torch
 from pathlib import Path
 from fusedmlp import ops
-from fusedmlp.backends import choice, native as extension
-from fusedmlp.commands import verify
+from fusedmlp.backends import native as extension
+from fusedmlp.commands import cases, verify
 from fusedmlp.spec import dtypes
 
 has = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -43,12 +43,13 @@ found = {
 }
 if found["refused"] is None:
     found["ops"] = [op for op in ops.SCHEMAS if has(f"fusedmlp::{op}.native", "CPU")]
-    for op in choice.OPS:
+    for op in cases.OPS:
         for dtype in dtypes.KERNEL:
-            v = verify.verify_one("native", "cpu", op, dtype)
-            found["cases"] += v.cases
-            if not v.ok:
-                found["wrong"].append(f"{op} {v.dtype}: {v.error or 'masks differ'}")
+            who = [r for r in verify.runners(op, dtype, "cpu") if r.backend == "native"]
+            for v in verify.verify_cases(who, cases.spread(cases.table(op, dtype)) if who else []):
+                found["cases"] += v.cases
+                if not v.ok:
+                    found["wrong"].append(f"{v.runner} {op} {v.dtype}: {v.error or 'masks differ'}")
 found["cuda_build"] = torch.version.cuda
 if torch.version.cuda and extension.library("cuda").exists():
     try:

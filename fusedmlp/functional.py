@@ -128,9 +128,9 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def run_linear_act(x: Tensor, w: Tensor, e: Epilogue, backend: str | None) -> Tensor:
-    """linear_act on checked arguments; `nn` and `fusion` come in here.
+    """linear_act whose numbers are checked and the state drawn; `nn` and `fusion` come in here.
 
-    Casts under autocast, then chooses the backend. Shapes as in linear_act.
+    Casts under autocast, checks the tensors, then chooses the backend. Shapes as in linear_act.
     """
     op = "linear_act"
     if not isinstance(x, torch.Tensor):

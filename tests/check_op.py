@@ -1,31 +1,34 @@
-"""The one way to compare an op with the truth: cases, and the error budget of `fusedmlp verify`."""
+"""The one way to compare an op with the truth: the table of cases, and the error budget of
+`fusedmlp verify`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor
 
+from fusedmlp.commands.cases import DTYPES, OPS, Case, spread, table  # noqa: F401
 from fusedmlp.commands.verify import (  # noqa: F401
-    DTYPES,
     SEED,
     STREAM,
-    Case,
+    Runner,
     call,
-    excess,
     leaves_of,
     oracle,
     plain,
     run,
+    runners,
+    verify_cases,
 )
+from fusedmlp.spec.budget import excess
 
-# name -> (M, K, N), and why it is there
-SHAPES = {
-    "one": (1, 1, 1),  # every loop runs once
-    "ragged": (37, 53, 29),  # primes: no size is a multiple of anything
-    "tile": (64, 64, 64),  # exact tiles and Philox groups
-    "off_tile": (65, 63, 65),  # one more and one less than a tile
-    "wide": (3, 8, 1031),  # one row of threads, many columns
-    "tall": (1031, 5, 10),  # the last layer of a classifier: N below one vector
-}
+
+def assert_right(who: Iterable[Runner], found: Iterable[Case]) -> None:
+    """Each of these backends is right in all of these cases of one op and dtype."""
+    verdicts = verify_cases(who, found)
+    assert verdicts and all(v.cases for v in verdicts)
+    wrong = [f"{v.runner} {v.op} {v.dtype}: {v.wrong} of {v.cases}: {v.error}" for v in verdicts]
+    assert all(v.ok for v in verdicts), [w for w, v in zip(wrong, verdicts, strict=True) if v.error]
 
 
 def assert_within_budget(case: Case, got: dict[str, Tensor], inputs=None) -> None:

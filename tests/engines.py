@@ -93,6 +93,7 @@ class Plain:
         smoothing=0.0,
         clip=0.0,
         scheduler=None,
+        weights=None,
     ):
         self.modules = copy.deepcopy(nn.ModuleList(net.children())).to(dtype)
         self.optimizer = optimizer(self.modules.parameters())
@@ -103,6 +104,7 @@ class Plain:
         self.x, self.y = rows, data.y_train
         self.y = self.y if loss == "cross_entropy" else self.y.to(dtype)
         self.loss, self.smoothing, self.clip = loss, smoothing, clip
+        self.weights = None if weights is None else weights.to(dtype)
         self.layers = sum(isinstance(m, nn.Linear) for m in self.modules)
         self.step = 0
 
@@ -118,16 +120,23 @@ class Plain:
                 x = module(x)
         return x
 
+    def batch_loss(self, rows):
+        outputs, y = self.forward(self.x[rows]), self.y[rows]
+        if self.loss == "mse":
+            each = F.mse_loss(outputs, y, reduction="none").mean(1)
+        elif self.loss == "logistic":
+            each = F.binary_cross_entropy_with_logits(outputs, y, reduction="none").sum(1)
+        else:
+            smoothing = self.smoothing
+            each = F.cross_entropy(outputs, y, reduction="none", label_smoothing=smoothing)
+        if self.weights is None:
+            return each.mean()
+        weights = self.weights[rows]
+        return (each * weights).sum() / weights.sum()
+
     def run(self, batches) -> None:
         for rows in batches:
-            outputs = self.forward(self.x[rows])
-            if self.loss == "mse":
-                loss = F.mse_loss(outputs, self.y[rows])
-            elif self.loss == "logistic":
-                each = F.binary_cross_entropy_with_logits(outputs, self.y[rows], reduction="none")
-                loss = each.sum() / len(rows)
-            else:
-                loss = F.cross_entropy(outputs, self.y[rows], label_smoothing=self.smoothing)
+            loss = self.batch_loss(rows)
             self.optimizer.zero_grad()
             loss.backward()
             if self.clip:
@@ -171,6 +180,7 @@ def assert_near_fp64(
     schedule=None,
     scheduler=None,
     make=None,
+    weights=None,
     **net,
 ) -> None:
     """Error after each end at most twice that of PyTorch's own loop in fp32: the middle of 3 seeds,
@@ -179,10 +189,11 @@ def assert_near_fp64(
     ratios: dict = {}
     for seed in range(3):
         model = network(seed=seed, **net)
-        setting = (loss, smoothing, clip, scheduler)
+        setting = (loss, smoothing, clip, scheduler, weights)
         truth = Plain(model, data, optimizer, torch.float64, *setting)
         plain = Plain(model, data, optimizer, torch.float32, *setting)
         settings = dict(label_smoothing=smoothing, clip_norm=clip, schedule=schedule or Schedule())
+        settings |= dict(row_weights=weights)
         task = task_of(model, data, optimizer, loss, **settings)
         engine = choose("native", task) if make is None else make(task)
         engine.set_step(0)

@@ -18,6 +18,7 @@ import pytest
 
 from build_tools import environment
 from build_tools.toolchain import CannotBuild, Compiler, Nvcc, Torch, find_ninja
+from fusedmlp.backends import schemas
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = {".cpp", ".h", ".hpp", ".cu", ".cuh"}
@@ -161,7 +162,8 @@ def test_wheel_holds_the_libraries_and_no_source(tree, stand_in_torch):
     assert not [member for member in inside if member.startswith(("tests", "bench", "build_tools"))]
     assert info["built"] == ["cpu"] and info["torch"] == "2.12.0"
     assert info["left_out"] == {"cuda": "FUSEDMLP_BUILD=cpu"}
-    assert info["compiler"] and list(info["crc32"]) == ["cpu"]
+    assert info["compiler"] and info["schemas"] == schemas.digest()
+    assert list(info["crc32"]) == ["cpu"]
 
 
 def test_build_none_gives_a_pure_wheel(tree):

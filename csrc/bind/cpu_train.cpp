@@ -42,6 +42,7 @@ int64_t train(
     Tensors orders,
     OptionalTensor mean,
     OptionalTensor std,
+    OptionalTensor weights,
     Tensors lr_scales,
     Tensors params,
     Tensors m1,
@@ -59,6 +60,7 @@ int64_t train(
     const char* op = "train";
     check_precision(op, is_bf16);
     const DataArgs data(op, x, y, mean, std, divisor, loss);
+    const float* row_weights = weights ? floats(op, "weights", *weights, data.rows) : nullptr;
     const LayerArgs args{op, params, m1, m2, ints, numbers};
     args.check();
     const size_t count = orders.size();
@@ -77,6 +79,7 @@ int64_t train(
         cpu::StepParams& p = all[m].steps;
         const int64_t* i = member_ints.data() + m * kMemberInts;
         data.fill(all[m], orders[m], i[6], i[7]);
+        p.weights = row_weights;
         p.rule = int(i[0]);
         p.updates = i[1];
         p.seed = i[2];

@@ -178,7 +178,8 @@ void run_fwd(const char* op, Device& device, void* y, const void* x, const Epilo
     check_kernel(device.fwd({y, x, e}), op);
 }
 
-// y, and h = x w^T if it is wanted.
+// y = drop(act(x w^T + b)), and h = x w^T if it is wanted: by the device's one kernel where that
+// takes the call, else by the library's product and one elementwise kernel. x (..., K), w (N, K).
 template <class Device>
 std::tuple<Tensor, OptionalTensor> linear_act(
     const char* op,

@@ -32,6 +32,7 @@ struct StepParams {
     std::vector<StepLayer> layers;
     ScalingParams scaling;   // of the data
     const void* targets;     // (n,) int64, or (n, C) fp32
+    const float* weights;    // (n,) of the rows in the loss of a step, or null: all are 1
     int loss;                // a Loss
     float smoothing;         //
     bool is_bf16;            // products of operands rounded to bf16; gemm_bf16() is there

@@ -132,6 +132,11 @@ static void gather(
         of(s.divisor != 1.0f ? &gather_of<float, kYes> : &gather_of<float, kNo>);
 }
 
+// A row counts in the mean loss of the batch, and so in its gradient, by its weight over the total.
+FN double weight_of(const cpu::LossParams& p, int64_t row) {
+    return p.weights ? double(p.weights[p.order[row]]) : 1.0;
+}
+
 // With q = (1 - e) [target] + e / C: loss = log sum exp z - sum q z; its gradient: softmax z - q.
 static void
 cross_entropy(const cpu::LossParams& p, int64_t begin, int64_t end, double* loss, int64_t* right) {
@@ -139,8 +144,10 @@ cross_entropy(const cpu::LossParams& p, int64_t begin, int64_t end, double* loss
     const int64_t cols = p.cols, whole = cols / VL * VL;
     const int rest = int(cols - whole);
     const VF lowest = set1(-__builtin_inff());
-    const float share = 1.0f / float(p.rows), even = p.smoothing / float(cols);
+    const float even = p.smoothing / float(cols);
     for (int64_t row = begin; row < end; ++row) {
+        const double weight = weight_of(p, row);
+        const float share = float(weight / p.total_weight);
         float* z = p.out + row * cols;
         VF top = lowest, sum = set1(0.0f), plain = set1(0.0f);
         for (int64_t i = 0; i < whole; i += VL)
@@ -176,7 +183,7 @@ cross_entropy(const cpu::LossParams& p, int64_t begin, int64_t end, double* loss
             const float others = log_total + (highest - sum_of(plain) / float(cols));
             row_loss = (1.0f - p.smoothing) * row_loss + p.smoothing * others;
         }
-        *loss += double(row_loss);
+        *loss += weight * double(row_loss);
         *right += is_right;
         // An unknown label makes the row NaN, and with it the loss.
         const VF factor = set1(known ? share / total : at_label), less = set1(even * share);
@@ -192,8 +199,9 @@ cross_entropy(const cpu::LossParams& p, int64_t begin, int64_t end, double* loss
 static void
 squared_error(const cpu::LossParams& p, int64_t begin, int64_t end, double* loss, int64_t* right) {
     const int64_t cols = p.cols;
-    const float factor = float(2.0 / (double(p.rows) * double(cols)));
     for (int64_t row = begin; row < end; ++row) {
+        const double weight = weight_of(p, row);
+        const float factor = float(2.0 * weight / (p.total_weight * double(cols)));
         float* out = p.out + row * cols;
         const float* target = static_cast<const float*>(p.targets) + p.order[row] * cols;
         double squares = 0.0;
@@ -202,7 +210,7 @@ squared_error(const cpu::LossParams& p, int64_t begin, int64_t end, double* loss
             squares += double(gap) * double(gap);
             out[i] = gap * factor;
         }
-        *loss += squares / double(cols);
+        *loss += weight * (squares / double(cols));
     }
     (void)right;
 }
@@ -213,8 +221,10 @@ static void
 logistic(const cpu::LossParams& p, int64_t begin, int64_t end, double* loss, int64_t* right) {
     const int64_t cols = p.cols, whole = cols / VL * VL;
     const int rest = int(cols - whole);
-    const VF one = set1(1.0f), share = set1(1.0f / float(p.rows));
+    const VF one = set1(1.0f);
     for (int64_t row = begin; row < end; ++row) {
+        const double weight = weight_of(p, row);
+        const VF share = set1(float(weight / p.total_weight));
         float* out = p.out + row * cols;
         const float* target = static_cast<const float*>(p.targets) + p.order[row] * cols;
         VF sum = set1(0.0f);
@@ -229,7 +239,7 @@ logistic(const cpu::LossParams& p, int64_t begin, int64_t end, double* loss, int
             sum = sum + select_part(rest, losses, set1(0.0f));
             store_part(out + whole, rest, (sigmoid(z) - y) * share);
         }
-        *loss += double(sum_of(sum));
+        *loss += weight * double(sum_of(sum));
     }
     (void)right;
 }

@@ -18,10 +18,11 @@ struct ScalingParams {
 
 // Rows [begin, end) of a batch; loss and right are added to.
 struct LossParams {
-    float* out;            // (rows, cols) outputs, replaced by the gradient of the mean loss
+    float* out;            // (rows, cols) outputs, replaced by the gradient of the weighted mean
     const int64_t* order;  // (rows,) numbers of the rows of the data
     const void* targets;   // (n,) int64, or (n, cols) fp32
-    int64_t rows;          //
+    const float* weights;  // (n,) of the rows of the data in the loss, or null: all are 1
+    double total_weight;   // of the rows of the batch
     int64_t cols;          //
     float smoothing;       // label smoothing, cross-entropy only
 };

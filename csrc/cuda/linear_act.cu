@@ -1,10 +1,15 @@
-// y = drop(act(x w^T + b)) in one kernel, for bf16 and fp16 and sizes that a library leaves slow.
+// y = drop(act(x w^T + b)) and, where it is asked for, h = x w^T, in one kernel for bf16 and fp16.
 //
-// A block makes a (BM, BN) tile of y; its warps each a part of it with mma.sync m16n8k16, in fp32.
-// x and w come in (BM, BK) and (BN, BK) tiles by 16-byte asynchronous copies, STAGES of them deep;
-// the 16-byte chunks of a row are swizzled, so that ldmatrix meets no bank twice. The epilogue goes
-// through shared memory once, to have eight neighbours of a row in a thread: one Philox call and
-// one 16-byte store each. Masked: rows beyond M and N and chunks beyond K are filled with 0.
+//     x (M, K)   w (N, K)   y, h (M, N)   sums in fp32; h is rounded, y is made of what was not
+//
+// A block makes a (BM, BN) tile, each of its warps a (WM, WN) part of it with mma.sync m16n8k16.
+// x and w come in (BM, BK) and (BN, BK) tiles by 16-byte asynchronous copies, STAGES of them in
+// shared memory; the 16-byte chunks of a row are swizzled, so that ldmatrix meets no bank twice.
+// The epilogue goes through shared memory once, to have eight neighbours of a row in a thread: one
+// Philox call and one 16-byte store each.
+//
+// Masked: what is copied from rows beyond M and N and columns beyond K is 0, and rows beyond M and
+// columns beyond N are not stored.
 #include "cuda/epilogue.cuh"
 #include "cuda/mma.cuh"
 
@@ -50,7 +55,8 @@ using Large = Tile<128, 64, 32, 4, 4, 2>;
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 
-// Starts the copies of columns k0 to k0 + BK of the block's rows of x and w.
+// Starts the copies of columns k0 to k0 + BK of the block's rows of x and w. A chunk outside has 0
+// bytes to copy: its address is not read.
 template <class T, class TILE>
 __device__ __forceinline__ void
 fetch(char* stage, const LinearActParams& p, int64_t row0, int64_t col0, int64_t k0) {
@@ -157,6 +163,7 @@ __device__ __forceinline__ void linear_act(const LinearActArgs& args) {
     // No copy is under way any more: the last STAGES - 1 groups are empty.
     __syncthreads();  // the stages become the warps' staging areas
 
+    // Of each (16, 8) product a lane has two columns of row lane / 4 and two of the row 8 below.
     float* const staged = reinterpret_cast<float*>(shared) + warp * TILE::STAGED;  // (WM, WN)
 #    pragma unroll
     for (int m = 0; m < TILE::WM / 16; ++m)
@@ -186,6 +193,7 @@ __device__ __forceinline__ void linear_act(const LinearActArgs& args) {
 #    pragma unroll
         for (int j = 0; j < kEight; ++j)
             v[j] += bias[j];
+        // One of the families has the activation; the other two leave v as it is.
         activate<T, kPlain>(v, args.columns, scale, col, count);
         activate<T, kSloped>(v, args.columns, scale, col, count);
         activate<T, kSmooth>(v, args.columns, scale, col, count);
@@ -227,7 +235,8 @@ int launch_dtype(LinearActArgs& args, void* stream, LinearTile tile) {
     return launch_tile<T, Small>(args, stream);
 }
 
-// The widest tile that still gives work to most multiprocessors of a large GPU. Not measured.
+// The widest tile that still gives work to most multiprocessors of a large GPU. Not measured: no
+// GPU has run it yet.
 LinearTile tile_by_size(const EpilogueParams& e) {
     constexpr int64_t kEnough = 96;
     if (blocks_of<Large>(e) >= kEnough)

@@ -99,10 +99,12 @@ struct Data {
             labels.push_back(any(0, outputs - 1));
         for (int64_t i = 0; i < kRows * outputs; ++i)
             values.push_back(float(dice() % 2));
+        for (int64_t i = 0; i < kRows; ++i)
+            weights.push_back(float(dice() % 3));
         mean = randoms(width), std = Floats(size_t(width), 1.5f);
     }
     static constexpr int64_t kRows = 1000;
-    Floats floats, mean, std, values;
+    Floats floats, mean, std, values, weights;
     std::vector<uint8_t> bytes;
     std::vector<int64_t> labels;
 };
@@ -123,6 +125,7 @@ struct Trained {
             p.scaling.mean_size = kind % 2 ? 1 : width;
         p.targets = p.loss == kCrossEntropy ? static_cast<const void*>(data.labels.data())
                                             : data.values.data();
+        p.weights = kind % 4 < 2 ? data.weights.data() : nullptr;
         p.smoothing = kind % 4 == 2 ? 0.1f : 0.0f;
         p.is_bf16 = gemm_bf16() != nullptr;
         p.batch = s.rows, p.rows = std::min(Data::kRows, 2 * s.rows + s.rows / 3 + 1);
@@ -160,7 +163,7 @@ struct Trained {
     }
 
     void evaluate_only() {
-        p.smoothing = 0.0f;
+        p.smoothing = 0.0f, p.weights = nullptr;
         for (StepLayer& l : p.layers)
             l.layer.saves = kSavesNothing, l.layer.e.drop.threshold = 0;
     }

@@ -1,8 +1,9 @@
 """The torch.autograd.Function of each op: what is saved and what is returned.
 
-Both call registered ops only, of the backend that functional.py has resolved. With create_graph the
-gradients are built from plain differentiable PyTorch (composite.py), so that they can be
-differentiated again. Never writes to a saved tensor.
+Both call registered ops, of the backend that functional.py has resolved; the gradients of x and w
+are PyTorch's own products of dz. With create_graph the gradients are built from plain
+differentiable PyTorch (composite.py), so that they can be differentiated again. Never writes to a
+saved tensor.
 """
 
 from __future__ import annotations

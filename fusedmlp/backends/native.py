@@ -7,19 +7,20 @@ FUSEDMLP_CPU_ISA that does not exist.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import json
 import logging
-import os
-import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from .. import compat, context, environment
 from ..spec import activations
+from . import schemas
 
 log = logging.getLogger("fusedmlp")
 
@@ -67,31 +68,24 @@ def bf16_isa() -> str:
     return _answer(library("cpu"), "fusedmlp_bf16_isa")
 
 
-def _ends_early(path: Path) -> bool:
-    """Whether the file lacks bytes that its ELF headers name: to read them from a mapping of it
-    ends the process. What is no ELF file is left to the loader, which refuses it."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        head = file.read(64)
-        if len(head) < 64 or head[:6] != b"\x7fELF\x02\x01":
-            return False
-        segments, sections = struct.unpack_from("<QQ", head, 32)
-        length, count, each, number = struct.unpack_from("<HHHH", head, 54)
-        file.seek(segments)
-        table = file.read(length * count)
-        if len(table) < length * count or sections + each * number > size:
-            return True
-        # The offset and the length in the file of each segment.
-        parts = (struct.unpack_from("<Q16xQ", table, i * length + 8) for i in range(count))
-        return any(at + bytes_ > size for at, bytes_ in parts)
+@contextlib.contextmanager
+def instruction_set(name: str) -> Iterator[bool]:
+    """Inside, the highest instruction set of all threads is this one instead of the one that was
+    asked for; whether the processor has it. For tests: calls that are under way may use either."""
+    change = ctypes.CDLL(str(library("cpu"))).fusedmlp_set_cpu_isa
+    try:
+        yield bool(change(name.encode()))
+    finally:
+        change(None)
 
 
-def _is_other(path: Path, target: str) -> bool:
-    """Whether its bytes are not those that the build has noted: such code would compute anything.
-    Of a build that has noted none it cannot be told."""
-    info = build_info() or {}
-    wanted = (info.get("crc32") or {}).get(target)
-    return wanted is not None and zlib.crc32(path.read_bytes()) != wanted
+def cpu_isas() -> list[str]:
+    """The instruction sets that the ops can use on this processor, from the lowest up."""
+    found = []
+    for name in environment.CHOICES["FUSEDMLP_CPU_ISA"]:
+        with instruction_set(name):
+            found += [name] if cpu_isa() == name else []
+    return found
 
 
 def _lacks(device_type: str) -> list[str]:
@@ -130,22 +124,26 @@ def unavailable(device_type: str) -> str | None:
     if not path.exists():
         return _not_built(target)
     isa = asked_isa()
-    built_for = (build_info() or {}).get("torch", "an unknown torch")
+    built = build_info() or {}
     if _torch_version() < _OLDEST_TORCH:
         return f"the extension needs torch 2.11 or newer, this is {torch.__version__}"
     if device_type == "cuda" and torch.version.cuda is None:
         return f"this torch ({torch.__version__}) is not a CUDA build"
     rebuild = f"rebuild with {_HOW.format(target)}"
     try:
-        if _ends_early(path):
-            return f"{path.name} is damaged: the file ends early; {rebuild}"
-        if _is_other(path, target):
+        if built.get("schemas") != schemas.digest():
+            return (
+                f"{path.name} was built from another version, whose ops take other arguments; "
+                f"{rebuild}"
+            )
+        # Code with other bytes would compute anything, and a file that ends early ends the process.
+        if built.get("crc32", {}).get(target) != zlib.crc32(path.read_bytes()):
             return f"{path.name} is damaged: it is not the file that was built; {rebuild}"
         torch.ops.load_library(str(path))
         found = _answer(path, "fusedmlp_activations")
     except (OSError, AttributeError) as error:
         return (
-            f"{path.name}, built for torch {built_for}, cannot be opened under torch "
+            f"{path.name}, built for torch {built.get('torch')}, cannot be opened under torch "
             f"{torch.__version__}: {error}; {rebuild}"
         )
     expected = " ".join(f"{a.name}={a.id}" for a in activations.TABLE)

@@ -38,10 +38,10 @@ class FusedMLPClassifier(ClassifierMixin, BaseFusedMLP):
     backend     of the fused kernels: 'auto', 'native', 'triton', 'reference'
     engine      'native': C++ on a CPU in fp32, whole epochs in one call; 'direct': step by step on
                 a CPU, in the dtype of X; 'autograd': as PyTorch does, in the dtype of X, in fp32 on
-                a GPU; 'auto': for fp32 rows native where it can (not with sparse rows,
-                sample_weight or loss 'poisson'), else direct, and autograd on a GPU. To train fp64
-                rows in fp32, which is some times faster, ask for 'native' or hand in fp32 rows.
-                lbfgs computes in fp64, with 'native' in fp32
+                a GPU; 'auto': for fp32 rows native where it can (not with sparse rows or loss
+                'poisson'), else direct, and autograd on a GPU. To train fp64 rows in fp32, which is
+                some times faster, ask for 'native' or hand in fp32 rows. lbfgs computes in fp64,
+                with 'native' in fp32
 
     Attributes are also those of MLPClassifier: classes_, loss_, best_loss_, loss_curve_,
     validation_scores_, best_validation_score_, t_, n_iter_, n_layers_, n_outputs_,

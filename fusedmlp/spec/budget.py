@@ -11,15 +11,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Of fewer numbers plain PyTorch's error can be next to nothing by luck; of some more its largest
+# still varies by so much (seen: 1.12, where each number is a product of two normal ones).
+_FEW, _SOME, _LUCK = 256, 2048, 1.25
 
-def excess(got: Tensor, plain_: Tensor, oracle_: Tensor, dtype: torch.dtype) -> float:
-    """How much of the budget is used: above 1 is a failure. Also asserts that the budget is tight.
 
-    got, plain_  results in `dtype`;  oracle_  fp64
-    """
+def _used(got: Tensor, plain_: Tensor, oracle_: Tensor, dtype: torch.dtype) -> tuple[float, bool]:
+    """How much of the budget is used, and whether the budget is tight."""
     assert got.dtype == dtype and got.shape == oracle_.shape
     if got.numel() == 0:
-        return 0.0
+        return 0.0, True
     eps = torch.finfo(dtype).eps
 
     def errors(t: Tensor) -> tuple[float, float]:
@@ -29,14 +30,44 @@ def excess(got: Tensor, plain_: Tensor, oracle_: Tensor, dtype: torch.dtype) -> 
     if got.numel() == 1:
         # No statistics: the yardstick of one element can be exact by luck.
         error, truth = (got.double() - oracle_).abs().item(), oracle_.abs().item()
-        return error / (4 * eps * (1 + truth)) if error == error else float("inf")
+        return error / (4 * eps * (1 + truth)) if error == error else float("inf"), True
     largest, rms = oracle_.abs().max().item(), oracle_.square().mean().sqrt().item()
     (t, t_rms), (e, e_rms) = errors(plain_), errors(got)
     budget, budget_rms = 2 * t + eps / 2 * largest, 1.5 * t_rms + eps / 4 * rms
     if e != e or e_rms != e_rms:
-        return float("inf")
+        return float("inf"), True
     if largest == 0:
-        return 0.0 if e == 0 else float("inf")
-    if budget >= 0.25 * largest:
+        return 0.0 if e == 0 else float("inf"), True
+    return max(e / budget, e_rms / budget_rms), budget < 0.25 * largest
+
+
+def excess(got: Tensor, plain_: Tensor, oracle_: Tensor, dtype: torch.dtype) -> float:
+    """How much of the budget is used: above 1 is a failure. Also asserts that the budget is tight.
+
+    got, plain_  results in `dtype`;  oracle_  fp64
+    """
+    used, is_tight = _used(got, plain_, oracle_, dtype)
+    if not is_tight:
         raise AssertionError("the error budget is as large as the values themselves")
-    return max(e / budget, e_rms / budget_rms)
+    return used
+
+
+def share(
+    got: Tensor,
+    plain_: Tensor,
+    oracle_: Tensor,
+    dtype: torch.dtype,
+    independent: int | None = None,
+    terms: int = 1,
+) -> float:
+    """excess, also of few numbers and where the truth is next to nothing but rounding errors.
+
+    independent  how many of the numbers are; None: all
+    terms        of the sum that each number is: few of them can cancel all but their errors
+    """
+    used, _ = _used(got, plain_, oracle_, dtype)
+    count = got.numel() if independent is None else min(independent, got.numel())
+    if used > 1 and count > 0 and (count < _FEW or (count < _SOME and used < _LUCK)):
+        largest = 4 * torch.finfo(dtype).eps * (terms**0.5 + oracle_.abs().max())
+        used = ((got.double() - oracle_).abs().max() / largest).item()
+    return used if used == used else float("inf")

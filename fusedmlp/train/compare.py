@@ -13,6 +13,8 @@ from .run_folder import load_config
 # Of a run's summary: what ran, which the settings leave open.
 FACTS = ("engine", "backend", "device", "threads", "processes", "torch")
 
+SECONDS = ("train_seconds", "search_seconds", "refit_seconds")  # of a run; of a cross-validation
+
 
 @dataclass(frozen=True)
 class _Line:
@@ -71,11 +73,11 @@ def _line(folder: Path) -> _Line:
         scores = {"test_loss": summary.get("test_loss"), "test_r2": summary.get("test_r2")}
         if summary.get("measure") == "error" and summary.get("test_error") is not None:
             scores["test_accuracy"] = 1 - summary["test_error"]
-        seconds = summary.get("search_seconds", 0) + summary.get("refit_seconds", 0)
+        seconds = sum(summary.get(name) or 0 for name in SECONDS[1:])
         return _Line(folder, settings, {}, scores, seconds)
     if summary.get("epochs") != config.epochs:
         settings["epochs"] = f"{summary.get('epochs')} of {config.epochs}"
-    return _Line(folder, settings, summary, summary, summary.get("train_seconds"))
+    return _Line(folder, settings, summary, summary, summary.get(SECONDS[0]))
 
 
 def _summary(folder: Path) -> dict | None:
@@ -86,6 +88,10 @@ def _summary(folder: Path) -> dict | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
+        for name in (*FIGURES, "test_error", *SECONDS):
+            value = content.get(name)
+            if value is not None and type(value) not in (int, float):
+                raise ValueError(f"{name} must be a number, got {value!r}")
     except (OSError, ValueError, RecursionError) as error:
         raise TrainError(
             f"{path} is truncated, corrupted or no summary of a run ({error})"
@@ -101,8 +107,10 @@ def _last_epoch(folder: Path) -> dict:
     try:
         rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
         found = {name: float(text) for name, text in (rows or [{}])[-1].items() if text}
-    except (OSError, ValueError, TypeError, csv.Error) as error:  # a row may be too long
+        if "epoch" in found:
+            found["epoch"] = int(found["epoch"])
+    except (OSError, ValueError, TypeError, OverflowError, csv.Error) as error:
         raise TrainError(
             f"{path} is truncated, corrupted or no metrics of a run ({error})"
         ) from error
-    return found | ({"epoch": int(found["epoch"])} if "epoch" in found else {})
+    return found

@@ -120,8 +120,6 @@ def run(config: TrainConfig, options: RunOptions, data: Data, progress: Quiet) -
 
 def _reasons_against_native(config: TrainConfig, data: Data, loss: str) -> list[str]:
     """Why fit_many trains one network after the other, for what is told of the run."""
-    if data.weights is not None or config.class_weight is not None:
-        return ["rows have weights"]
     return reasons_against_many(_members(config, data), data.x_train, data.y_train, loss)
 
 

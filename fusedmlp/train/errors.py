@@ -16,3 +16,8 @@ class WriteError(TrainError):
 class LostProcessError(TrainError):
     """Another process has ended or does not answer; this one says so, as that one may have been
     the one that talks."""
+
+
+def first_line(error: Exception) -> str:
+    """What an exception of a library says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -17,7 +17,7 @@ from .data.frame_data import raw_rows
 from .data.frames import is_frame, open_table
 from .data.preparation import Preparation
 from .data.types import Data, Scaling
-from .errors import TrainError, UsageError
+from .errors import TrainError, UsageError, first_line
 from .losses import loss_sums
 from .run_folder import check_model_file, check_same_model, load_checkpoint, load_config
 
@@ -119,42 +119,67 @@ def load(folder: Path, device: torch.device | str = "cpu") -> Trained:
     folder = Path(folder)
     config = load_config(folder)
     weights, about = _weights(folder)
+    try:
+        return _assembled(folder, config, weights, about, torch.device(device))
+    except TrainError:
+        raise
+    except Exception as error:  # what a damaged file says of its network can be anything
+        raise TrainError(
+            f"{folder}: what is said there of its network is damaged "
+            f"({type(error).__name__}: {first_line(error)})"
+        ) from error
+
+
+def _assembled(
+    folder: Path, config: TrainConfig, weights: dict, about: dict, device: torch.device
+) -> Trained:
     shape = about["model"]
     if shape.get("kind") != "FusedMLP" or shape.get("activation") is None or not shape.get("dims"):
         raise TrainError(
             f"{folder} holds a model of kind {shape.get('kind')}, which only its own code can "
             f"make; load {folder / 'model.safetensors'} into it"
         )
+    dims = shape["dims"]
     network = _network(shape, about, weights, folder)
     network.load_state_dict(weights)
     network.to(device).eval()
-    scaling = Scaling.from_dict(about["data"]["scaling"]).to(device)
-    of_target = Scaling.from_dict(about["data"]["target_scaling"] or {"divisor": 1.0})
-    listed = about["data"].get("preparation")
-    preparation = None if listed is None else _preparation(listed, shape["dims"], about, folder)
+    data = about["data"]
+    _check_described(data, dims)
+    scaling = Scaling.from_dict(data["scaling"]).to(device)
+    of_target = Scaling.from_dict(data["target_scaling"] or {"divisor": 1.0})
+    listed = data.get("preparation")
+    preparation = None if listed is None else _preparation(listed, dims, about, folder)
     return Trained(folder, network, config, about, scaling, of_target, preparation)
 
 
 def _network(shape: dict, about: dict, weights: dict[str, Tensor], folder: Path) -> nn.Module:
     """The network that the weights belong to, with its memory as it comes.
 
-    raises  TrainError where they belong to another one, before that takes memory
+    raises  TrainError or what a damaged description leads to, before that takes memory
     """
     count, dims = shape.get("networks", 1), shape["dims"]
-    try:
-        if count * (len(dims) - 1) > len(weights):
-            raise ValueError(f"it has only {len(weights)} tensors")
-        with torch.device("meta"):
-            network = models.network_of_shape(shape)
-            if count > 1:
-                others = [models.network_of_shape(shape) for _ in range(count - 1)]
-                network = models.Ensemble([network, *others], about["data"]["classes"] is not None)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise TrainError(
-            f"{folder}: what it says of its network is damaged: {type(error).__name__}: {error}"
-        ) from error
+    if count * (len(dims) - 1) > len(weights):
+        raise ValueError(f"it has only {len(weights)} tensors")
+    with torch.device("meta"):
+        network = models.network_of_shape(shape)
+        if count > 1:
+            others = [models.network_of_shape(shape) for _ in range(count - 1)]
+            network = models.Ensemble([network, *others], about["data"]["classes"] is not None)
     check_same_model(network, weights, str(folder))
     return network.to_empty(device="cpu")
+
+
+def _check_described(data: dict, dims: list[int]) -> None:
+    """raises  ValueError where what is said of the data does not belong to the network"""
+    classes, shape = data["classes"], data["image_shape"]
+    if classes is not None and not (
+        isinstance(classes, list) and [type(c) for c in classes] == [str] * dims[-1]
+    ):
+        raise ValueError(f"classes must be {dims[-1]} names")
+    if shape and not (len(shape) == 2 and min(shape) > 0 and shape[0] * shape[1] == dims[0]):
+        raise ValueError(f"image_shape must be two sizes of {dims[0]} pixels, got {shape}")
+    if not isinstance(data["name"], str):
+        raise ValueError(f"name must be a word, got {data['name']!r}")
 
 
 def _preparation(listed: dict, dims: list[int], about: dict, folder: Path) -> Preparation:
@@ -277,8 +302,10 @@ def read_images(
                 grey = _flattened(image).convert("L").resize((width, height), Image.Resampling.BOX)
         except FileNotFoundError as error:
             raise TrainError(f"{file} does not exist") from error
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise TrainError(f"{file} is truncated, corrupted or no image ({error})") from error
+        except Exception as error:  # Pillow's readers of damaged files raise whatever they like
+            raise TrainError(
+                f"{file} is truncated, corrupted or no image ({first_line(error)})"
+            ) from error
         pixels = torch.tensor(list(grey.tobytes()), dtype=torch.float32).view(height, width) / 255
         pixels = 1 - pixels if invert else pixels
         if _border(pixels) > 0.5:

@@ -83,8 +83,7 @@ def fit_many(
     y         (n,) int64 classes, or (n,) or (n, k) float targets
     loss      cross_entropy or mse
     scaling   of rows of x to inputs; the same for all
-    weights   (n,) of the rows of x in the loss: the native engine does not take them, so that one
-              member is trained after the other
+    weights   (n,) of the rows of x in the loss of their batch, or None: all are equal
     progress  called with (epochs done, epochs in all) after each epoch; of epochs so short that
               several are trained in one call, after the call
     on_epoch  called with the number of epochs that are done, 1 after the first: the models then

@@ -2,8 +2,7 @@
 overwritten unasked.
 
 Every file is written whole or not at all, and those with weights hold a checksum of what they are:
-a bit that has turned is an error and not another network. A checkpoint holds plain values and
-tensors only, so it loads with weights_only=True.
+a bit that has turned is an error and not another network. A checkpoint holds no Python objects.
 """
 
 import csv
@@ -25,7 +24,7 @@ from torch.utils.serialization import config as saving
 
 from ..whole_file import whole_file
 from .config import RunOptions, TrainConfig
-from .errors import TrainError, WriteError
+from .errors import TrainError, WriteError, first_line
 
 CHECKPOINT_FORMAT = 1
 NUMBERED_RUNS = Path("runs")  # holds the folders of runs whose options name none
@@ -297,8 +296,9 @@ def load_checkpoint(folder: Path) -> dict:
         _check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling a damaged file raises whatever it likes
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TrainError(f"{path} is truncated, corrupted or no checkpoint ({reason})") from error
+        raise TrainError(
+            f"{path} is truncated, corrupted or no checkpoint ({first_line(error)})"
+        ) from error
     if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise TrainError(f"{path} must be a checkpoint of format {CHECKPOINT_FORMAT}, got {found}")
@@ -335,8 +335,8 @@ def load_config(folder: Path) -> TrainConfig:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
-        return TrainConfig.from_dict(content)
-    except (ValueError, TypeError, RecursionError) as error:
+        return TrainConfig.from_dict(content).check()
+    except (ValueError, TypeError, OSError, RecursionError) as error:
         raise TrainError(
             f"{path} is truncated, corrupted or no config of a run ({error})"
         ) from error

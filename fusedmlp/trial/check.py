@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import functional as FF
 from ..backends import composite, registry
 from ..spec import activations, philox
-from ..spec.budget import excess
+from ..spec.budget import share
 from ..tuning.work import Work
 from .candidates import Problem
 
@@ -53,22 +53,6 @@ def _at_a_kink(oracle: Problem) -> Tensor:
     return found
 
 
-# Of fewer numbers plain PyTorch's error can be next to nothing by luck.
-_FEW = 256
-
-
-def _used(got: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype) -> float:
-    """The share of the error budget that a result takes; above 1 is wrong."""
-    try:
-        used = excess(got, plain, truth, dtype)
-    except AssertionError:
-        used = 0.0  # next to nothing but rounding errors: it cannot tell right from wrong
-    if got.numel() < _FEW and used > 1:
-        largest = 4 * torch.finfo(dtype).eps * (1 + truth.abs().max())
-        used = ((got.double() - truth).abs().max() / largest).item()
-    return used
-
-
 def wrong(work: Work, make: Callable[[Problem], Callable[[], Tensor]]) -> str | None:
     """What is wrong with the results of a candidate, or None.
 
@@ -106,7 +90,7 @@ def wrong(work: Work, make: Callable[[Problem], Callable[[], Tensor]]) -> str | 
     for name, got, plain, truth in zip(names, *results, strict=False):
         if got.shape != truth.shape or got.dtype != plain.dtype:
             return f"{name} is {got.dtype} {tuple(got.shape)}, not {plain.dtype} of {truth.shape}"
-        used = _used(got, plain, truth, work.torch_dtype)
+        used = share(got, plain, truth, work.torch_dtype)
         if not used <= 1:
             return f"{name} takes {used:.3g} times the error budget"
     return None

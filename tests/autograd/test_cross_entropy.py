@@ -8,7 +8,7 @@ import fusedmlp
 import fusedmlp.functional as FF
 from fusedmlp import ops
 from fusedmlp.backends import registry
-from fusedmlp.commands.verify import excess
+from fusedmlp.spec.budget import excess
 
 from .. import interpreter
 from ..check_op import DTYPES

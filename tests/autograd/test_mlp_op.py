@@ -12,11 +12,11 @@ import torch
 import fusedmlp.functional as FF
 from fusedmlp import ops
 from fusedmlp.backends import registry
-from fusedmlp.commands.verify import Case, excess, leaves_of
 from fusedmlp.spec import activations, layers, philox
+from fusedmlp.spec.budget import excess
 
 from .. import interpreter
-from ..check_op import DTYPES, SEED, STREAM
+from ..check_op import DTYPES, SEED, STREAM, Case, leaves_of
 from ..conftest import _skip_unless_usable
 
 pytestmark = [

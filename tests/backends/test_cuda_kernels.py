@@ -262,6 +262,11 @@ def test_the_tensor_core_kernel_takes_what_it_can_and_nothing_else():
     assert not takes(pad=4)
     assert not takes(x_offset=1)
     assert not takes(m=4096, n=1024, k=1024)  # the library's
+    # Sizes that an int can say; with no column of x the products are few.
+    for size, can in ((2**31 - 1, True), (2**31, False)):
+        x, y = torch.zeros(1, 0, dtype=torch.bfloat16), torch.zeros(1, 1, dtype=torch.bfloat16)
+        assert launchers.takes(x, x.expand(size, 0), y.expand(1, size)) is can
+        assert launchers.takes(x.expand(size, 0), x, y.expand(size, 1)) is can
 
 
 # --- cross_entropy ------------------------------------------------------------------------------

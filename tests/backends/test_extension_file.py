@@ -7,12 +7,13 @@ import shutil
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
 
 from fusedmlp import environment
-from fusedmlp.backends import native
+from fusedmlp.backends import native, schemas
 from fusedmlp.spec import activations
 
 from ..made_data import ROOT
@@ -60,39 +61,38 @@ def assert_passed_over(folder, reason: str) -> None:
     assert "rebuild with FUSEDMLP_BUILD=cpu" in done.stdout
 
 
+def write_info(folder, content: bytes, digest: str | None = "") -> None:
+    """What a build notes of the library; digest "" is the right one."""
+    info = {"torch": torch.__version__, "crc32": {"cpu": zlib.crc32(content)}}
+    info["schemas"] = schemas.digest() if digest == "" else digest
+    (folder / "_build_info.json").write_text(json.dumps(info))
+
+
 def whole() -> bytes:
     return native.library("cpu").read_bytes()
 
 
+DAMAGED = "_native_cpu.so is damaged: it is not the file that was built"
+
+
 @needs_native
-@pytest.mark.parametrize("share", [0.02, 0.5, 0.97])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.97])
 def test_a_file_cut_short_is_a_reason_and_not_the_end_of_the_process(share, tmp_path):
     """The loader maps what the headers name: reading beyond the end of the file is a bus error."""
     content = whole()
     (tmp_path / "_native_cpu.so").write_bytes(content[: int(len(content) * share)])
-    assert_passed_over(tmp_path, "_native_cpu.so is damaged: the file ends early")
-
-
-@needs_native
-def test_a_file_is_damaged_from_its_last_byte_on(tmp_path):
-    path, content = tmp_path / "_native_cpu.so", whole()
-    for length in (0, 4, 63, 64, 100, len(content) // 3, len(content) - 1):
-        path.write_bytes(content[:length])
-        assert native._ends_early(path) == (length >= 64)  # the loader refuses shorter ones
-    path.write_bytes(content)
-    assert not native._ends_early(path)
-    path.write_bytes(b"\x7fELF\x01" + content[5:200])  # of 32 bits
-    assert not native._ends_early(path)
+    write_info(tmp_path, content)
+    assert_passed_over(tmp_path, DAMAGED)
 
 
 @needs_native
 def test_a_turned_bit_is_told_by_the_checksum_of_the_build(tmp_path):
     """Else it may compute anything, or end the process."""
     content = bytearray(whole())
-    (tmp_path / "_build_info.json").write_text(json.dumps({"crc32": {"cpu": zlib.crc32(content)}}))
+    write_info(tmp_path, content)
     content[len(content) // 2] ^= 4
     (tmp_path / "_native_cpu.so").write_bytes(content)
-    assert_passed_over(tmp_path, "_native_cpu.so is damaged: it is not the file that was built")
+    assert_passed_over(tmp_path, DAMAGED)
 
 
 def test_an_extension_without_ops_is_passed_over(tmp_path):
@@ -104,8 +104,55 @@ def test_an_extension_without_ops_is_passed_over(tmp_path):
     source.write_text(f'const char* fusedmlp_activations(void) {{ return "{table}"; }}\n')
     library = tmp_path / "_native_cpu.so"
     subprocess.run([compiler, "-shared", "-fPIC", source, "-o", library], check=True)
-    (tmp_path / "_build_info.json").write_text(json.dumps({"torch": torch.__version__}))
+    write_info(tmp_path, library.read_bytes())
     assert_passed_over(tmp_path, "was built from another version: it has no bias_act_dropout_bwd")
+
+
+OTHER_SCHEMAS = "_native_cpu.so was built from another version, whose ops take other arguments"
+TRAIN = """
+import torch, fusedmlp
+from pathlib import Path
+from fusedmlp.backends import native as extension
+from fusedmlp.train import TrainConfig, fit
+extension._FOLDER = Path({folder!r})
+data = torch.randn(64, 8), torch.randint(3, (64,)), torch.randn(8, 8), torch.randint(3, (8,))
+def train(engine):
+    config = TrainConfig(epochs=1, batch_size=32, engine=engine)
+    return fit(fusedmlp.FusedMLP(8, [16], 3), data, config)
+print("engine:", train("auto").summary["engine"])
+try:
+    train("native")
+except Exception as error:
+    print("raised:", error)
+"""
+
+
+@needs_native
+@pytest.mark.parametrize("digest", ["0123456789abcdef", None], ids=["other", "unknown"])
+def test_a_library_of_older_schemas_is_passed_over_before_it_is_opened(digest, tmp_path):
+    """It used to be opened, and to end the first training in a raw error about a schema."""
+    shutil.copy(native.library("cpu"), tmp_path)
+    write_info(tmp_path, whole(), digest)
+    assert_passed_over(tmp_path, OTHER_SCHEMAS)
+    done = python(TRAIN.format(folder=str(tmp_path)))
+    assert done.returncode == 0, done.stderr
+    assert "engine: autograd" in done.stdout
+    raised = done.stdout.split("raised: ")[1]
+    assert OTHER_SCHEMAS in raised and "rebuild with FUSEDMLP_BUILD=cpu" in raised
+
+
+def test_the_digest_is_of_the_schemas_and_of_no_comment(tmp_path):
+    package = Path(native.__file__).parents[1]
+    for file in schemas._FILES:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(package / file, tmp_path / file)
+    assert schemas.digest(tmp_path) == schemas.digest()
+    changed = tmp_path / schemas._FILES[1]
+    changed.write_text("# A comment.\n" + changed.read_text())
+    assert schemas.digest(tmp_path) == schemas.digest()
+    assert "int loss, " in changed.read_text()
+    changed.write_text(changed.read_text().replace("int loss, ", "int loss, Tensor? more, "))
+    assert schemas.digest(tmp_path) != schemas.digest()
 
 
 ISAS = environment.CHOICES["FUSEDMLP_CPU_ISA"]  # from the lowest up

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 
 import fusedmlp.functional as FF
 from fusedmlp.backends import reference
-from fusedmlp.commands.verify import excess
 from fusedmlp.spec import activations, philox
+from fusedmlp.spec.budget import excess
 from fusedmlp.spec.layers import Epilogue
 
-from .. import interpreter
+from .. import check_op, interpreter
 from ..autograd.test_corners import (  # noqa: F401  the same promises, with this file's `backend`
     test_a_dropped_element_is_plus_zero_with_zero_gradient,
     test_corners_are_those_of_torch,
@@ -24,11 +24,8 @@ from ..autograd.test_corners import (  # noqa: F401  the same promises, with thi
 )
 from ..autograd.test_ops import (  # noqa: F401
     test_backward_twice_gives_the_same_and_changes_nothing_saved,
-    test_every_shape_is_within_the_error_budget,
     test_expanded_input_and_gradient,
     test_fp32_bias_beside_a_16_bit_input,
-    test_outputs_and_gradients_are_within_the_error_budget,
-    test_variants_are_within_the_error_budget,
 )
 from ..check_op import DTYPES, SEED, STREAM
 from ..conftest import _skip_unless_usable
@@ -107,6 +104,17 @@ def _run(args, tile, keep_preact=True):
 def _linear_act(backend):
     """linear_act_fwd of a backend, with the values of the epilogue one by one."""
     return lambda x, w, *e: backend.linear_act_fwd(x, w, Epilogue(*e))
+
+
+# --- the table ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("act", activations.NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", ["linear_act", "bias_act_dropout"])
+def test_the_table_is_right(op, dtype, act, backend, device):
+    found = check_op.spread(check_op.table(op, DTYPES[dtype], device), pairs=False)
+    check_op.assert_right([check_op.Runner(backend)], [c for c in found if c.act == act])
 
 
 # --- masks --------------------------------------------------------------------------------------

@@ -7,9 +7,10 @@ too large, or too small, by the limit that NVIDIA gives for its instructions.
 import pytest
 import torch
 
-from fusedmlp.commands.verify import Case, excess
+from fusedmlp.spec.budget import excess
 
 from .. import check_op, interpreter
+from ..check_op import Case
 from ..conftest import _skip_unless_usable
 from .test_triton import _cross_entropy_by_torch
 

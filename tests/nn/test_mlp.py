@@ -8,10 +8,10 @@ from torch import nn
 import fusedmlp
 from fusedmlp.autograd.mlp import Mlp, Net
 from fusedmlp.backends import choice, registry
-from fusedmlp.commands.verify import excess
 from fusedmlp.ops import BY_BACKEND
 from fusedmlp.spec import activations, philox
 from fusedmlp.spec import layers as nets
+from fusedmlp.spec.budget import excess
 
 STATE = torch.tensor([5, 7])
 ACTS = range(len(activations.NAMES))

@@ -31,6 +31,13 @@ def test_philox_gives_the_published_words(counter, key, words):
     assert tuple(int(w) for w in philox.philox(counter, key)) == words
 
 
+def test_rows_are_counted_from_0_or_from_the_offset():
+    state = torch.tensor([1, 2])
+    whole = philox.windows(state, 3, 5, 9)
+    assert torch.equal(whole, philox.windows(state, 3, 5, 9, 0))
+    assert torch.equal(whole[2:], philox.windows(state, 3, 3, 9, 2))
+
+
 def test_layer_adds_to_the_stream_and_wraps():
     top = 2**63 - 1
     a = philox.windows(torch.tensor([1, top]), 3, 4, 9)

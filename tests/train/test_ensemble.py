@@ -370,3 +370,11 @@ def test_the_op_reads_no_row_that_is_not_there(case):
     with pytest.raises(RuntimeError, match=message):
         many.run([share, share])
     assert all(map(torch.equal, before, member.model.parameters()))
+
+
+def test_the_op_takes_one_weight_a_row_of_the_data():
+    [member] = members_of([{}])
+    task = task_of(member.model, made_data.blobs(), OPTIMIZERS["sgd"])
+    task.row_weights = torch.ones(3)
+    with pytest.raises(RuntimeError, match=r"train: weights must have 180 elements, got \(3,\)"):
+        Native(task).steps(torch.arange(ROWS), 32)

@@ -72,6 +72,19 @@ def test_mean_squared_error_keeps_to_the_trajectory():
     assert_near_fp64(data, optimizer, loss="mse", sizes=(3, 16, 1), activation="tanh")
 
 
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse", "logistic"])
+def test_weights_of_rows_keep_to_the_trajectory(loss):
+    if loss == "cross_entropy":
+        data = made_data.blobs(rows=400)
+        settings = {"sizes": (12, 24, 3), "smoothing": 0.1}
+    else:
+        data = made_data.labels(rows=400, features=24, outputs=3)
+        settings = {"sizes": (24, 16, 3), "loss": loss}
+    weights = torch.rand(len(data.x_train), generator=torch.Generator().manual_seed(0)) * 10
+    weights[::3] = 0.0
+    assert_near_fp64(data, OPTIMIZERS["momentum"], ends=(1, 50), weights=weights, **settings)
+
+
 @pytest.mark.parametrize("outputs", [1, 3, 20], ids=["one", "part", "more"])
 def test_logistic_losses_keep_to_the_trajectory(outputs):
     """Of fewer and of more outputs than a vector holds."""

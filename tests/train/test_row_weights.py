@@ -21,6 +21,7 @@ from fusedmlp.train import (
 )
 from fusedmlp.train.data.types import permutation, replace
 from fusedmlp.train.data.weights import row_weights
+from fusedmlp.train.engines import native_op
 
 from .. import made_data
 
@@ -134,14 +135,27 @@ def test_a_small_class_is_found_more_often_when_classes_are_balanced():
     assert recall["balanced"] > recall[None] + 0.2
 
 
-def test_the_native_engine_gives_its_reason():
-    data = _unequal()
-    config = CONFIG.replace(class_weight="balanced")
-    lines = explain(_net(3), data, config).splitlines()
-    assert any(line.startswith("native: ") and "rows have weights" in line for line in lines)
-    assert "autograd: taken" in lines
-    with pytest.raises(TrainError, match="'native' was asked for .*rows have weights"):
-        fit(_net(3), data, config.replace(engine="native"))
+@pytest.mark.skipif(
+    native_op.unavailable() is not None, reason=f"native engine: {native_op.unavailable()}"
+)
+@pytest.mark.parametrize("kind", ["classes", "numbers"])
+def test_the_native_engine_takes_weights_and_tells_what_autograd_tells(kind):
+    data = _unequal() if kind == "classes" else made_data.line(seed=3)
+    weights = torch.arange(len(data.x_train)).double() % 3
+    weights[:60] = 0.0  # the whole of some batches of the unshuffled kind
+    data = replace(data, weights=weights)
+    sizes = data.x_train.shape[1], [16], data.out_features
+    config = CONFIG.replace(batch_size=20, class_weight="balanced" if kind == "classes" else None)
+    assert "native: taken" in explain(FusedMLP(*sizes), data, config).splitlines()
+    told = {}
+    for engine in ("native", "autograd"):
+        torch.manual_seed(3)
+        net = FusedMLP(*sizes)
+        told[engine] = fit(net, data, config.replace(engine=engine)).history
+    for mine, theirs in zip(told["native"], told["autograd"], strict=True):
+        assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-5)
+        assert mine["train_accuracy"] == theirs["train_accuracy"]
+        assert mine["test_loss"] == pytest.approx(theirs["test_loss"], rel=1e-5)
 
 
 def test_several_networks_and_cross_validation_take_weights():
@@ -160,7 +174,7 @@ def test_several_networks_and_cross_validation_take_weights():
         loss="cross_entropy",
         weights=weights,
     )
-    _assert_same(together, alone)
+    assert all(map(torch.equal, together.parameters(), alone.parameters()))
     pytest.importorskip("sklearn")
     config = CONFIG.replace(class_weight="balanced")
     found = crossval(config, {"hidden": [4, 8]}, folds=2, data=_unequal())

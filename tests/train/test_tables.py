@@ -34,6 +34,13 @@ def test_npz_classes_images_and_test_rows(tmp_path):
     assert found.scaling(found.x_train).max() < 1
 
 
+def test_the_largest_number_of_fp32_is_taken(tmp_path):
+    x, y = np.full((10, 2), float(np.finfo(np.float32).max)), np.arange(10) % 2
+    x[::2] *= -1
+    found = load(dataset=_npz(tmp_path / "a.npz", x_train=x, y_train=y), standardize=False)
+    assert found.x_train.abs().eq(torch.finfo(torch.float32).max).all()
+
+
 def test_npz_float_target_is_regression_and_a_test_set_is_held_out(tmp_path):
     x, y = np.random.rand(50, 3), np.random.rand(50)
     found = load(dataset=_npz(tmp_path / "a.npz", x_train=x, y_train=y))

@@ -62,3 +62,19 @@ def test_a_folder_that_cannot_be_written_is_an_error_that_names_it(tmp_path, mon
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(OSError, match="file"):
         keep(WORK, eager=1.0)
+
+
+def test_info_shows_the_first_sizes_and_says_how_many_there_are_more(capsys):
+    from fusedmlp import cli
+    from fusedmlp.commands import info
+
+    def said(count: int) -> str:
+        rows = {f"size {i}": {"times": {"eager": 1.0}, "wrong": {}} for i in range(count)}
+        measured.keep_all("cpu", "calls", rows)
+        assert cli.main(["info"]) == 0
+        return capsys.readouterr().out
+
+    text = said(info._SHOWN)
+    assert text.count(", size ") == info._SHOWN and "sizes more" not in text
+    text = said(info._SHOWN + 3)
+    assert text.count(", size ") == info._SHOWN and "cpu: 3 sizes more" in text

@@ -72,9 +72,11 @@ FN VF act_grad_z(VF g, VF z, VF slope) {
         const VF e = exp(negate(abs(z))), r = one / (one + e);
         return g * (e * r * r);
     } else if constexpr (ACT == kTanh) {
-        // 1 - t^2 = 4 e / (1 + e)^2 with e = exp(-2 |z|)
-        const VF e = exp(set1(-2.0f) * abs(z)), r = one / (one + e);
-        return g * (set1(4.0f) * e * r * r);
+        // 1 - t^2 = 4 e / (1 + e)^2 with e = exp(-2 |z|) loses no digits where t is near 1, and
+        // 1 - t^2 itself, with t = (1 - e) / (1 + e), none where t is small.
+        const VF e = exp(set1(-2.0f) * abs(z)), r = one / (one + e), t = (one - e) * r;
+        const VF large = set1(4.0f) * e * r * r, small = fma(negate(t), t, one);
+        return g * select(gt(t, set1(0.5f)), large, small);
     } else if constexpr (ACT == kSoftplus) {
         return g * sigmoid(z);
     } else if constexpr (ACT == kGelu) {

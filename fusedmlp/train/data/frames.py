@@ -7,7 +7,7 @@ rows, or one of all, in which the columns named by `text` are as they are writte
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from ..errors import TrainError
+from ..errors import TrainError, first_line
 from .csv_table import CsvTable
 
 
@@ -66,9 +66,9 @@ class ParquetTable:
             self.file = parquet.ParquetFile(path)
         except FileNotFoundError as error:
             raise TrainError(f"{path} does not exist") from error
-        except (ArrowException, OSError) as error:
+        except (ArrowException, OSError, ValueError) as error:
             raise TrainError(
-                f"{path} is truncated, corrupted or no Parquet file ({_line(error)})"
+                f"{path} is truncated, corrupted or no Parquet file ({first_line(error)})"
             ) from error
         # A pandas index is kept as a column of its own.
         self.names = list(self.file.schema_arrow.names)
@@ -82,13 +82,15 @@ class ParquetTable:
             raise TrainError(f"{self.path} must have rows, got none")
         try:
             if rows is None:
-                yield self.file.read().to_pandas(ignore_metadata=True)
-                return
-            for batch in self.file.iter_batches(rows):
-                yield batch.to_pandas(ignore_metadata=True)
-        except (ArrowException, OSError) as error:
+                parts = [self.file.read()]
+            else:
+                parts = self.file.iter_batches(rows)
+            for part in parts:
+                part.validate(full=True)  # words that are no text are seen here, not in pandas
+                yield part.to_pandas(ignore_metadata=True)
+        except (ArrowException, OSError, ValueError) as error:
             raise TrainError(
-                f"{self.path} is truncated, corrupted or no Parquet file ({_line(error)})"
+                f"{self.path} is truncated, corrupted or no Parquet file ({first_line(error)})"
             ) from error
 
 
@@ -108,7 +110,3 @@ def _check_names(names: list[str], where: str) -> None:
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise TrainError(f"{where} must name each column once, got {twice!r} twice")
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,15 +1,15 @@
 """Data sets in npz files, and how the values of a target become class numbers or floats. Nothing of
 a file is executed."""
 
+import sys
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..errors import TrainError
+from ..errors import TrainError, first_line
 from .packed import check_unpacked
 from .types import Data, Scaling
 
@@ -36,16 +36,26 @@ def read_npz(file: str, loss: str = "auto") -> Data:
                 member = archive.zip.getinfo(f"{name}.npy")
                 check_unpacked(f"{path}: {name}", member.file_size, member.compress_size)
             arrays = {name: archive[name] for name in wanted}
+    except TrainError:
+        raise
     except FileNotFoundError as error:
         raise TrainError(f"{path} does not exist") from error
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError, MemoryError) as error:
+    except OSError as error:
+        raise TrainError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # NumPy's reader of a damaged header raises whatever it likes
         if "pickle" in str(error) and zipfile.is_zipfile(path):
             raise TrainError(
                 f"{path}: arrays must hold numbers or strings, got Python objects"
             ) from error
-        raise TrainError(f"{path} is truncated, corrupted or no .npz file ({error})") from error
-    except OSError as error:
-        raise TrainError(f"cannot read {path}: {error.strerror or error}") from error
+        raise TrainError(
+            f"{path} is truncated, corrupted or no .npz file ({first_line(error)})"
+        ) from error
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise TrainError(f"{path}: {name} must be an array of NumPy's, got other bytes")
+        # A number beyond Unicode's last would stop NumPy itself.
+        if array.dtype.kind == "U" and _code_points(array).max(initial=0) > sys.maxunicode:
+            raise TrainError(f"{path}: {name} must hold text, got numbers that are no characters")
     for name in ("x_train", "y_train"):
         if name not in arrays:
             raise TrainError(
@@ -90,6 +100,12 @@ def read_npz(file: str, loss: str = "auto") -> Data:
         notes=notes,
         is_table=len(shape) != 2 and not is_bytes,
     )
+
+
+def _code_points(array):
+    import numpy as np
+
+    return np.ascontiguousarray(array).astype(array.dtype.newbyteorder("=")).view(np.uint32)
 
 
 def _inputs(array, name: str) -> Tensor:

@@ -7,6 +7,7 @@ The data set that a config names is read in datasets.py.
 
 import hashlib
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -171,12 +172,19 @@ def with_validation(data: Data, share: float) -> Data:
     return replace(kept, x_val=data.x_train[held], y_val=data.y_train[held])
 
 
-def _held_out(data: Data, share: float) -> tuple[Data, Tensor]:
-    """(the data without the rows held out, the numbers of those)."""
+@contextmanager
+def _errors_named(data: Data):
+    """Errors with the name of the data set before them."""
     try:
-        kept, held = hold_out(len(data.x_train), share, data.y_train if data.is_classes else None)
+        yield
     except TrainError as error:
         raise TrainError(f"{data.name}: {error}") from error
+
+
+def _held_out(data: Data, share: float) -> tuple[Data, Tensor]:
+    """(the data without the rows held out, the numbers of those)."""
+    with _errors_named(data):
+        kept, held = hold_out(len(data.x_train), share, data.y_train if data.is_classes else None)
     weights = None if data.weights is None else data.weights[kept]
     rest = replace(data, x_train=data.x_train[kept], y_train=data.y_train[kept], weights=weights)
     return rest, held
@@ -251,7 +259,8 @@ def _tabulated(data: Data, standardize: bool, rows: Tensor | None) -> Data:
     every = slice(None) if rows is None else rows
     x, y = data.x_train[every], data.y_train[every]
     classes = len(data.classes) if data.is_classes else None
-    fitted, inputs, notes = preparation.fit(data.schema, x, y, classes, standardize, SPLIT_SEED)
+    with _errors_named(data):
+        fitted, inputs, notes = preparation.fit(data.schema, x, y, classes, standardize, SPLIT_SEED)
     raw, columns = data.x_train, data.schema.columns
     data = data.map(lambda rows: rows if rows is raw else fitted(rows, columns), "x")
     if rows is not None:

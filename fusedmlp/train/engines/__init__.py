@@ -7,7 +7,7 @@ An engine is made from a Task and has
     step(indices)        one step on these rows of the task's data; waits for nothing
     steps(order, batch)  one step for each slice of `batch` rows of order; an engine that runs many
                          steps in one call does it here
-    step_on(x, y)        one step on inputs and targets from elsewhere (a loader)
+    step_on(x, y)        one step on what a loader gives, of engines that take one
     set_step(number)     the global step that comes next: it decides masks and learning rates
     read()               (sum of losses, number right, rows) since the last read; waits for them
     evaluate(x, y)       (sum of losses, number right, rows) over rows that are not trained on, in

@@ -69,7 +69,13 @@ class Call:
 
 @torch.no_grad()
 def train(
-    shares: Sequence[Share], x: Tensor, y: Tensor, scaling: Scaling, totals: Tensor, work: Tensor
+    shares: Sequence[Share],
+    x: Tensor,
+    y: Tensor,
+    weights: Tensor | None,
+    scaling: Scaling,
+    totals: Tensor,
+    work: Tensor,
 ) -> Tensor:
     """native_op.train for networks whose rows are those of x and y: adds to totals (epochs of all
     networks, 3) and returns the work memory for the next call."""
@@ -92,6 +98,7 @@ def train(
             [share.order for share in shares],
             scaling.mean,
             scaling.std,
+            weights,
             [call.lr_scale for call in calls],
             [p for engine in engines for p in engine.parameters],
             first,
@@ -151,18 +158,10 @@ class Native:
 
     def steps(self, order: Tensor, batch: int) -> None:
         task = self.task
-        self._run(task.x, task.y, task.scaling, order, batch)
-
-    def step_on(self, inputs: Tensor, targets: Tensor) -> None:
-        order = torch.arange(len(inputs))
-        self._run(inputs.contiguous(), targets.contiguous(), Scaling(), order, max(1, len(order)))
-
-    def _run(self, x: Tensor, y: Tensor, scaling: Scaling, order: Tensor, batch: int) -> None:
-        """x (n, ...), y (n, ...): data; order (steps * batch,): rows of it, the last step fewer."""
         if len(order) == 0:
             return
-        share = Share(self, order.contiguous(), batch)
-        self.work = train([share], x, y, scaling, self.totals, self.work)
+        share, data = Share(self, order.contiguous(), batch), (task.x, task.y, task.row_weights)
+        self.work = train([share], *data, task.scaling, self.totals, self.work)
         self.advance(share.steps)
 
     def call(self, steps: int) -> Call:

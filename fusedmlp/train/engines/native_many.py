@@ -21,7 +21,7 @@ Sums = tuple[float, float, int]  # sum of losses, number right, rows
 
 
 class NativeMany:
-    """Runs networks that have x, y, loss and scaling in common and nothing else."""
+    """Runs networks that have the data, the loss and the scaling in common and nothing else."""
 
     def __init__(self):
         self.work = torch.empty(1, 0)
@@ -58,7 +58,8 @@ class NativeMany:
     def _call(self, shares: Sequence[Share]) -> list[list[Sums]]:
         totals = torch.zeros(sum(share.epochs for share in shares), 3, dtype=torch.float64)
         task = shares[0].engine.task
-        self.work = train(shares, task.x, task.y, task.scaling, totals, self.work)
+        data = task.x, task.y, task.row_weights
+        self.work = train(shares, *data, task.scaling, totals, self.work)
         rows = iter([(loss, right, int(n)) for loss, right, n in totals.tolist()])
         sums = [[next(rows) for _ in range(share.epochs)] for share in shares]
         for share, mine in zip(shares, sums, strict=True):

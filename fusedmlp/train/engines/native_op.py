@@ -6,6 +6,8 @@ train: whole epochs of M networks that share the data, the loss and nothing else
     y         (n,) int64 labels, or (n, N) fp32
     orders    one a network, (epochs * rows,) int64 rows: the order of one epoch after the other
     mean, std of the scaling (rows / divisor - mean) / std, 1 element or one a column; or None
+    weights   (n,) fp32 of the rows in the loss of their step, whose sum is that of its weighted
+              losses over that of its weights, times its rows; or None: all are 1
     lr_scales one a network, (steps,) fp64 factors of the learning rate, without elements for none
     params    w, b, slope of each layer, one network after the other, an empty tensor for one that
               is not there; updated
@@ -47,8 +49,9 @@ _DATA = "Tensor x, Tensor y, Tensor[] orders, Tensor? mean, Tensor? std, "
 _OUT = "Tensor(d!) totals, Tensor(e!) work, int[] ints, float[] numbers, "
 _SCHEMAS = {
     "train": (
-        f"({_DATA}Tensor[] lr_scales, Tensor(a!)[] params, Tensor(b!)[] m1, Tensor(c!)[] m2, {_OUT}"
-        "int[] member_ints, float[] member_numbers, float divisor, int loss, bool bf16) -> int"
+        f"({_DATA}Tensor? weights, Tensor[] lr_scales, Tensor(a!)[] params, Tensor(b!)[] m1, "
+        f"Tensor(c!)[] m2, {_OUT}int[] member_ints, float[] member_numbers, "
+        "float divisor, int loss, bool bf16) -> int"
     ),
     "evaluate": (
         f"({_DATA}Tensor[] params, {_OUT}int[] layers, float divisor, int batch, int loss, "

@@ -169,7 +169,7 @@ def _has_tensor(setting) -> bool:
 def reasons_against_data(task: Task, layers: list[Layer]) -> list[str]:
     if task.x is None:
         return ["its data must be tensors, these come from a loader"]
-    reasons = ["rows have weights"] if task.row_weights is not None else []
+    reasons = []
     if task.loss not in _LOSSES:
         reasons.append(f"the loss must be one of {', '.join(_LOSSES)}, got {task.loss}")
     return reasons + reasons_against_rows(task, task.x, task.y, layers)

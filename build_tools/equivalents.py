@@ -1,0 +1,25 @@
+"""Mutants that change nothing which a user or another part could see, and why."""
+
+# (file, line before, line after): reason
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+    (
+        "fusedmlp/backends/triton/linear_act.py",
+        "ACT, SLOPES, DROPOUT, 1, BLOCK_M, BLOCK_N,",
+        "ACT, SLOPES, DROPOUT, 2, BLOCK_M, BLOCK_N,",
+    ): "The columns of a tile in two parts instead of one: the same values, in other registers.",
+    (
+        "csrc/cpu/network.h",
+        "int64_t piece_ = 1;  // blocks that a thread takes at least",
+        "int64_t piece_ = 0;  // blocks that a thread takes at least",
+    ): "Both loops over threads take a least piece of 0 as one of 1.",
+    (
+        "csrc/cuda/launch.cuh",
+        "const bool exact = divisor > 1 && uint64_t(limit) <= UINT64_MAX / divisor;",
+        "const bool exact = divisor > 1 && uint64_t(limit) < UINT64_MAX / divisor;",
+    ): "One limit more is divided instead of multiplied: the same quotient.",
+    (
+        "csrc/cuda/launch.cuh",
+        "uint64_t divisor = 1;",
+        "uint64_t divisor = 0;",
+    ): "Every Divider that a kernel uses has been assigned by its launcher.",
+}
