@@ -369,7 +369,8 @@ def main(argv: list[str] | None = None) -> int:
                 row = known[mutant.key] | _equivalent(mutant)
             else:
                 row = run(tree, mutant, tests, args.budget)
-            if args.again and row["outcome"] == "killed":
+            was = known.get(mutant.key, {})
+            if args.again and row["outcome"] == "killed" and not was.get("not all tests"):
                 row["by a new test"] = True
             results.add(row, columns=COLUMNS)
         # With tests of the caller's some rows are looked at, not all of them.
