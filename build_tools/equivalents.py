@@ -37,4 +37,14 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "debug: bool = False",
         "debug: bool = True",
     ): "The parsed value is not read: whether --debug was given is seen in the words.",
+    (
+        "fusedmlp/backends/triton/tiles.py",
+        "Tile(64, 32, 64, 4, 4),",
+        "Tile(64, 32, 64, 3, 4),",
+    ): "How many stages a tile has decides how fast it is, and not what it computes.",
+    (
+        "fusedmlp/backends/triton/philox.py",
+        "t = threshold.to(tl.uint32, bitcast=True)",
+        "t = threshold.to(tl.uint32, bitcast=False)",
+    ): "A conversion of int32 to uint32 keeps the bits too.",
 }

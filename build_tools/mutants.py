@@ -369,13 +369,19 @@ def main(argv: list[str] | None = None) -> int:
                 row = known[mutant.key] | _equivalent(mutant)
             else:
                 row = run(tree, mutant, tests, args.budget)
-            if args.again and row["outcome"] == "killed":
+            was = known.get(mutant.key, {})
+            if args.again and row["outcome"] == "killed" and not was.get("not all tests"):
                 row["by a new test"] = True
             results.add(row, columns=COLUMNS)
         # With tests of the caller's some rows are looked at, not all of them.
         fails = [] if args.tests else failing_when_right(tree, results.rows)
     for test in fails:
         print(f"mutants: {test} fails on the tree as it is: what it killed shows nothing")
+    for row in results.rows:
+        if row.get("by") in fails:
+            row |= {"outcome": "survived", "not all tests": True}
+            del row["by"]
+    results.write()
     print(f"mutants: seed {seed}: {tally(results.rows)}")
     return 1 if fails or any(r["outcome"] == "survived" for r in results.rows) else 0
 

@@ -257,3 +257,10 @@ def test_damage_is_named_when_it_is_read(name):
         TrainError, match=f"^run: the preparation of its table is damaged.*{message}"
     ):
         Preparation.from_dict(listed, "run")
+
+
+@pytest.mark.parametrize(("words", "way"), [(50, "one-hot"), (51, "target")])
+def test_up_to_fifty_words_are_an_input_each_and_more_are_statistics(words, way):
+    column = Column("a", "words", tuple(f"w{i:02}" for i in range(words)))
+    found, _, _ = _fit(column, [float(i) for i in range(words)] * 40)
+    assert found.parts[0].way == way
