@@ -204,7 +204,7 @@ def files(place: Path, dice: random.Random, count: int) -> Iterator[str | None]:
             try:
                 read()
             except (TrainError, UsageError) as error:
-                is_named = str(path.parent) in str(error)
+                is_named = path.name in str(error) or str(path.parent) in str(error)
                 return "refused" if is_named else f"refused without its name: {error}"
             return "read"
 
