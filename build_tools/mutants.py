@@ -76,8 +76,17 @@ def _key(row: dict) -> tuple:
     return tuple(row[name] for name in ("file", "before", "after"))
 
 
-def _is_in(row: dict, wanted: list[Mutant]) -> bool:
-    return _key(row) in {mutant.key for mutant in wanted}
+def _of_row(row: dict) -> Mutant | None:
+    """The mutant of a row in this tree, where its line may be another one, or be gone."""
+    lines = (ROOT / row["file"]).read_text().split("\n")
+    found = [n for n, line in enumerate(lines, 1) if line.strip() == row["before"]]
+    if not found:
+        return None
+    number = min(found, key=lambda n: abs(n - row["line"]))
+    before = lines[number - 1]
+    after = before.replace(row["before"], row["after"])
+    change = mutations.Mutation(number, before, after, row["operator"])
+    return Mutant(row["kind"], row["file"], change)
 
 
 def chosen(kind: Kind, seed: int, count: int | None = None) -> list[Mutant]:
@@ -348,7 +357,8 @@ def main(argv: list[str] | None = None) -> int:
     wanted = [each[n][i] for i, n in order]
     known = {_key(row): row for row in rows}
     if args.again:
-        wanted = [m for m in wanted if known.get(m.key, {}).get("outcome") == "survived"]
+        survived = [r for r in rows if r["outcome"] == "survived" and r["kind"] in kinds]
+        wanted = [m for m in map(_of_row, survived) if m is not None]
     else:
         wanted = [m for m in wanted if m.key not in known]
     wanted = [m for m in wanted if not args.file or m.file in args.file]
@@ -361,7 +371,7 @@ def main(argv: list[str] | None = None) -> int:
         if any(m.compiled for m in wanted):
             tree.prepare_extension()
         head = record.header("mutants", "build_tools.mutants", argv) | {"seed": seed}
-        results = record.Results(head, args.out, [r for r in rows if not _is_in(r, wanted)])
+        results = record.Results(head, args.out, rows)
         for mutant in wanted:
             tests = kinds[mutant.kind].tests_of(mutant.file)
             tests = shlex.split(args.tests) if args.tests else tests
@@ -369,18 +379,17 @@ def main(argv: list[str] | None = None) -> int:
                 row = known[mutant.key] | _equivalent(mutant)
             else:
                 row = run(tree, mutant, tests, args.budget)
-            was = known.get(mutant.key, {})
-            if args.again and row["outcome"] == "killed" and not was.get("not all tests"):
+            is_new = not known.get(mutant.key, {}).get("not all tests")
+            if args.again and row["outcome"] == "killed" and is_new:
                 row["by a new test"] = True
+            results.rows[:] = [r for r in results.rows if _key(r) != mutant.key]
             results.add(row, columns=COLUMNS)
         # With tests of the caller's some rows are looked at, not all of them.
         fails = [] if args.tests else failing_when_right(tree, results.rows)
-    for test in fails:
-        print(f"mutants: {test} fails on the tree as it is: what it killed shows nothing")
     for row in results.rows:
         if row.get("by") in fails:
-            row |= {"outcome": "survived", "not all tests": True}
-            del row["by"]
+            print(f"mutants: {row['by']} fails on the tree as it is: what it killed shows nothing")
+            row |= {"outcome": "survived", "not all tests": True, "by": ""}
     results.write()
     print(f"mutants: seed {seed}: {tally(results.rows)}")
     return 1 if fails or any(r["outcome"] == "survived" for r in results.rows) else 0
