@@ -117,17 +117,22 @@ def test_settings_reach_it(name, device):
         assert_close(engines[0], engines[2])
 
 
-def test_other_losses_and_standardised_rows(device):
+@pytest.mark.parametrize("is_weighted", [False, True], ids=["equal", "weighted"])
+def test_other_losses_standardised_rows_and_weights(is_weighted, device):
     for data, sizes, loss in (
         (standardized(made_data.line()), (3, 16, 1), "mse"),
         (standardized(made_data.pictures()), (64, 9, 4), "cross_entropy"),
         (standardized(made_data.blobs()), (12, 3), "cross_entropy"),
         (made_data.labels(), (12, 9, 3), "logistic"),
     ):
-        engines = []
+        engines, settings = [], {"loss": loss}
+        if is_weighted:
+            # The first of them are the whole of a step.
+            settings["row_weights"] = torch.arange(len(data.x_train), device=device).float() % 4
+            settings["row_weights"][permutation(SEED, 0, len(data.x_train))[:33].to(device)] = 0
         for kind in (Graph, Autograd):
             net = network(sizes=sizes)
-            engines.append(on(device, data, OPTIMIZERS["momentum"], net, kind, loss=loss))
+            engines.append(on(device, data, OPTIMIZERS["momentum"], net, kind, **settings))
             engines[-1].steps(permutation(SEED, 0, len(data.x_train)).to(device), 33)
         assert_close(*engines)
         sums = [engine.read() for engine in engines]

@@ -55,8 +55,6 @@ class Graph:
             reasons.append("fp16 waits for the host, which decides on the scale of the loss")
         if task.world.size > 1:
             reasons.append("it runs in one process")
-        if task.row_weights is not None:
-            reasons.append("rows have weights")
         reasons += reasons_against_optimizer(task.optimizer)
         if type(task.optimizer) is EpsilonHatAdam:
             reasons.append("torch's fused Adam has another place for epsilon")

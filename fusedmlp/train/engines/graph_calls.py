@@ -9,7 +9,7 @@ once for all steps of a call:
 for each step:
     cast       the weights, where products are not in fp32: one call for all
     forward    the op mlp_fwd, masks from (seed, stream) in `state`
-    loss       the op cross_entropy, or another loss and its gradient
+    loss       the op cross_entropy, or another loss and its gradient, times the weights of rows
     backward   the op mlp_bwd
     update     clip_grad_norm_, then torch's fused SGD, Adam or AdamW with the rate in a tensor
 
@@ -86,16 +86,18 @@ class Calls:
         with torch.no_grad():
             at = self.order.index_select(0, self.offset + self.places[: rows * count])
             x = self.inputs(task.x.index_select(0, at))
-            targets = task.y.index_select(0, at)
+            targets, weights = task.y.index_select(0, at), [None] * count
+            if task.row_weights is not None:
+                weights = task.row_weights.index_select(0, at).split(rows)
             rates = self.rates
             if not task.schedule.is_constant:
                 rates = rates.index_select(1, self.index + self.places[:count])
             outputs, losses = [], []
-            for i, (mine, wanted) in enumerate(
-                zip(x.split(rows), targets.split(rows), strict=True)
-            ):
+            parts = zip(x.split(rows), targets.split(rows), weights, strict=True)
+            for i, (mine, wanted, weigh) in enumerate(parts):
                 self.step_rates = list(rates[:, 0 if task.schedule.is_constant else i])
-                for list_, t in zip((outputs, losses), self._step(mine, wanted, i), strict=True):
+                found = self._step(mine, wanted, weigh, i)
+                for list_, t in zip((outputs, losses), found, strict=True):
                     list_.append(t)
             self.step_rates = []
             self._add_up(self.totals, _joined(outputs), _joined(losses), targets)
@@ -114,9 +116,11 @@ class Calls:
         """Rows (B, ...) as stored -> (B, K) in the dtype of the products."""
         return self.task.scaling(x).flatten(1).to(self.dtype)
 
-    def _step(self, x: Tensor, targets: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """x (B, K), targets (B,) or (B, C); number: of the step in its call. Returns the outputs
-        and what `loss` returns first."""
+    def _step(
+        self, x: Tensor, targets: Tensor, weights: Tensor | None, number: int
+    ) -> tuple[Tensor, Tensor]:
+        """x (B, K), targets (B,) or (B, C), weights (B,) or None; number: of the step in its call.
+        Returns the outputs and what `loss` returns first."""
         ops = BY_BACKEND[self.backend(len(x))]
         params, count = self._params(), len(self.layers)
         ints, numbers = self.network(number * self.task.mask_layers)
@@ -124,6 +128,8 @@ class Calls:
         kept = ops.mlp_fwd(x, params, state, ints, numbers, 0, True)
         outputs = kept[count - 1]
         losses, dy = self.loss(outputs, targets, self.task.label_smoothing)
+        if weights is not None:
+            losses, dy = self._weighted(losses, dy, weights)
         needs = layers.bits_of(ints)
         _, *grads = ops.mlp_bwd(
             dy, x, params, state, kept[:count], kept[count:], ints, numbers, 0, needs, False
@@ -191,6 +197,14 @@ class Calls:
             return losses, ((z.sigmoid() - targets) / rows).to(self.dtype)
         ops = BY_BACKEND[self.loss_backend(rows)]
         return ops.cross_entropy(outputs, targets, smoothing, _IGNORED, 1 / rows)
+
+    def _weighted(self, losses: Tensor, dy: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of the weighted mean; rows that all weigh nothing have no gradient."""
+        total = weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
+        factors = weights / total * len(weights)
+        # The differences of mse are squared later.
+        losses = losses * (factors.sqrt().unsqueeze(1) if self.task.loss == "mse" else factors)
+        return losses, (dy * factors.unsqueeze(1)).to(dy.dtype)
 
     def _add_up(self, totals: Tensor, outputs: Tensor, losses: Tensor, targets: Tensor) -> None:
         """Add the sum of losses and the number right to the first two of totals."""
