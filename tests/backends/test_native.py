@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import zlib
 
 import pytest
 import torch
@@ -238,8 +239,9 @@ def test_what_the_build_left_out_is_the_reason(folder):
 
 
 def test_a_broken_extension_is_a_reason_and_no_error(folder):
-    (folder / "_native_cpu.so").write_bytes(b"not a library")
-    info = {"torch": "2.0.0", "schemas": schemas.digest()}
+    content = b"not a library"
+    (folder / "_native_cpu.so").write_bytes(content)
+    info = {"torch": "2.0.0", "schemas": schemas.digest(), "crc32": {"cpu": zlib.crc32(content)}}
     (folder / "_build_info.json").write_text(json.dumps(info))
     reason = native.unavailable("cpu")
     assert "built for torch 2.0.0" in reason and "rebuild with" in reason
