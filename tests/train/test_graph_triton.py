@@ -29,7 +29,7 @@ from .test_graph_step import (  # noqa: F401  the same promises, with this file'
     _backend,
     assert_close,
     test_bf16_is_that_of_autocast,
-    test_other_losses_and_standardised_rows,
+    test_other_losses_standardised_rows_and_weights,
 )
 
 made_data.need("safetensors", "matplotlib")
