@@ -27,10 +27,8 @@ class Step {
         network_.pack();
     }
 
-    // order: (rows,) of step number `step` of this call; `next` are the rows of the step after it,
-    // which follow in order.
-    void train(int64_t step, const int64_t* order, int64_t rows, int64_t next) {
-        next_ = next;
+    // order: (rows,) of step number `step` of this call
+    void train(int64_t step, const int64_t* order, int64_t rows) {
         state_[0] = p_.seed;
         state_[1] = int64_t(uint64_t(p_.first_step + step) * uint64_t(p_.mask_layers));
         lr_scale_ = p_.lr_scale ? p_.lr_scale[step] : 1.0;
@@ -58,7 +56,6 @@ class Step {
     template <class Body>
     void each_block(const int64_t* order, int64_t rows, const Body& body) {
         order_ = order;
-        rows_ = rows;
         weight_ = weight_of(order, rows);
         network_.set_batch(rows);
         network_.each_block(body);
@@ -130,28 +127,13 @@ class Step {
                         ceil_div(at - part.start, part.each), 0, part.plan.blocks
                     );
                 };
-                for (int64_t at = first(begin); at < first(end); ++at) {
-                    const int64_t start = part.start + at * part.each;
-                    fetch_rows(start * next_ / work, (start + part.each) * next_ / work);
+                for (int64_t at = first(begin); at < first(end); ++at)
                     gradient(part, at);
-                }
             }
         });
         for (size_t i = 0; i < layers_.size(); ++i) {
             sum_up(p_.layers[i].b, b_.db[i], b_.at[i].db);
             sum_up(p_.layers[i].slope, b_.slope[i], b_.at[i].dslope);
-        }
-    }
-
-    // Rows of data [begin, end) of the next step, drawn at random, to the L2 cache: memory and page
-    // tables answer while the products of this step are computed.
-    void fetch_rows(int64_t begin, int64_t end) const {
-        const ScalingParams& s = p_.scaling;
-        const int64_t bytes = s.width * int64_t(s.is_bytes ? 1 : sizeof(float));
-        for (int64_t row = begin; row < end; ++row) {
-            const char* at = static_cast<const char*>(s.rows) + order_[rows_ + row] * bytes;
-            for (int64_t i = 0; i < bytes; i += 64)
-                __builtin_prefetch(at + i, 0, 2);
         }
     }
 
@@ -243,8 +225,6 @@ class Step {
     ParallelFor parallel_;
     Network network_;
     const int64_t* order_ = nullptr;
-    int64_t rows_ = 0;
-    int64_t next_ = 0;
     double weight_ = 1.0;
     double lr_scale_ = 1.0;
     int64_t updates_ = 0;
@@ -266,10 +246,8 @@ int64_t evaluation_work(const StepParams& p) {
 
 int train_epoch(StepParams& p, ParallelFor parallel) {
     Step step(p, true, parallel);
-    for (int64_t done = 0, number = 0; done < p.rows; done += p.batch, ++number) {
-        const int64_t rows = std::min(p.batch, p.rows - done);
-        step.train(number, p.order + done, rows, std::min(p.batch, p.rows - done - rows));
-    }
+    for (int64_t done = 0, number = 0; done < p.rows; done += p.batch, ++number)
+        step.train(number, p.order + done, std::min(p.batch, p.rows - done));
     return step.failed();
 }
 
