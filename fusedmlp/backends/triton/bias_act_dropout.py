@@ -64,7 +64,7 @@ def bias_act_dropout_bwd_kernel(
     ACT: tl.constexpr, SLOPES: tl.constexpr, DROPOUT: tl.constexpr, SAVES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """dz = keep ? dy * scale * act' : 0; `steps` tiles, one below the other, a program."""
+    """dz = keep ? dy * scale * act' : 0, and its sums over rows; a column of tiles a program."""
     e = Epilogue(bias_ptr, slope_ptr, state_ptr, alpha, threshold, scale, stream_offset, row_offset)
     tiles_n = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0).to(tl.int64)
@@ -213,7 +213,8 @@ def bias_act_dropout_bwd(dy, saved, e, saves, need_db, need_dslope):
     else:
         dy2, saved2 = rows_view(dy), rows_view(saved)
     m, n = dy2.shape
-    block_m, block_n, warps = (tiles.column_tile if sums else tiles.elementwise_tile)(m, n)
+    tile = tiles.column_tile(m, n) if sums else tiles.elementwise_tile(m, n, backward=True)
+    block_m, block_n, warps = tile
     tiles_n = cdiv(n, block_n)
     steps, splits = tiles.row_splits(m, block_m, tiles_n, sums)
     slope_width = n if constants["SLOPES"] == 2 else tiles_n

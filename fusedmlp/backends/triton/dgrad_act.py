@@ -4,9 +4,11 @@
     dz_before = keep ? dy * scale * act'(z_before) : 0
     db_before, dslope_before = sums over rows
 
-A program computes one (BLOCK_M, BLOCK_N) tile of dz_before over all of N; rows, columns and the end
-of N are masked. Sums over rows: each program stores those of its tile, and a second kernel adds
-them in a fixed order. No pointwise kernel runs between two GEMMs of a backward pass.
+The kernel has the names of every product here: x (M, K) for dz, w (N, K) for W transposed, so its K
+is the N above. A program computes one (BLOCK_M, BLOCK_N) tile of dz_before over all of that K. Rows
+beyond M, columns beyond N and the ragged end of K are masked. Sums over rows: each program stores
+those of its tile, and a second kernel adds them in a fixed order. No pointwise kernel runs between
+two GEMMs of a backward pass.
 """
 
 import torch

@@ -4,9 +4,9 @@ A program computes one (BLOCK_M, BLOCK_N) tile of y over all of K with an fp32 a
 runs the epilogue (bias, activation, dropout) on it while it is still in registers. Rows beyond M,
 columns beyond N and the ragged end of K are masked.
 
-Small outputs with a long K are split along K: partial sums go to fp32 memory, and a second kernel
-adds them in a fixed order and runs the epilogue. There are no atomics, so results repeat bit for
-bit.
+Small outputs with a long K are split along K: a program of the first kernel computes one tile over
+its part of K and stores it in fp32, and one of the second adds the parts of a tile, in order of K,
+and runs the epilogue. There are no atomics, so results repeat bit for bit.
 """
 
 import torch
@@ -91,7 +91,7 @@ def linear_act_merge_kernel(
     ACT: tl.constexpr, SLOPES: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """The epilogue of linear_act on the sum of the partial products, added in order of K."""
+    """The epilogue of linear_act on partial[0] + partial[1] + ...; one tile a program."""
     e = Epilogue(bias_ptr, slope_ptr, state_ptr, alpha, threshold, scale, stream_offset, row_offset)
     tiles_n = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0).to(tl.int64)

@@ -21,7 +21,9 @@ def cdiv(a: int, b: int) -> int:
 
 # Elements of an elementwise tile: 32 for each of 128 threads, so that several 16-byte loads of a
 # thread are in flight. Small tensors take small tiles: below it there are fewer programs than
-# multiprocessors.
+# multiprocessors. So do backward kernels, which read two tensors: of odd rows a thread holds
+# elements of many rows, each with a 64-bit address in three tensors, and with 16 of them or more
+# they spilled.
 _TILE, _SMALL_TILE, _SMALL = 4096, 1024, 1 << 19
 
 # Backward kernels that also sum over rows: about so many programs, so that a GPU is filled and the
@@ -29,19 +31,18 @@ _TILE, _SMALL_TILE, _SMALL = 4096, 1024, 1 << 19
 _SUM_PROGRAMS = 1024
 
 
-def elementwise_tile(m: int, n: int) -> tuple[int, int, int]:
+def elementwise_tile(m: int, n: int, backward: bool = False) -> tuple[int, int, int]:
     """(BLOCK_M, BLOCK_N, warps) for an (m, n) tensor; BLOCK_N is a multiple of 8."""
-    tile = _TILE if m * n > _SMALL else _SMALL_TILE
+    tile = _SMALL_TILE if backward or m * n <= _SMALL else _TILE
     block_n = max(8, min(_power_of_two(n), tile))
     block_m = max(1, min(_power_of_two(m), tile // block_n))
     return block_m, block_n, 4
 
 
 def column_tile(m: int, n: int) -> tuple[int, int, int]:
-    """(BLOCK_M, BLOCK_N, warps) where sums over rows are wanted: narrow, many rows."""
-    block_n = max(8, min(_power_of_two(n), 128))
-    # Half of the elementwise tile: a whole one spilled, up to 184 bytes a thread (gelu, N odd).
-    block_m = max(1, min(_power_of_two(m), _TILE // 2 // block_n))
+    """(BLOCK_M, BLOCK_N, warps) of a backward kernel that sums over rows: narrow, many rows."""
+    block_n = max(8, min(_power_of_two(n), 64))
+    block_m = max(1, min(_power_of_two(m), _SMALL_TILE // block_n))
     return block_m, block_n, 4
 
 
