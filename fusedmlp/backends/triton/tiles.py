@@ -41,7 +41,7 @@ def elementwise_tile(m: int, n: int, backward: bool = False) -> tuple[int, int, 
 
 def column_tile(m: int, n: int) -> tuple[int, int, int]:
     """(BLOCK_M, BLOCK_N, warps) of a backward kernel that sums over rows: narrow, many rows."""
-    block_n = max(8, min(_power_of_two(n), 64))
+    block_n = max(8, min(_power_of_two(n), 32))
     block_m = max(1, min(_power_of_two(m), _SMALL_TILE // block_n))
     return block_m, block_n, 4
 
