@@ -82,13 +82,17 @@ class CpuTimer:
 
     cold  evict the caches before each call
     sync  what makes asynchronous work finish; for the wall clock on a GPU
+    rest  seconds before each sample: threads of another function's pool go on spinning for
+          milliseconds after its work (OpenMP's do), and would be timed with this one's
     """
 
     max_calls = 2000
     sample_ms = 0.25
 
-    def __init__(self, cold: bool = False, sync: Callable[[], None] | None = None):
-        self._sync = sync
+    def __init__(
+        self, cold: bool = False, sync: Callable[[], None] | None = None, rest: float = 0.0
+    ):
+        self._sync, self._rest = sync, rest
         self._evict = torch.ones(32 << 20) if cold else None  # 128 MiB
 
     def sample(self, function: Callable[[], object], calls: int) -> tuple[float, float]:
@@ -96,6 +100,7 @@ class CpuTimer:
         if self._evict is not None:
             self._evict.add_(1)
             calls = 1
+        time.sleep(self._rest)
         if self._sync:
             self._sync()
         start = time.perf_counter()

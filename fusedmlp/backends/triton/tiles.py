@@ -19,12 +19,12 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-# Elements of an elementwise tile: 32 for each of 128 threads, so that several 16-byte loads of a
-# thread are in flight. Small tensors take small tiles: below it there are fewer programs than
-# multiprocessors. So do backward kernels, which read two tensors: of odd rows a thread holds
-# elements of many rows, each with a 64-bit address in three tensors, and with 16 of them or more
-# they spilled.
-_TILE, _SMALL_TILE, _SMALL = 4096, 1024, 1 << 19
+# Elements of an elementwise tile: 16 for each of 128 threads, so that several 16-byte loads of a
+# thread are in flight; with 32, forward kernels of prelu on odd rows spilled. Small tensors take
+# small tiles: below it there are fewer programs than multiprocessors. So do backward kernels, which
+# read two tensors: of odd rows a thread holds elements of many rows, each with a 64-bit address in
+# three tensors, and with 16 of them or more they spilled.
+_TILE, _SMALL_TILE, _SMALL = 2048, 1024, 1 << 19
 
 # Backward kernels that also sum over rows: about so many programs, so that a GPU is filled and the
 # second stage stays short. Not the device's size: the order of sums is part of the result.
@@ -164,7 +164,6 @@ TILES: dict[str, tuple[Tile, ...]] = {
         Tile(16, 16, 64, 4, 3),
     ),
     "ieee": (
-        Tile(128, 64, 16, 8, 3),
         Tile(64, 64, 16, 4, 3),
         Tile(64, 32, 32, 4, 3),
         Tile(64, 16, 32, 4, 3),
