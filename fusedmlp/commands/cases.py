@@ -99,11 +99,16 @@ class Case:
         return self.n if self.layout == "expanded" else self.m * self.n
 
     @property
-    def terms(self) -> dict[str, int]:
-        """How many terms of a size about 1 each number of an output or gradient is the sum of."""
+    def terms(self) -> dict[str, float]:
+        """How many terms of a size about 1 each number of an output or gradient is the sum of, or
+        has the rounding errors of."""
         slopes = self.slope_elements or self.n
         of_slope = self.m * self.n // max(slopes, 1)
-        return {"y": 1, "dx": self.n, "dw": self.m, "db": self.m, "dslope": of_slope}
+        # K products are of a size about 1 in all; added up one after the other, their rounding
+        # errors are about eps sqrt(K) / 6, and dropout scales them.
+        scale = 1 / (1 - self.p) if self.p < 1 else 1.0
+        of_y = 1.0 if self.op == "bias_act_dropout" else max(1.0, self.k * scale**2 / 36)
+        return {"y": of_y, "dx": self.n, "dw": self.m, "db": self.m, "dslope": of_slope}
 
     def __str__(self) -> str:
         options = [

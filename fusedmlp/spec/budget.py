@@ -59,7 +59,7 @@ def share(
     oracle_: Tensor,
     dtype: torch.dtype,
     independent: int | None = None,
-    terms: int = 1,
+    terms: float = 1,
 ) -> float:
     """excess, also of few numbers and where the truth is next to nothing but rounding errors.
 
