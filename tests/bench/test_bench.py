@@ -98,6 +98,12 @@ def test_the_cpu_timer_reads_the_time_of_one_call():
     assert 2 <= ms < 60
 
 
+def test_the_cpu_timer_rests_outside_the_clock():
+    started = time.perf_counter()
+    ms, _ = timing.CpuTimer(rest=0.5).sample(lambda: None, 1)
+    assert ms < 250 and time.perf_counter() - started >= 0.5
+
+
 def test_a_time_budget_ends_the_rounds():
     started = time.perf_counter()
     found = timing.measure(
