@@ -44,7 +44,7 @@ KINDS = [
         {
             "csrc/common/philox.h": f"{_B}native.py",
             "csrc/common/activations.h": f"{_B}native.py {_B}native_calls.py",
-            "csrc/cpu/vec/*": _ELEMENTS,
+            "csrc/cpu/vec/*": f"{_ELEMENTS} {_T}native_step.py",
             "csrc/cpu/bias_act_dropout.cpp": _ELEMENTS,
             "csrc/cpu/[fb]wd_impl.h": _ELEMENTS,
             "csrc/cpu/sweep.h": _ELEMENTS,
@@ -128,7 +128,7 @@ KINDS = [
             "fusedmlp/train/optim.py": f"{_T}train.py {_T}native_step.py",
             "fusedmlp/train/best.py": f"{_T}best_epoch.py",
             "fusedmlp/train/many.py": f"{_T}ensemble.py {_T}equal_runs.py",
-            "fusedmlp/train/ensemble.py": f"{_T}ensemble.py",
+            "fusedmlp/train/ensemble.py": f"{_T}presets.py {_T}best_epoch.py",
             "fusedmlp/train/crossvalidation.py": f"{_T}crossval.py",
             "fusedmlp/train/importance.py": f"{_T}run_end.py {_T}table_runs.py",
             "fusedmlp/train/loop.py": _FIT,
@@ -137,7 +137,8 @@ KINDS = [
             "fusedmlp/train/engines/native_many.py": f"{_T}equal_runs.py {_T}ensemble.py",
             "fusedmlp/train/engines/native_evaluate.py": f"{_T}native_evaluate.py",
             "fusedmlp/train/engines/native*.py": f"{_T}native_step.py {_B}native_repeats.py",
-            "fusedmlp/train/engines/graph*.py": f"{_T}graph_step.py {_T}graph_evaluate.py",
+            "fusedmlp/train/engines/graph*.py": f"{_T}graph_step.py {_T}graph_evaluate.py"
+            f" {_T}graph_triton.py",
             "fusedmlp/train/engines/[!_]*.py": f"{_T}train.py {_T}native_step.py {_T}tuned.py",
             "fusedmlp/sklearn/lbfgs.py": "tests/sklearn/test_lbfgs.py",
             "fusedmlp/sklearn/[!_]*.py": "tests/sklearn",

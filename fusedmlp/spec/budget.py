@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 # Of fewer numbers plain PyTorch's error can be next to nothing by luck (seen: 1.42 times the budget
-# with 259 of them, where the derivative alone is four times as exact as PyTorch's); of some more its
-# largest still varies by so much (seen: 1.12, where each number is a product of two normal ones).
+# with 259 of them, where the derivative alone is four times as exact as PyTorch's); of some more
+# its largest still varies by so much (seen: 1.12, where each number is a product of two normal
+# ones).
 _FEW, _SOME, _LUCK = 512, 2048, 1.25
 
 
