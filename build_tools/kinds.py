@@ -32,6 +32,7 @@ _B, _A, _T = "tests/backends/test_", "tests/autograd/test_", "tests/train/test_"
 _STEP = f"{_T}native_step.py {_A}mlp_op.py -k 'not triton and not reference'"
 _ELEMENTS = f"{_B}native.py {_B}native_calls.py {_A}corners.py"
 _CHOICE = f"{_B}backends.py tests/tuning tests/test_context.py"
+_CUDA = f"{_B}cuda_kernels.py -k"
 _TRITON = f"{_B}triton.py -k"
 _ONE_LAYER = f"{_TRITON} 'not dgrad and not cross_entropy'"
 _TABLES = f"{_T}csv_table.py {_T}columns.py {_T}bad_tables.py {_T}preparation.py"
@@ -69,7 +70,11 @@ KINDS = [
     Kind(
         "CUDA kernels",
         18,
-        {"csrc/cuda/*": f"{_B}cuda_kernels.py -k sm_80"},
+        {
+            "csrc/cuda/cross_entropy.cu": f"{_CUDA} 'cross_entropy and not 120'",
+            "csrc/cuda/linear_act.cu": f"{_CUDA} '(tensor_core or tiles) and not 120'",
+            "csrc/cuda/*": f"{_CUDA} 'not 120'",
+        },
     ),
     Kind(
         "Triton kernels",
