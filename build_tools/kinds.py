@@ -117,7 +117,8 @@ KINDS = [
             "fusedmlp/nn/groups.py": "tests/nn/test_sequential.py tests/nn/test_unfuse.py",
             "fusedmlp/nn/[!_]*.py": "tests/nn/test_nn.py tests/nn/test_sequential.py"
             " tests/nn/test_mlp.py tests/nn/test_unfuse.py",
-            "fusedmlp/fusion/surgery.py": "tests/fusion/test_surgery.py tests/nn/test_unfuse.py",
+            "fusedmlp/fusion/surgery.py": "tests/fusion/test_surgery.py tests/nn/test_unfuse.py"
+            " tests/fusion/test_compile_graph.py",
             "fusedmlp/fusion/[!_]*.py": "tests/fusion/test_surgery.py"
             " tests/fusion/test_report_input.py tests/fusion/test_compile_graph.py"
             " tests/fusion/test_compile_backend.py",

@@ -10,6 +10,7 @@ as it is.
 
 import argparse
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -139,8 +140,6 @@ def _in_copy(copy: str, environ: dict, out: str, call: tuple) -> None:
         code = pytest.main([*PYTEST.split(), *call[2:]], plugins=[budget])
         code = SPENT if budget.is_spent and code != 1 else code
     else:
-        import importlib
-
         code = importlib.import_module(call[0]).main(*call[1:])
     sys.stdout.flush()
     os._exit(int(code))
@@ -358,8 +357,9 @@ def main(argv: list[str] | None = None) -> int:
     wanted = [each[n][i] for i, n in order]
     known = {_key(row): row for row in rows}
     if args.again:
-        survived = [r for r in rows if r["outcome"] == "survived" and r["kind"] in kinds]
-        wanted = [m for m in map(_of_row, survived) if m is not None]
+        survived = [(r, _of_row(r)) for r in rows if r["outcome"] == "survived"]
+        rows = [r for r in rows if (r, None) not in survived]  # without those whose line is gone
+        wanted = [m for _, m in survived if m is not None and m.kind in kinds]
     else:
         wanted = [m for m in wanted if m.key not in known]
     wanted = [m for m in wanted if not args.file or m.file in args.file]
