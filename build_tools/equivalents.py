@@ -8,6 +8,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "ACT, SLOPES, DROPOUT, 2, BLOCK_M, BLOCK_N,",
     ): "The columns of a tile in two parts instead of one: the same values, in other registers.",
     (
+        "fusedmlp/backends/triton/launch.py",
+        "dropout, threshold = KEEP_NONE, 0",
+        "dropout, threshold = KEEP_NONE, -1",
+    ): "Kernels that drop everything draw no mask, and read no threshold.",
+    (
         "csrc/cpu/network.h",
         "int64_t piece_ = 1;  // blocks that a thread takes at least",
         "int64_t piece_ = 0;  // blocks that a thread takes at least",

@@ -32,6 +32,7 @@ _B, _A, _T = "tests/backends/test_", "tests/autograd/test_", "tests/train/test_"
 _STEP = f"{_T}native_step.py {_A}mlp_op.py -k 'not triton and not reference'"
 _ELEMENTS = f"{_B}native.py {_B}native_calls.py {_A}corners.py"
 _CHOICE = f"{_B}backends.py tests/tuning tests/test_context.py"
+_CUDA = f"{_B}cuda_kernels.py -k"
 _TRITON = f"{_B}triton.py -k"
 _ONE_LAYER = f"{_TRITON} 'not dgrad and not cross_entropy'"
 _TABLES = f"{_T}csv_table.py {_T}columns.py {_T}bad_tables.py {_T}preparation.py"
@@ -44,7 +45,7 @@ KINDS = [
         {
             "csrc/common/philox.h": f"{_B}native.py",
             "csrc/common/activations.h": f"{_B}native.py {_B}native_calls.py",
-            "csrc/cpu/vec/*": _ELEMENTS,
+            "csrc/cpu/vec/*": f"{_ELEMENTS} {_T}native_step.py",
             "csrc/cpu/bias_act_dropout.cpp": _ELEMENTS,
             "csrc/cpu/[fb]wd_impl.h": _ELEMENTS,
             "csrc/cpu/sweep.h": _ELEMENTS,
@@ -69,7 +70,11 @@ KINDS = [
     Kind(
         "CUDA kernels",
         18,
-        {"csrc/cuda/*": f"{_B}cuda_kernels.py -k sm_80"},
+        {
+            "csrc/cuda/cross_entropy.cu": f"{_CUDA} 'cross_entropy and not 120'",
+            "csrc/cuda/linear_act.cu": f"{_CUDA} '(tensor_core or tiles) and not 120'",
+            "csrc/cuda/*": f"{_CUDA} 'not 120'",
+        },
     ),
     Kind(
         "Triton kernels",
@@ -112,7 +117,8 @@ KINDS = [
             "fusedmlp/nn/groups.py": "tests/nn/test_sequential.py tests/nn/test_unfuse.py",
             "fusedmlp/nn/[!_]*.py": "tests/nn/test_nn.py tests/nn/test_sequential.py"
             " tests/nn/test_mlp.py tests/nn/test_unfuse.py",
-            "fusedmlp/fusion/surgery.py": "tests/fusion/test_surgery.py tests/nn/test_unfuse.py",
+            "fusedmlp/fusion/surgery.py": "tests/fusion/test_surgery.py tests/nn/test_unfuse.py"
+            " tests/fusion/test_compile_graph.py",
             "fusedmlp/fusion/[!_]*.py": "tests/fusion/test_surgery.py"
             " tests/fusion/test_report_input.py tests/fusion/test_compile_graph.py"
             " tests/fusion/test_compile_backend.py",
@@ -128,7 +134,7 @@ KINDS = [
             "fusedmlp/train/optim.py": f"{_T}train.py {_T}native_step.py",
             "fusedmlp/train/best.py": f"{_T}best_epoch.py",
             "fusedmlp/train/many.py": f"{_T}ensemble.py {_T}equal_runs.py",
-            "fusedmlp/train/ensemble.py": f"{_T}ensemble.py",
+            "fusedmlp/train/ensemble.py": f"{_T}presets.py {_T}best_epoch.py",
             "fusedmlp/train/crossvalidation.py": f"{_T}crossval.py",
             "fusedmlp/train/importance.py": f"{_T}run_end.py {_T}table_runs.py",
             "fusedmlp/train/loop.py": _FIT,
@@ -137,7 +143,8 @@ KINDS = [
             "fusedmlp/train/engines/native_many.py": f"{_T}equal_runs.py {_T}ensemble.py",
             "fusedmlp/train/engines/native_evaluate.py": f"{_T}native_evaluate.py",
             "fusedmlp/train/engines/native*.py": f"{_T}native_step.py {_B}native_repeats.py",
-            "fusedmlp/train/engines/graph*.py": f"{_T}graph_step.py {_T}graph_evaluate.py",
+            "fusedmlp/train/engines/graph*.py": f"{_T}graph_step.py {_T}graph_evaluate.py"
+            f" {_T}graph_triton.py",
             "fusedmlp/train/engines/[!_]*.py": f"{_T}train.py {_T}native_step.py {_T}tuned.py",
             "fusedmlp/sklearn/lbfgs.py": "tests/sklearn/test_lbfgs.py",
             "fusedmlp/sklearn/[!_]*.py": "tests/sklearn",

@@ -10,6 +10,8 @@ as it is.
 
 import argparse
 import contextlib
+import importlib
+import json
 import multiprocessing
 import os
 import random
@@ -23,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,12 +59,8 @@ class Mutant:
     def row(self) -> dict:
         m = self.mutation
         words = {"before": m.before.strip(), "after": m.after.strip()}
-        return {
-            "kind": self.kind,
-            "file": self.file,
-            "line": m.line,
-            "operator": m.operator,
-        } | words
+        place = {"kind": self.kind, "file": self.file, "line": m.line, "operator": m.operator}
+        return place | words
 
     @property
     def key(self) -> tuple:
@@ -141,8 +140,6 @@ def _in_copy(copy: str, environ: dict, out: str, call: tuple) -> None:
         code = pytest.main([*PYTEST.split(), *call[2:]], plugins=[budget])
         code = SPENT if budget.is_spent and code != 1 else code
     else:
-        import importlib
-
         code = importlib.import_module(call[0]).main(*call[1:])
     sys.stdout.flush()
     os._exit(int(code))
@@ -219,30 +216,35 @@ class Tree:
             elif line.strip() == file:
                 objects.append(name)
         sets = {o: o.rpartition("isa_")[2].partition(".")[0] for o in objects if "isa_" in o}
-        preferred = [o for o in sets if sets[o] == "avx2"] or list(sets)
+        # One that a test can ask for by name, before those that come with it.
+        preferred = sorted(sets, key=lambda o: {"avx2": 0, "avx512": 1}.get(sets[o], 2))
         anew = [o for o in objects if o not in sets] + preferred[:1]
-        link = self._ninja(
-            "commands", str(self.ninja_file.relative_to(self.root).parent / "_native_cpu.so")
-        )[-1]
+        library = self.ninja_file.relative_to(self.root).parent / "_native_cpu.so"
+        link = self._ninja("commands", str(library))[-1]
         (self.root / "mutant").mkdir(exist_ok=True)
         for name in anew:
             new = f"mutant/{Path(name).name}"
             (command,) = (c for c in self._ninja("commands", name) if f"-o {name}" in c)
             link = link.replace(name, new)
             command = command.replace(f"-o {name}", f"-o {new}").replace("-O3", "-O1")
-            done = subprocess.run(
-                shlex.split(command), cwd=self.root, capture_output=True, text=True
-            )
+            done = subprocess.run(shlex.split(command), cwd=self.root, capture_output=True)
             if done.returncode:
-                return done.stderr, ""
-        link = re.sub(r"-o \S+", "-o fusedmlp/new.so", link)
+                return done.stderr.decode(), ""
+        link = re.sub(r"-o \S+", "-o mutant/new.so", link)
         subprocess.run(shlex.split(link), cwd=self.root, check=True, capture_output=True)
-        os.replace(self.root / "fusedmlp" / "new.so", self.extension)
+        self._put(self.root / "mutant" / "new.so")
         return None, sets[preferred[0]] if preferred else ""
 
     def restore_extension(self) -> None:
-        shutil.copy2(self.root / "right.so", self.root / "fusedmlp" / "new.so")
-        os.replace(self.root / "fusedmlp" / "new.so", self.extension)
+        self._put(self.root / "right.so")
+
+    def _put(self, library: Path) -> None:
+        """As the extension that was built: the package refuses one of another checksum."""
+        info = self.root / "fusedmlp" / "_build_info.json"
+        built = json.loads(info.read_text())
+        built["crc32"]["cpu"] = zlib.crc32(library.read_bytes())
+        info.write_text(json.dumps(built))
+        os.replace(shutil.copy2(library, f"{self.extension}.new"), self.extension)
 
 
 # --- a mutant -------------------------------------------------------------------------------------
@@ -250,10 +252,10 @@ class Tree:
 
 def judged(status: int | None, printed: str) -> dict:
     """What the end of pytest says of a mutant."""
+    if status == 5 or (status in (0, SPENT) and not re.search(r"\b\d+ passed", printed)):
+        raise RuntimeError(f"mutants: no test was run: {printed[-500:]}")
     if status in (0, SPENT):
         return {"outcome": "survived"} | ({"not all tests": True} if status else {})
-    if status == 5:
-        raise RuntimeError(f"mutants: no test was run: {printed[-500:]}")
     failed = re.search(r"^(?:FAILED|ERROR) (.*?)(?: - .*)?$", printed, re.M)
     if failed:
         by = failed[1]
@@ -321,8 +323,6 @@ def _cuda(tree: Tree, mutant: Mutant) -> dict | None:
 def failing_when_right(tree: Tree, rows: list[dict]) -> list[str]:
     """Tests that have killed a mutant and do not pass on the tree as it is: they show nothing."""
     killers = sorted({row["by"] for row in rows if row.get("by", "").startswith("tests/")})
-    if not killers:
-        return []
     # In parts: together they may take longer than one mutant may.
     parts = [killers[i : i + 10] for i in range(0, len(killers), 10)]
     ends = [tree.call("pytest", LIMIT_S, *part) for part in parts]
@@ -357,8 +357,9 @@ def main(argv: list[str] | None = None) -> int:
     wanted = [each[n][i] for i, n in order]
     known = {_key(row): row for row in rows}
     if args.again:
-        survived = [r for r in rows if r["outcome"] == "survived" and r["kind"] in kinds]
-        wanted = [m for m in map(_of_row, survived) if m is not None]
+        survived = [(r, _of_row(r)) for r in rows if r["outcome"] == "survived"]
+        rows = [r for r in rows if (r, None) not in survived]  # without those whose line is gone
+        wanted = [m for _, m in survived if m is not None and m.kind in kinds]
     else:
         wanted = [m for m in wanted if m.key not in known]
     wanted = [m for m in wanted if not args.file or m.file in args.file]
@@ -373,8 +374,7 @@ def main(argv: list[str] | None = None) -> int:
         head = record.header("mutants", "build_tools.mutants", argv) | {"seed": seed}
         results = record.Results(head, args.out, rows)
         for mutant in wanted:
-            tests = kinds[mutant.kind].tests_of(mutant.file)
-            tests = shlex.split(args.tests) if args.tests else tests
+            tests = shlex.split(args.tests or "") or kinds[mutant.kind].tests_of(mutant.file)
             if args.again and mutant.key in EQUIVALENT:
                 row = known[mutant.key] | _equivalent(mutant)
             else:

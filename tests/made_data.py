@@ -140,8 +140,10 @@ def write_idx(folder: Path, parts: dict | None = None, compress: bool = True) ->
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """For child processes: one thread, and no data folder of the developer's."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("FUSEDMLP_DATA", "RANK", "WORLD_SIZE")}
+    """For child processes: one thread, no data folder of the developer's, and output that Python
+    buffers, as it does for users."""
+    ours = ("FUSEDMLP_DATA", "RANK", "WORLD_SIZE", "PYTHONUNBUFFERED")
+    kept = {k: v for k, v in os.environ.items() if k not in ours}
     path = os.pathsep.join(p for p in (str(ROOT), kept.get("PYTHONPATH", "")) if p)
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | changes
 

@@ -8,6 +8,7 @@ from bench import record
 from build_tools import mutants, mutations
 from build_tools.kinds import KINDS
 from build_tools.mutations import Mutation
+from fusedmlp.backends import native
 
 ROOT = mutants.ROOT
 
@@ -99,9 +100,22 @@ def test_what_the_end_of_pytest_says(status, printed, outcome, by):
     assert found["outcome"] == outcome and found.get("by", "").startswith(by or "")
 
 
-def test_no_test_at_all_is_no_survivor():
+@pytest.mark.parametrize(("status", "printed"), [(5, ""), (0, "54 skipped in 3.00s")])
+def test_no_test_at_all_is_no_survivor(status, printed):
     with pytest.raises(RuntimeError, match="no test was run"):
-        mutants.judged(5, "")
+        mutants.judged(status, printed)
+
+
+@pytest.mark.skipif("cpu" not in (native.build_info() or {}).get("built", ()), reason="not built")
+def test_another_extension_is_loaded_as_if_it_had_been_built(tmp_path):
+    """The package refuses a file whose checksum is not that of the build."""
+    tree = mutants.Tree(tmp_path / "tree")
+    tree.extension = tree.root / "fusedmlp" / "_native_cpu.so"
+    other = tmp_path / "other.so"
+    other.write_bytes(tree.extension.read_bytes() + b"0")
+    tree._put(other)
+    ended = tree.call("pytest", 60, "tests/backends/test_native.py", "-k", "masks_are_those")
+    assert mutants.judged(*ended) == {"outcome": "survived"}
 
 
 def test_the_results_are_complete():

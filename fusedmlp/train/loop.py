@@ -324,7 +324,6 @@ def _readchecked(run: Run) -> tuple[float, float, int]:
 def _row(run: Run) -> dict:
     """The row of a finished epoch: its means, and the losses of the held-out rows."""
     position, task = run.position, run.task
-    run.engine.sync()
     figures = {"train": mean_figures(task.loss, (position.loss, position.right, position.rows))}
     figures |= {part: _evaluate(run, part) for part in ("val", "test")}
     row = {"epoch": position.epoch + 1}

@@ -174,7 +174,6 @@ class _Training:
             seed_epoch(self.config, ALONE, self.epoch, self.device)
             self.engine.steps(self.order(self.epoch).to(self.device), self.config.batch_size)
             loss, right, rows = self.engine.read()
-            self.engine.sync()
             self.close_epoch(loss, right, rows)
 
     def close_epoch(self, loss: float, right: float, rows: int) -> None:

@@ -154,10 +154,11 @@ def test_a_gradient_penalty_is_that_of_torch(loss_backend, device):
     )
 
 
-def test_a_target_that_is_no_class(loss_backend, device):
-    logits, target = torch.randn(3, 4, device=device), torch.tensor([0, 4, 1], device=device)
+@pytest.mark.parametrize("wrong", [4, -1])
+def test_a_target_that_is_no_class(wrong, loss_backend, device):
+    logits, target = torch.randn(3, 4, device=device), torch.tensor([0, wrong, 1], device=device)
     if device == "cpu":
-        with pytest.raises(ValueError, match=r"target must be in \[0, C\) with C = 4.*got 4"):
+        with pytest.raises(ValueError, match=rf"must be in \[0, C\) with C = 4.*got {wrong}$"):
             FF.cross_entropy(logits, target, backend=loss_backend)
     if loss_backend is None:
         return

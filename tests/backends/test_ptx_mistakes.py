@@ -191,3 +191,15 @@ def test_without_a_mistake_nothing_is_found(source):
     work, fewer = WORK[source]
     with launchers.chosen().replaced(library.mistaken(80, source, [], fewer)):
         work()
+
+
+def test_a_change_of_host_code_is_seen_to_change_no_kernel():
+    from ..ptx import mutant
+
+    file = "csrc/cuda/cross_entropy.cu"
+    lines = (library.ROOT / file).read_text().split("\n")
+    at = lines.index("    if (p.rows == 0)") + 2
+    assert lines[at - 1] == "        return 0;"
+    assert mutant.main(file, at, "        return 1;") == mutant.SAME
+    at = lines.index("        powers += expf(v);") + 1
+    assert mutant.main(file, at, "        powers -= expf(v);") == mutant.FOUND

@@ -314,6 +314,21 @@ def test_a_disk_that_fills_up_leaves_no_half_run(tmp_path):
     assert list((tmp_path / "runs").iterdir()) == []
 
 
+def test_output_that_cannot_be_written_is_one_message():
+    """Python buffers what is printed: that the disk is full is seen when it is written at last."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "fusedmlp", "--version"],
+            env=made_data.environment(),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+        )
+    said = "fusedmlp: cannot write to standard output: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
 def test_a_missing_package_of_the_extra_is_named_before_any_work(capsys, monkeypatch):
     find = cli.importlib.util.find_spec
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda n: None if n == "tyro" else find(n))

@@ -118,9 +118,9 @@ def mistaken(arch: int, name: str, edits, keep=()) -> dict[str, Kernel]:
     return {plain_name(k): kernel for k, kernel in kernels_of(ptx.read_text()).items()}
 
 
-def plain_name(kernel: str) -> str:
-    """Without what nvcc adds to names of an anonymous namespace."""
-    return re.sub(r"_GLOBAL__N__[0-9a-f]{8}_\d+_\w+?_cu_[0-9a-f]{8}", "", kernel)
+def plain_name(text: str) -> str:
+    """Without what nvcc adds to names of an anonymous namespace, which depends on the file."""
+    return re.sub(r"_GLOBAL__N__[0-9a-f]{8}_\d+_\w+?_cu_[0-9a-f]{8}", "", text)
 
 
 class Library:

@@ -21,7 +21,7 @@ TESTS += ["-p", "no:cacheprovider", "-k", "not op_suite and not sm_120 and not 1
 
 
 def _bodies(kernels) -> dict:
-    return {name: kernel.body for name, kernel in kernels.items()}
+    return {name: library.plain_name(kernel.body) for name, kernel in kernels.items()}
 
 
 def main(file: str, line: int, after: str, every: bool = False) -> int:

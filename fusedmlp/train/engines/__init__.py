@@ -12,7 +12,8 @@ An engine is made from a Task and has
     read()               (sum of losses, number right, rows) since the last read; waits for them
     evaluate(x, y)       (sum of losses, number right, rows) over rows that are not trained on, in
                          evaluation mode; None where the model itself has to be run
-    sync()               parameters and optimizer state, written back into the task's objects
+    sync()               before the optimizer's state is kept: its rates without the schedule;
+                         parameters and the rest of it are the task's own all the time
     scaler_state(), load_scaler_state(state)   of fp16's loss scale, None without one
 Every engine gives the trajectory of plain PyTorch with the same masks.
 """
