@@ -11,7 +11,7 @@ from itertools import combinations, cycle, product
 import torch
 from torch import Tensor
 
-from ..spec import activations, dtypes
+from ..spec import activations, budget, dtypes, philox
 
 DTYPES = {dtypes.SHORT[d]: d for d in dtypes.KERNEL}
 OPS = ("linear_act", "bias_act_dropout", "mlp")
@@ -104,10 +104,8 @@ class Case:
         has the rounding errors of."""
         slopes = self.slope_elements or self.n
         of_slope = self.m * self.n // max(slopes, 1)
-        # K products are of a size about 1 in all; added up one after the other, their rounding
-        # errors are about eps sqrt(K) / 6, and dropout scales them.
-        scale = 1 / (1 - self.p) if self.p < 1 else 1.0
-        of_y = 1.0 if self.op == "bias_act_dropout" else max(1.0, self.k * scale**2 / 36)
+        k = 0 if self.op == "bias_act_dropout" else self.k
+        of_y = budget.product_terms(k, philox.threshold_and_scale(self.p)[1])
         return {"y": of_y, "dx": self.n, "dw": self.m, "db": self.m, "dslope": of_slope}
 
     def __str__(self) -> str:

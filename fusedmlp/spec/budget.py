@@ -72,3 +72,9 @@ def share(
         largest = 4 * torch.finfo(dtype).eps * (terms**0.5 + oracle_.abs().max())
         used = ((got.double() - oracle_).abs().max() / largest).item()
     return used if used == used else float("inf")
+
+
+def product_terms(k: int, scale: float = 1.0) -> float:
+    """`terms` of a sum of K products that are of a size about 1 in all, times the scale of dropout:
+    added up one after the other, they have rounding errors of about eps sqrt(K) / 6."""
+    return max(1.0, k * scale**2 / 36)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import functional as FF
 from ..backends import composite, registry
 from ..spec import activations, philox
-from ..spec.budget import share
+from ..spec.budget import product_terms, share
 from ..tuning.work import Work
 from .candidates import Problem
 
@@ -53,6 +53,24 @@ def _at_a_kink(oracle: Problem) -> Tensor:
     return found
 
 
+def _results(problem: Problem) -> Iterator[tuple[str, int, float]]:
+    """The name of each result, and what `share` asks about it: how many of its numbers are
+    independent, and the terms of each."""
+    work = problem.work
+    m, widths = work.rows, [n for _, _, n in work.layers]
+    terms, k = 0.0, work.in_features
+    for (_, e), n in zip(problem.layers, widths, strict=True):
+        terms, k = terms + product_terms(k, e.scale), n
+    yield "the output", m * min(widths), terms
+    for i, (w, e) in enumerate(problem.layers):
+        # The errors of a later, narrower layer are in all of these.
+        errors = m * min(widths[i:])
+        yield f"the gradient of {'input' if w is None else 'weight'} of layer {i}", errors, m
+        yield f"the gradient of bias of layer {i}", errors, m
+        if e.slope is not None:
+            yield f"the gradient of slope of layer {i}", errors, m * widths[i]
+
+
 def wrong(work: Work, make: Callable[[Problem], Callable[[], Tensor]]) -> str | None:
     """What is wrong with the results of a candidate, or None.
 
@@ -83,14 +101,10 @@ def wrong(work: Work, make: Callable[[Problem], Callable[[], Tensor]]) -> str | 
         ):
             y = call()
             results.append([y.detach(), *(p.gradients(y) if work.gradients else [])])
-    names = ["the output"]
-    for i, (_, e) in enumerate(problem.layers):
-        names += [f"the gradient of {t} of layer {i}" for t in ("weight", "bias")]
-        names += [f"the gradient of slope of layer {i}"] * (e.slope is not None)
-    for name, got, plain, truth in zip(names, *results, strict=False):
+    for (name, *about), got, plain, truth in zip(_results(problem), *results, strict=False):
         if got.shape != truth.shape or got.dtype != plain.dtype:
             return f"{name} is {got.dtype} {tuple(got.shape)}, not {plain.dtype} of {truth.shape}"
-        used = share(got, plain, truth, work.torch_dtype)
+        used = share(got, plain, truth, work.torch_dtype, *about)
         if not used <= 1:
             return f"{name} takes {used:.3g} times the error budget"
     return None

@@ -80,8 +80,10 @@ def summary(rows: dict[str, dict]) -> list[str]:
     """How many classes of networks each candidate wins, and by how much."""
     won: dict[str, list[float]] = {}
     for row in rows.values():
-        best = max(row["ratios"], key=lambda name: row["ratios"][name][1])
-        low, median = row["ratios"][best]
+        # None is left where all were wrong.
+        ratios = row["ratios"] or {"plain PyTorch": (1.0, 1.0)}
+        best = max(ratios, key=lambda name: ratios[name][1])
+        low, median = ratios[best]
         is_faster = low >= 0.97 and median >= 1.03
         won.setdefault(best if is_faster else "plain PyTorch", []).append(median)
     lines = [f"{len(rows)} classes of networks on {torch.get_num_threads()} threads:"]

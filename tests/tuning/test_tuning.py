@@ -60,6 +60,23 @@ def test_a_process_that_cannot_measure_plain_pytorch_is_an_error(monkeypatch):
         Work("cpu", "fp32", 1, 8, (("prelu", True, 3), ("tanh", True, 300)), True),
         Work("cpu", "bf16", 64, 32, (("relu", True, 16), ("none", False, 10)), True),
         Work("cpu", "fp32", 300, 0, (("sigmoid", True, 40),), True),
+        # Of few numbers plain PyTorch's errors can be next to nothing by luck.
+        Work(
+            "cpu",
+            "fp32",
+            1,
+            511,
+            (("relu", True, 5), ("relu", True, 503), ("none", False, 93)),
+            True,
+        ),
+        Work(
+            "cpu",
+            "fp32",
+            171,
+            631,
+            (("gelu", True, 18), ("gelu", True, 6), ("none", False, 12)),
+            True,
+        ),
     ],
     ids=str,
 )
@@ -305,6 +322,11 @@ def test_without_sizes_a_cpu_measures_classes_of_networks(made_up, capsys):
     said = capsys.readouterr().out
     assert f"native mlp in {len(rows)}; 2.00 to 2.00 times as fast" in said
     assert said.count("triton mlp is never chosen here") == 1
+
+
+def test_a_class_in_which_all_were_wrong_is_plain_pytorchs():
+    said = classes.summary({"a class": {"networks": 5, "ratios": {}}})
+    assert said[1:] == ["  plain PyTorch in 1"]
 
 
 def test_ctrl_c_keeps_what_there_is(made_up, monkeypatch, capsys):
