@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -58,17 +59,17 @@ def _results(problem: Problem) -> Iterator[tuple[str, int, float]]:
     independent, and the terms of each."""
     work = problem.work
     m, widths = work.rows, [n for _, _, n in work.layers]
-    terms, k = 0.0, work.in_features
-    for (_, e), n in zip(problem.layers, widths, strict=True):
-        terms, k = terms + product_terms(k, e.scale), n
+    scale = math.prod(e.scale for _, e in problem.layers)
+    terms = sum(product_terms(k, scale) for k in (work.in_features, *widths[:-1]))
     yield "the output", m * min(widths), terms
     for i, (w, e) in enumerate(problem.layers):
         # The errors of a later, narrower layer are in all of these.
         errors = m * min(widths[i:])
-        yield f"the gradient of {'input' if w is None else 'weight'} of layer {i}", errors, m
-        yield f"the gradient of bias of layer {i}", errors, m
+        what = "input" if w is None else f"weight of layer {i}"
+        yield f"the gradient of {what}", errors, m * terms
+        yield f"the gradient of bias of layer {i}", errors, m * terms
         if e.slope is not None:
-            yield f"the gradient of slope of layer {i}", errors, m * widths[i]
+            yield f"the gradient of slope of layer {i}", errors, m * widths[i] * terms
 
 
 def wrong(work: Work, make: Callable[[Problem], Callable[[], Tensor]]) -> str | None:
