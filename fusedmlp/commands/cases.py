@@ -11,7 +11,7 @@ from itertools import combinations, cycle, product
 import torch
 from torch import Tensor
 
-from ..spec import activations, budget, dtypes, philox
+from ..spec import activations, dtypes
 
 DTYPES = {dtypes.SHORT[d]: d for d in dtypes.KERNEL}
 OPS = ("linear_act", "bias_act_dropout", "mlp")
@@ -99,14 +99,16 @@ class Case:
         return self.n if self.layout == "expanded" else self.m * self.n
 
     @property
-    def terms(self) -> dict[str, float]:
-        """How many terms of a size about 1 each number of an output or gradient is the sum of, or
-        has the rounding errors of."""
+    def terms(self) -> dict[str, int]:
+        """How many terms of a size about 1 each number of an output or gradient is the sum of."""
         slopes = self.slope_elements or self.n
         of_slope = self.m * self.n // max(slopes, 1)
-        k = 0 if self.op == "bias_act_dropout" else self.k
-        of_y = budget.product_terms(k, philox.threshold_and_scale(self.p)[1])
-        return {"y": of_y, "dx": self.n, "dw": self.m, "db": self.m, "dslope": of_slope}
+        return {"y": 1, "dx": self.n, "dw": self.m, "db": self.m, "dslope": of_slope}
+
+    @property
+    def products(self) -> int:
+        """How many are added up to an element of x w^T."""
+        return 0 if self.op == "bias_act_dropout" else self.k
 
     def __str__(self) -> str:
         options = [

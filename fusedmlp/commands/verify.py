@@ -161,8 +161,8 @@ class Verdict:
                 if not torch.equal(value, truth[name].to(case.dtype)):
                     return self.found(case, f"{name} is not equal to the truth")
                 continue
-            beside = yardstick[name], truth[name], case.dtype, case.independent, case.terms[name]
-            used = share(value, *beside)
+            beside = yardstick[name], truth[name], case.dtype
+            used = share(value, *beside, case.independent, case.terms[name], case.products)
             self.worst = max(self.worst, used)
             if not used <= 1:
                 return self.found(case, f"{name} takes {used:.3g} times the error budget")

@@ -60,21 +60,20 @@ def share(
     dtype: torch.dtype,
     independent: int | None = None,
     terms: float = 1,
+    products: int = 0,
 ) -> float:
     """excess, also of few numbers and where the truth is next to nothing but rounding errors.
 
     independent  how many of the numbers are; None: all
     terms        of the sum that each number is: few of them can cancel all but their errors
+    products     added up in fp32 on the way to each number, one after the other: the rounding
+                 errors of K are about eps sqrt(K) / 6 times the size of their sum
     """
     used, _ = _used(got, plain_, oracle_, dtype)
     count = got.numel() if independent is None else min(independent, got.numel())
     if used > 1 and count > 0 and (count < _FEW or (count < _SOME and used < _LUCK)):
-        largest = 4 * torch.finfo(dtype).eps * (terms**0.5 + oracle_.abs().max())
-        used = ((got.double() - oracle_).abs().max() / largest).item()
+        on_the_way = products**0.5 / 6 if dtype == torch.float32 else 0.0
+        size = terms**0.5 + (1 + on_the_way) * oracle_.abs().max()
+        errors = (got.double() - oracle_).abs()
+        used = (errors.max() / (4 * torch.finfo(dtype).eps * size)).item()
     return used if used == used else float("inf")
-
-
-def product_terms(k: int, scale: float = 1.0) -> float:
-    """`terms` of a sum of K products that are of a size about 1 in all, times the scale of dropout:
-    added up one after the other, they have rounding errors of about eps sqrt(K) / 6."""
-    return max(1.0, k * scale**2 / 36)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import functional as FF
 from ..backends import composite, registry
 from ..spec import activations, philox
-from ..spec.budget import product_terms, share
+from ..spec.budget import share
 from ..tuning.work import Work
 from .candidates import Problem
 
@@ -55,21 +55,19 @@ def _at_a_kink(oracle: Problem) -> Tensor:
 
 
 def _results(problem: Problem) -> Iterator[tuple[str, int, float]]:
-    """The name of each result, and what `share` asks about it: how many of its numbers are
-    independent, and the terms of each."""
-    work = problem.work
-    m, widths = work.rows, [n for _, _, n in work.layers]
-    scale = math.prod(e.scale for _, e in problem.layers)
-    terms = sum(product_terms(k, scale) for k in (work.in_features, *widths[:-1]))
-    yield "the output", m * min(widths), terms
+    """The name of each result, how many of its numbers are independent, and of how many terms of a
+    size about 1 each is the sum: dropout makes one of the size of its scale out of them."""
+    m, widths = problem.work.rows, [n for _, _, n in problem.work.layers]
+    size = math.prod(e.scale for _, e in problem.layers)
+    yield "the output", m * min(widths), size**2
     for i, (w, e) in enumerate(problem.layers):
         # The errors of a later, narrower layer are in all of these.
         errors = m * min(widths[i:])
         what = "input" if w is None else f"weight of layer {i}"
-        yield f"the gradient of {what}", errors, m * terms
-        yield f"the gradient of bias of layer {i}", errors, m * terms
+        yield f"the gradient of {what}", errors, m * size**2
+        yield f"the gradient of bias of layer {i}", errors, m * size**2
         if e.slope is not None:
-            yield f"the gradient of slope of layer {i}", errors, m * widths[i] * terms
+            yield f"the gradient of slope of layer {i}", errors, m * widths[i] * size**2
 
 
 def wrong(work: Work, make: Callable[[Problem], Callable[[], Tensor]]) -> str | None:
@@ -102,10 +100,12 @@ def wrong(work: Work, make: Callable[[Problem], Callable[[], Tensor]]) -> str | 
         ):
             y = call()
             results.append([y.detach(), *(p.gradients(y) if work.gradients else [])])
+    # Forward over the inputs of a layer, backward over its outputs.
+    products = work.in_features + 2 * sum(n for _, _, n in work.layers) if work.in_features else 0
     for (name, *about), got, plain, truth in zip(_results(problem), *results, strict=False):
         if got.shape != truth.shape or got.dtype != plain.dtype:
             return f"{name} is {got.dtype} {tuple(got.shape)}, not {plain.dtype} of {truth.shape}"
-        used = share(got, plain, truth, work.torch_dtype, *about)
+        used = share(got, plain, truth, work.torch_dtype, *about, products)
         if not used <= 1:
             return f"{name} takes {used:.3g} times the error budget"
     return None
