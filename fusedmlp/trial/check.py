@@ -59,10 +59,10 @@ def _results(problem: Problem) -> Iterator[tuple[str, int, float]]:
     size about 1 each is the sum: dropout makes one of the size of its scale out of them."""
     m, widths = problem.work.rows, [n for _, _, n in problem.work.layers]
     size = math.prod(e.scale for _, e in problem.layers)
-    yield "the output", m * min(widths), size**2
+    # The errors of the narrowest layer are in all of them.
+    errors = m * min(widths)
+    yield "the output", errors, size**2
     for i, (w, e) in enumerate(problem.layers):
-        # The errors of a later, narrower layer are in all of these.
-        errors = m * min(widths[i:])
         what = "input" if w is None else f"weight of layer {i}"
         yield f"the gradient of {what}", errors, m * size**2
         yield f"the gradient of bias of layer {i}", errors, m * size**2
