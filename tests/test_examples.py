@@ -87,7 +87,8 @@ def test_scratch_and_concise_are_equally_good(lesson, images):
     scratch = lesson("lesson2_scratch", *images)["histories"]["from scratch"][-1][1]
     concise = lesson("lesson3_concise", *images)
     assert abs(scratch - concise["accuracy"]) < 0.01
-    assert [part.op for part in concise["report"].fused] == ["linear_act"]
+    # An op a layer, or one of the whole network, by what is measured on a CPU of this kind.
+    assert [part.op for part in concise["report"].fused] in (["linear_act"], ["mlp"])
 
 
 def test_four_features_find_the_true_weights(lesson):

@@ -55,9 +55,10 @@ def test_dropout_adds_few_instructions_to_an_element(tmp_path):
         ("bias_act_dropout_fwd_kernel", "bf16"),
         ("bias_act_dropout_fwd_kernel", "fp32"),
     }
-    # Philox is 40 instructions for eight elements; the mask and its selection a few each.
+    # Philox is 40 instructions for eight elements; the mask and its selection a few each; the key
+    # is expanded once for all elements of a thread.
     for row in report["rows"]:
-        assert 5 <= row["per_element"] <= 16, row
+        assert 5 <= row["per_element"] <= 18, row
 
 
 def test_every_kernel_compiles_for_sizes_that_triton_compiles_apart():
