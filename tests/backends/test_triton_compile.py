@@ -58,7 +58,7 @@ def test_dropout_adds_few_instructions_to_an_element(tmp_path):
     # Philox is 40 instructions for eight elements; the mask and its selection a few each; the key
     # is expanded once for all elements of a thread.
     for row in report["rows"]:
-        assert 5 <= row["per_element"] <= 18, row
+        assert 5 <= row["per_element"] <= 17, row
 
 
 def test_every_kernel_compiles_for_sizes_that_triton_compiles_apart():

@@ -61,22 +61,11 @@ def test_a_process_that_cannot_measure_plain_pytorch_is_an_error(monkeypatch):
         Work("cpu", "bf16", 64, 32, (("relu", True, 16), ("none", False, 10)), True),
         Work("cpu", "fp32", 300, 0, (("sigmoid", True, 40),), True),
         # Of few numbers plain PyTorch's errors can be next to nothing by luck.
-        Work(
-            "cpu",
-            "fp32",
-            1,
-            511,
-            (("relu", True, 5), ("relu", True, 503), ("none", False, 93)),
-            True,
-        ),
-        Work(
-            "cpu",
-            "fp32",
-            171,
-            631,
-            (("gelu", True, 18), ("gelu", True, 6), ("none", False, 12)),
-            True,
-        ),
+        classes.work_of(1, [511, 5, 503, 93], "relu", True, True),
+        classes.work_of(1, [219, 14, 756], "gelu", True, True),
+        classes.work_of(2, [238, 4, 9, 13], "relu", True, True),
+        classes.work_of(17, [741, 6, 6, 746], "tanh", True, True),
+        classes.work_of(171, [631, 18, 6, 12], "gelu", True, True),
     ],
     ids=str,
 )
