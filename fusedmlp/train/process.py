@@ -5,6 +5,7 @@ Every setting is put back at the end of a run.
 """
 
 import contextlib
+import importlib
 import os
 import signal
 import threading
@@ -236,6 +237,9 @@ def join_processes(device: str) -> World:
         torch.cuda.set_device(local)
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     seconds = float(environment.read("FUSEDMLP_DDP_SECONDS") or WAIT_SECONDS)
+    # DistributedDataParallel imports it, and defaults of its functions are the group that there is
+    # then: imported later, it keeps the group, whose threads can abort the end of the process.
+    importlib.import_module("torch.distributed.nn.functional")
     try:
         dist.init_process_group(
             "nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=seconds)

@@ -39,9 +39,11 @@ def rows(tmp_path_factory) -> Path:
     return file
 
 
-def torchrun(processes: int, *arguments, cwd: Path, **changes) -> subprocess.CompletedProcess:
+def torchrun(
+    processes: int, *arguments, cwd: Path, program: tuple = ("-m", "fusedmlp"), **changes
+) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), "-m", "fusedmlp", "train", *map(str, arguments)]
+    command += ["--nproc-per-node", str(processes), *program, "train", *map(str, arguments)]
     environment = made_data.environment(GLOO_SOCKET_IFNAME="lo", **changes)
     return subprocess.run(
         command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
@@ -113,6 +115,22 @@ def test_several_processes_resume_what_they_began(rows, together, tmp_path):
     assert second.returncode == 0, second.stderr
     whole, part = _weights(together(2)[0]), _weights(tmp_path / "part")
     assert all(torch.equal(whole[name], part[name]) for name in whole)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for the threads in /proc")
+def test_no_thread_of_the_group_is_left(rows, tmp_path):
+    """One that frees a tensor while Python ends aborts the process, now and then."""
+    (tmp_path / "main.py").write_text(
+        "import pathlib, sys\n"
+        "from fusedmlp.__main__ import main\n"
+        "status = main()\n"
+        "names = [n.read_text() for n in pathlib.Path('/proc/self/task').glob('*/comm')]\n"
+        "sys.exit(status or [n for n in names if 'gloo' in n] or 0)\n"
+    )
+    arguments = ("--dataset", rows, *FLAGS, "--out", "run")
+    ended = torchrun(2, *arguments, cwd=tmp_path, program=("main.py",))
+    assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
 def _long_run(rows: Path, place: Path) -> subprocess.Popen:
