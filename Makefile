@@ -81,7 +81,7 @@ figures: setup  ## measure all that README and docs show, on a quiet machine, in
 	rm -f bench/results/never_slower.json bench/results/tabular.json
 	$(PY) -m bench.never_slower --threads 2 --nets 300 --seed 7 --out bench/results/never_slower.json
 	$(PY) -m bench.crossval --data-dir "$(DATA)" --threads 2 --rounds 5
-	$(PY) -m bench.train --data-dir "$(DATA)" --threads 2 --part time seeds parity
+	$(PY) -m bench.train --data-dir "$(DATA)" --threads 2 --part time seeds parity --parity-seeds 20 --steps 1 50 500 5000
 	$(PY) -m bench.tabular
 	$(PY) -m bench.report
 

@@ -1,6 +1,7 @@
-"""The most that this processor computes: fp32 multiply-adds in registers, without memory.
+"""The most that this processor computes in registers, without memory: multiply-adds in fp32, and
+products of pairs in bf16 by VDPBF16PS, which it adds up in fp32.
 
-A loop in C, made by the compiler that is there (CC, else cc). Steps are a share of what it reaches.
+Loops in C, made by the compiler that is there (CC, else cc). Steps are a share of what they reach.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-# As many accumulators as hide the latency of an instruction and fit into 16 registers.
+# As many accumulators as hide the latency of an instruction; those of fp32 fit into 16 registers.
 _SOURCE = """
 #if defined(__AVX512F__)
 typedef float vec __attribute__((vector_size(64)));
@@ -36,33 +37,50 @@ double multiply_adds(long rounds) {
   for (int j = 0; j < sums; ++j) term = sum[j][0];
   return 2.0 * sums * (sizeof(vec) / sizeof(float)) * rounds;
 }
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+enum { wide = 16 };
+
+double bf16_products(long rounds) {
+  volatile float factor = 0.5f, term = 1.0f;
+  __m512bh f = _mm512_cvtne2ps_pbh(_mm512_set1_ps(factor), _mm512_set1_ps(factor));
+  __m512 sum[wide];
+  for (int j = 0; j < wide; ++j) sum[j] = _mm512_set1_ps(term);
+  for (long i = 0; i < rounds; ++i)
+    for (int j = 0; j < wide; ++j) sum[j] = _mm512_dpbf16_ps(sum[j], f, f);
+  for (int j = 0; j < wide; ++j) term = sum[j][0];
+  return 64.0 * wide * rounds;
+}
+#endif
 """
+_LOOPS = {"fp32": "multiply_adds", "bf16": "bf16_products"}
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-x", "c")
 _ROUNDS = 1_000_000  # of the loop in a sample: about 2 ms
 _SAMPLES = 300  # on a shared machine some of them find all processors free
 
 
 @functools.cache
-def _loop() -> Callable[[int], float] | None:
+def _loop(dtype: str) -> Callable[[int], float] | None:
     """Runs the loop so many times and returns its floating-point operations; None without a
-    compiler."""
+    compiler, or an instruction for it."""
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "peak.so"
         command = [*shlex.split(os.environ.get("CC", "cc")), *_FLAGS, "-", "-o", str(library)]
         try:
             subprocess.run(command, input=_SOURCE, text=True, capture_output=True, check=True)
-            function = ctypes.CDLL(str(library)).multiply_adds
-        except (OSError, subprocess.CalledProcessError):
+            function = getattr(ctypes.CDLL(str(library)), _LOOPS[dtype])
+        except (OSError, subprocess.CalledProcessError, AttributeError):
             return None
     function.argtypes, function.restype = [ctypes.c_long], ctypes.c_double
     return function
 
 
 @functools.cache
-def gflops(threads: int) -> float | None:
+def gflops(threads: int, dtype: str = "fp32") -> float | None:
     """The best of many short samples, all threads together; measured once in a run. None without a
-    compiler."""
-    if (loop := _loop()) is None:
+    compiler, or an instruction for it. dtype: fp32 or bf16"""
+    if (loop := _loop(dtype)) is None:
         return None
     best = 0.0
     with ThreadPoolExecutor(threads) as pool:

@@ -10,12 +10,13 @@ on a GPU.
 One process, rounds in which each function is timed once, in random order (timing.py); ratios are
 what to read. Groups on a CPU, of the native engine, which gathers and scales uint8 rows itself:
   main, batch, width, depth  against eager (nn.Sequential on rows in memory as floats) and GEMMs:
-                  its products by torch.mm into memory that is there, in the faster orientation
+                  its products by torch.mm into memory that is there, in the faster orientation;
+                  main also in bf16, where the processor has VDPBF16PS
   threads         the main cases with 1 thread and with each of --threads, in the same rounds
   ensemble        a step of 1 to 64 networks at once (native_many.py) against a step of one
   rivals          --steps steps of the engine, of eager, and of the others in rivals.py, held
                   against fp64 first as below; what a way compiles is in a column of its own
-Of these, a share of the processor's fp32 peak, which is measured in the same run (peak.py).
+Of these, a share of the processor's peak in their dtype, measured in the same run (peak.py).
 --busy 1 times each case beside a process that is never idle; --busy 0 1 also over the time without.
 Groups on a GPU:
   ways            --steps steps by the wall clock with one wait at the end; every way has the data
@@ -38,10 +39,12 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from fusedmlp.backends import native
 from fusedmlp.train.data import types
 from fusedmlp.train.engines.native import Share
 from fusedmlp.train.engines.native_many import NativeMany
@@ -167,12 +170,18 @@ def engine_rows(
     run, data, order = _native(net, steps)
     eager = ways.Eager(net, data)
     functions = {"native": run, "eager": lambda: eager.steps(order), "gemms": _gemms(net, steps)}
+    if has_bf16 := group == "main" and native.bf16_isa() == "avx512_bf16":
+        functions["bf16"] = _native(replace(net, precision="bf16"), steps)[0]
     for programs, taken in _beside(functions, budget, busy):
         row = _row(group, net, threads, taken["native"], steps) | {"busy": programs}
         row |= {"dims": list(net.dims), "dropout": list(net.dropout), "batch": net.batch}
         row["over_gemms"] = timing.ratio(taken["native"], taken["gemms"])
         row["over_eager"] = timing.ratio(taken["eager"], taken["native"])
         row |= {f"{name}_us": _micros(taken[name], steps) for name in ("eager", "gemms")}
+        if has_bf16:
+            most, t = peak.gflops(threads, "bf16"), taken["bf16"]
+            row |= {"bf16_us": _micros(t, steps), "over_bf16": timing.ratio(taken["native"], t)}
+            row |= {f"bf16 {name}": x for name, x in _share(t, steps * net.flops, most).items()}
         rows.append(row | _share(taken["native"], steps * net.flops, top))
     return _over_quiet(rows, "native_us")
 

@@ -183,6 +183,9 @@ def _engine_table(rows: list[dict]) -> str:
         columns |= {"native, µs": micros, "its GEMMs, µs": _micros("gemms_us")}
         columns |= {"eager, µs": _micros("eager_us"), "native / GEMMs": at("over_gemms")}
         columns["eager / native"] = at("over_eager")
+    if any("bf16_us" in r for r in rows):
+        columns |= {"in bf16, µs": _micros("bf16_us"), "fp32 / bf16": at("over_bf16")}
+        columns["share of peak of bf16"] = at("bf16 share of peak")
     if any("over_quiet" in r for r in rows):
         columns["over quiet"] = at("over_quiet")
     if any("share of peak" in r for r in rows):

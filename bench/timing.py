@@ -100,7 +100,8 @@ class CpuTimer:
         if self._evict is not None:
             self._evict.add_(1)
             calls = 1
-        time.sleep(self._rest)
+        if self._rest:  # even 0 s would cost what the processor has in its caches
+            time.sleep(self._rest)
         if self._sync:
             self._sync()
         start = time.perf_counter()

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from bench import peak, report, steps
+from fusedmlp.backends import native
 
 from ..engines import need_native
 
@@ -57,3 +58,23 @@ def test_a_case_beside_a_busy_program_has_a_row_of_its_own(tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert "| busy programs |" in text and "| over quiet |" in text
     assert ("| share of peak |" in text) == (peak.gflops(1) is not None)
+
+
+def test_main_has_a_step_in_bf16_where_the_processor_has_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "MAIN", (steps.network("20-16-10", batch=1024),))
+    monkeypatch.setattr(steps, "SCALING", {"main": steps.MAIN})
+    out = tmp_path / "bench" / "results" / "engine_step.json"
+    before = steps.torch.get_num_threads()
+    try:
+        assert steps.main(["--threads", "1", "--budget", "0", "--out", str(out)]) == 0
+    finally:
+        steps.torch.set_num_threads(before)
+    (row,) = json.loads(out.read_text())["rows"]
+    has_bf16 = native.bf16_isa() == "avx512_bf16"
+    assert ("bf16_us" in row) == ("over_bf16" in row) == has_bf16
+    if has_bf16 and peak.gflops(1, "bf16") is not None:
+        assert 0 < row["bf16 share of peak"][0] < 1
+        assert row["bf16 peak_gflops"] > 1.2 * row["peak_gflops"]
+    (tmp_path / "README.md").write_text("<!-- bench:engine-main -->\n<!-- /bench:engine-main -->\n")
+    report.main(["--root", str(tmp_path)])
+    assert ("share of peak of bf16" in (tmp_path / "README.md").read_text()) == has_bf16
