@@ -15,7 +15,8 @@ what to read. Groups on a CPU, of the native engine, which gathers and scales ui
   threads         the main cases with 1 thread and with each of --threads, in the same rounds
   ensemble        a step of 1 to 64 networks at once (native_many.py) against a step of one
   rivals          --steps steps of the engine, of eager, and of the others in rivals.py, held
-                  against fp64 first as below; what a way compiles is in a column of its own
+                  against fp64 first as below; what a way compiles is in a column of its own. The
+                  first two of the main cases: beside busy programs the others take minutes
 Of these, a share of the processor's peak in their dtype, measured in the same run (peak.py).
 --busy 1 times each case beside a process that is never idle; --busy 0 1 also over the time without.
 Groups on a GPU:
@@ -320,7 +321,7 @@ def _rivals(args: argparse.Namespace, results: record.Results) -> None:
     known = {name: way for name, way in rivals.WAYS.items() if name.startswith(asked)}
     for threads in args.threads:
         torch.set_num_threads(threads)
-        for net in [network(dims, batch=args.batch) for dims in args.dims or ()] or MAIN:
+        for net in [network(dims, batch=args.batch) for dims in args.dims or ()] or MAIN[:2]:
             data = ways.noise(args.rows or 60_000, 1, net.dims[0], net.dims[-1])
             rows = way_rows(net, data, args.steps, args.budget, known, RIVALLED, args.busy)
             results.add(*({"threads": threads} | row for row in rows))

@@ -4,9 +4,14 @@
 // returns when all grains are done, so what a thread reads of a loop that has grains left belongs
 // to that loop. The owner takes grains from the front and the others from the back: one loop after
 // the other over the same memory then gives a thread what it had before, which is in its cache.
+//
+// Beside other programs a thread that loses its processor in the middle of a piece holds up the
+// loop. So a worker gives its processor away between two pieces, before its time is up; not while
+// the owner loses its own, as then both had better run at the same time.
 #include "cpu/pool.h"
 
 #include <pthread.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <atomic>
@@ -14,6 +19,8 @@
 #include <exception>
 
 #include <thread>
+
+#include "cpu/scheduling.h"
 
 #ifdef FUSEDMLP_X86
 #    include <immintrin.h>
@@ -25,6 +32,21 @@ namespace {
 // A little longer than waking a thread that sleeps takes.
 constexpr auto kAwake = std::chrono::microseconds(60);
 constexpr int64_t kMostGrains = 0xffff;
+
+using Clock = std::chrono::steady_clock;
+using Time = Clock::time_point;
+// More than a piece takes: who needs longer has lost the processor meanwhile, or slept.
+constexpr auto kPiece = std::chrono::microseconds(500);
+// Less than the time for which a system leaves a thread its processor.
+constexpr auto kTurn = std::chrono::microseconds(1000);
+// For so long after a loss the owner counts as one that loses its processor.
+constexpr auto kContended = std::chrono::milliseconds(20);
+
+// Of a worker: since when it has run without a break, as far as it knows, when it last looked at
+// the clock, and when it moved to another processor.
+struct Worker {
+    Time since, seen, moved;
+};
 
 // 32 bits of a turn, 16 of the first grain, 16 of the end.
 uint64_t published(uint64_t turn, uint64_t first, uint64_t end) {
@@ -41,11 +63,11 @@ void relax() {
 
 // Returns when `value` is not `old` any more.
 void wait_while(const std::atomic<int>& value, int old) {
-    const auto until = std::chrono::steady_clock::now() + kAwake;
+    const auto until = Clock::now() + kAwake;
     for (int i = 1;; ++i) {
         if (value.load(std::memory_order_acquire) != old)
             return;
-        if (i % 64 == 0 && std::chrono::steady_clock::now() > until)
+        if (i % 64 == 0 && Clock::now() > until)
             return value.wait(old, std::memory_order_acquire);
         relax();
     }
@@ -69,12 +91,13 @@ class Pool {
         n_.store(n, std::memory_order_relaxed);
         grain_.store(grain, std::memory_order_relaxed);
         threads_.store(threads, std::memory_order_relaxed);
+        processor_.store(this_processor(), std::memory_order_relaxed);
         failed_.store(0, std::memory_order_relaxed);
         undone_.store(int(grains), std::memory_order_relaxed);
         next_.store(published(++turn_, 0, uint64_t(grains)), std::memory_order_release);
         signal_.fetch_add(1, std::memory_order_release);
         signal_.notify_all();
-        take(true);
+        take(nullptr);
         for (int undone; (undone = undone_.load(std::memory_order_acquire)) != 0;)
             wait_while(undone_, undone);
         return failed_.load(std::memory_order_relaxed);
@@ -95,16 +118,52 @@ class Pool {
     }
 
     void work(int number) {
+        take_short_turns();
+        Worker self;
         for (int seen = 0;;) {
             wait_while(signal_, seen);
             seen = signal_.load(std::memory_order_acquire);
-            if (number + 1 < threads_.load(std::memory_order_relaxed))
-                take(false);
+            if (number + 1 >= threads_.load(std::memory_order_relaxed))
+                continue;
+            leave_owner(self);
+            take(&self);
         }
     }
 
+    // Now and then only: moving takes longer than a loop.
+    void leave_owner(Worker& self) {
+        const int processor = this_processor();
+        if (processor != processor_.load(std::memory_order_relaxed))
+            return;
+        const Time now = Clock::now();
+        if (now - self.moved > kTurn) {
+            self.moved = now;
+            leave(processor);
+        }
+    }
+
+    // After a piece of the owner.
+    void note_loss(Time begin, Time end) {
+        if (end - begin > kPiece)
+            lost_.store(end.time_since_epoch().count(), std::memory_order_relaxed);
+    }
+
+    // After a piece of a worker.
+    void pass(Worker& self, Time begin, Time end) {
+        if (begin - self.seen > kPiece || end - begin > kPiece)
+            self.since = end;
+        self.seen = end;
+        if (end - self.since <= kTurn)
+            return;
+        const Time lost{Clock::duration(lost_.load(std::memory_order_relaxed))};
+        if (end - lost > kContended)
+            sched_yield();
+        self.since = self.seen = Clock::now();
+    }
+
     // Pieces get smaller towards the end of the loop: threads then end at about the same time.
-    void take(bool from_front) {
+    // self: null for the owner
+    void take(Worker* self) {
         uint64_t next = next_.load(std::memory_order_acquire);
         for (;;) {
             const uint64_t front = next >> 16 & 0xffff, back = next & 0xffff;
@@ -117,21 +176,27 @@ class Pool {
             const auto context = context_.load(std::memory_order_relaxed);
             const int64_t begin = begin_.load(std::memory_order_relaxed);
             const uint64_t taken = std::max<uint64_t>(1, (back - front) / (2 * threads));
-            const uint64_t rest = from_front ? published(next >> 32, front + taken, back)
-                                             : published(next >> 32, front, back - taken);
+            const uint64_t rest = self ? published(next >> 32, front, back - taken)
+                                       : published(next >> 32, front + taken, back);
             if (!next_.compare_exchange_weak(
                     next, rest, std::memory_order_acq_rel, std::memory_order_acquire
                 ))
                 continue;
-            const int64_t first = int64_t(from_front ? front : back - taken) * grain;
+            const int64_t first = int64_t(self ? back - taken : front) * grain;
             const int64_t end = std::min(n, first + int64_t(taken) * grain);
+            const Time before = Clock::now();
             try {
                 body(begin + first, begin + end, context);
             } catch (...) {
                 failed_.store(1, std::memory_order_relaxed);
             }
+            const Time after = Clock::now();
             if (undone_.fetch_sub(int(taken), std::memory_order_acq_rel) == int(taken))
                 undone_.notify_all();
+            if (self)
+                pass(*self, before, after);
+            else
+                note_loss(before, after);
             next = next_.load(std::memory_order_acquire);
         }
     }
@@ -145,6 +210,8 @@ class Pool {
     std::atomic<int64_t> n_{0};
     std::atomic<int64_t> grain_{1};
     std::atomic<int> threads_{1};
+    std::atomic<int> processor_{-1};   // that the owner was on
+    std::atomic<Clock::rep> lost_{0};  // when the owner lost it
     std::atomic<int> failed_{0};
     uint64_t turn_ = 0;
     int workers_ = 0;

@@ -8,6 +8,7 @@ import csv
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,20 @@ def test_curves_and_predictions_of_estimators(each_way):
         return curves, found.predict_proba(x_test).tobytes(), found.predict(x_test).tobytes()
 
     assert len(set(each_way(fitted, times=2))) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux where threads may run")
+def test_no_thread_is_bound_to_a_processor(each_way):
+    """A worker that leaves its owner's processor binds itself to the others for a moment."""
+    engine = engine_of(
+        "native", network(sizes=NETWORKS["two wide"]), made(4000, 16), OPTIMIZERS["sgd"]
+    )
+    each_way(lambda: engine.steps(torch.randperm(4000), 128), times=20)
+    deadline = time.monotonic() + 10
+    wanted = {frozenset(os.sched_getaffinity(0))}
+    while True:
+        threads = os.listdir("/proc/self/task")
+        found = {frozenset(os.sched_getaffinity(int(number))) for number in threads}
+        if found == wanted or time.monotonic() > deadline:
+            break
+    assert found == wanted
