@@ -104,6 +104,12 @@ def test_the_cpu_timer_rests_outside_the_clock():
     assert ms < 250 and time.perf_counter() - started >= 0.5
 
 
+def test_the_cpu_timer_does_not_rest_by_itself(monkeypatch):
+    """Asleep for 0 s, a processor still forgets what it had in its caches."""
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: pytest.fail("it slept"))
+    timing.CpuTimer().sample(lambda: None, 1)
+
+
 def test_a_time_budget_ends_the_rounds():
     started = time.perf_counter()
     found = timing.measure(
