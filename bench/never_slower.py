@@ -23,11 +23,11 @@ import torch
 from torch import nn
 
 import fusedmlp
-from fusedmlp.nn.steps import MlpStep
 from fusedmlp.tuning import classes
 
 from . import record, timing
 from .cases import Case
+from .providers import ran_on
 
 BOUNDS = 0.97, 0.93
 _ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU, "sigmoid": nn.Sigmoid}
@@ -96,15 +96,6 @@ def _step(model: nn.Module, x: torch.Tensor):
     return run
 
 
-def route(fused: nn.Module) -> str:
-    """What the last call of a fused container ran on."""
-    names = []
-    for _, step in fused._plan.last.steps:
-        backend = getattr(step, "backend", None) or "eager"
-        names.append(f"{backend} mlp" if type(step) is MlpStep else backend)
-    return ", ".join(dict.fromkeys(names))
-
-
 def measured(case: Case, budget_s: float) -> dict:
     """The row of one cell."""
     runs, fused = calls(case)
@@ -116,7 +107,7 @@ def measured(case: Case, budget_s: float) -> dict:
     ms = {f"{name}_ms": timing.spread(t.ms)[0] for name, t in found.items()}
     row = (
         {k: v for k, v in case.columns().items() if k != "group"}
-        | {"eager_over_this": ratio, "route": route(fused)}
+        | {"eager_over_this": ratio, "route": ran_on(fused)}
         | ms
     )
     row["mode"] = "infer" if case.mode == "infer" else "step"

@@ -22,6 +22,7 @@ from fusedmlp import context, ops
 from fusedmlp import functional as FF
 from fusedmlp.backends import choice, registry
 from fusedmlp.nn.sequential import activation_module
+from fusedmlp.nn.steps import MlpStep
 from fusedmlp.spec import activations, philox
 
 from .cases import Case
@@ -44,6 +45,7 @@ class Provider:
     ours     True where the mask is this package's
     saved    bytes kept between forward and backward, beyond data and parameters; None where that
              cannot be seen
+    fused    the container that automatic choice runs
     """
 
     name: str
@@ -51,6 +53,7 @@ class Provider:
     results: Callable[[], dict[str, Tensor]]
     ours: bool = False
     saved: int | None = None
+    fused: nn.Module | None = None
 
 
 def default_names(case: Case) -> list[str]:
@@ -72,7 +75,8 @@ def default_names(case: Case) -> list[str]:
 
 
 def route(case: Case) -> str:
-    """What automatic choice runs a case on; a list with commas where its layers differ."""
+    """What automatic choice runs the ops of a case on, each asked for by itself; a list with commas
+    where they differ."""
     op = "bias_act_dropout" if case.elementwise else "linear_act"
     found = [
         choice.explain(
@@ -82,6 +86,15 @@ def route(case: Case) -> str:
         for k, n, act, p in case.layers
     ]  # fmt: skip
     return found[0] if len(set(found)) == 1 else ",".join(found)
+
+
+def ran_on(fused: nn.Module) -> str:
+    """What the last call of a fused container ran on."""
+    names = []
+    for _, step in fused._plan.last.steps:
+        backend = getattr(step, "backend", None) or "eager"
+        names.append(f"{backend} mlp" if type(step) is MlpStep else backend)
+    return ", ".join(dict.fromkeys(names))
 
 
 class Problem:
@@ -143,8 +156,10 @@ class Problem:
             reasons = registry._BY_NAME[name].reasons_against(case.device, case.torch_dtype)
             if reasons:
                 raise Unavailable("; ".join(reasons))
+        fused = None
         if case.op in ("layer", "net"):
-            forward, parameters = self._module(name, ours)
+            forward, parameters, net = self._module(name, ours)
+            fused = net if name == "auto" else None
         else:
             forward, parameters = self._functional(name, backend, ours), None
         run, results = self._timed(forward, parameters)
@@ -154,7 +169,7 @@ class Problem:
         if name not in ("compile", "max-autotune") and case.mode != "infer":
             kept = [*self.leaves.values(), *(parameters or ())]
             saved = saved_bytes(lambda *_: forward(), *kept)
-        return Provider(name, run, results, ours, saved)
+        return Provider(name, run, results, ours, saved, fused)
 
     def _functional(self, name: str, backend: str | None, ours: bool) -> Callable[[], Tensor]:
         x, w, b = (self.leaves.get(n) for n in ("x", "w0", "b0"))
@@ -205,7 +220,7 @@ class Problem:
         return run
 
     def _module(self, name: str, ours: bool):
-        """(forward, parameters); in a step, forward is the loss."""
+        """(forward, parameters, the module); in a step, forward is the loss."""
         modules: list[nn.Module] = []
         for i, (k, n, act, p) in enumerate(self.case.layers):
             linear = nn.Linear(k, n, device=self.case.device, dtype=self.case.torch_dtype)
@@ -222,9 +237,9 @@ class Problem:
         x, targets, parameters = self.leaves["x"], self.targets, list(net.parameters())
         if self.case.mode != "step":
             function = _compiled(name, net)
-            return (lambda: function(x)), parameters
+            return (lambda: function(x)), parameters, net
         loss = _compiled(name, lambda x, t: F.cross_entropy(net(x).float(), t))
-        return (lambda: loss(x, targets)), parameters
+        return (lambda: loss(x, targets)), parameters, net
 
     def _timed(self, forward, parameters):
         """(run, results) of a mode; gradients are of x, if it needs one, weights and biases."""

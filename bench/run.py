@@ -25,7 +25,7 @@ from fusedmlp.backends import registry
 from . import cases, record, tables, timing
 from .cases import Case
 from .check import wrong
-from .providers import Problem, Provider, Unavailable, default_names, route
+from .providers import Problem, Provider, Unavailable, default_names, ran_on, route
 
 # A cell of the grid below this is measured again, longer, and the new figure replaces the old one.
 REMEASURE_BELOW = 0.98
@@ -145,7 +145,8 @@ def _timed(case: Case, usable: dict[str, Provider], budget_s: float) -> list[dic
             if usable[name].saved is not None:
                 row["saved_bytes"] = usable[name].saved
             if name == "auto":
-                row["route"] = route(case)
+                fused = usable[name].fused
+                row["route"] = route(case) if fused is None else ran_on(fused)
             made.append(row | state)
     return made
 
