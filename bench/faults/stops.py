@@ -98,6 +98,14 @@ def killed_while_writing(place: Path, dice: random.Random, count: int) -> Iterat
         shutil.rmtree(run)
 
 
+def _is_in_its_command(process: int) -> bool:
+    """Whether it catches SIGTERM, as the command does from its start to its end, or has ended."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    about = dict(line.split(":", 1) for line in lines)
+    caught = int(about.get("SigCgt", "0"), 16)
+    return "Z" in about["State"] or bool(caught >> (signal.SIGTERM - 1) & 1)
+
+
 def interrupted(place: Path, dice: random.Random, count: int) -> Iterator[str | None]:
     """Ctrl-C or SIGTERM at any moment: the run ends by itself, and goes on."""
     wanted, seconds = _whole(place, FLAGS)
@@ -105,12 +113,16 @@ def interrupted(place: Path, dice: random.Random, count: int) -> Iterator[str | 
         run = place / f"run{number}"
         sent = dice.choice((signal.SIGINT, signal.SIGTERM))
         started = _start(place, FLAGS, run)
-        time.sleep(dice.uniform(0.02, seconds))
+        while not _is_in_its_command(started[0]):
+            time.sleep(0.001)
+        time.sleep(dice.uniform(0, seconds))
         os.kill(started[0], sent)
         at = time.monotonic()
         ended = child.end(*started, child.HANGS)
         took = time.monotonic() - at
-        if ended.crash() or ended.error:
+        if ended.signal == sent and (run / "summary.json").exists():  # after its command's end
+            yield runs.differs(run, wanted)
+        elif ended.crash() or ended.error:
             yield f"{sent.name}: {ended.crash() or ended.error}"
         elif took > LATEST:
             yield f"{sent.name}: it took {took:.0f} s to end"

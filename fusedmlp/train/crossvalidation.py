@@ -328,39 +328,39 @@ def _groups(
 
 def _scores(
     members: list[Member], splits: list[tuple[Tensor, Tensor]], data: Data, device
-) -> Iterator[tuple[Score, Score]]:
+) -> list[tuple[Score, Score]]:
     """(training score, validation score) of each member, on the rows of its split."""
-    config = members[0].config
+    networks, x, y = [member.model for member in members], data.x_train, data.y_train
+    return _native_scores(networks, x, y, splits, data, members[0].config, device) or [
+        tuple(_score(m.model, x[rows], y[rows], data, m.config, device) for rows in split)
+        for m, split in zip(members, splits, strict=True)
+    ]
+
+
+def _native_scores(networks, x, y, parts, data: Data, config: TrainConfig, device):
+    """The scores of each network on each of its parts, rows of x and y, with the same bits on any
+    number of threads; None where the native engine cannot tell."""
     std = None if data.target_scaling is None else data.target_scaling.std
-    sums = None
     # Squares of several targets, each in its own unit, do not follow from their sum.
-    if config.engine in ("auto", "native") and (std is None or std.numel() == 1):
-        with run_settings(config, device):
-            sums = native_evaluate.evaluate(
-                [member.model for member in members],
-                data.x_train,
-                data.y_train,
-                splits,
-                loss=_loss_name(data),
-                scaling=data.scaling,
-                precision=config.precision,
-            )
+    if config.engine not in ("auto", "native") or (std is not None and std.numel() > 1):
+        return None
+    settings = {"loss": _loss_name(data), "scaling": data.scaling, "precision": config.precision}
+    with run_settings(config, device):
+        sums = native_evaluate.evaluate(networks, x, y, parts, **settings)
     if sums is None:
-        for member, split in zip(members, splits, strict=True):
-            rows = [part.to(device) for part in split]
-            pairs = [(data.x_train[r], data.y_train[r]) for r in rows]
-            yield tuple(_score(member.model, *p, data, member.config, device) for p in pairs)
-        return
+        return None
     unit = 1.0 if std is None else float(std.double().square())
-    for pair in sums.tolist():
-        yield tuple(
-            Score(1.0 - right / rows if data.is_classes else unit * loss / rows, loss / rows)
-            for loss, right, rows in pair
-        )
+
+    def score(loss: float, right: float, rows: float) -> Score:
+        return Score(1.0 - right / rows if data.is_classes else unit * loss / rows, loss / rows)
+
+    return [tuple(score(*part) for part in each) for each in sums.tolist()]
 
 
 def _score(model, x: Tensor, y: Tensor, data: Data, config: TrainConfig, device) -> Score:
     """x, y: rows and targets, scaled as `data` says."""
+    if found := _native_scores([model], x, y, [(torch.arange(len(x)),)], data, config, device):
+        return found[0][0]
     with run_settings(config, device):
         outputs = models.predict(model, x, data.scaling, config.precision)
     y = y if data.is_classes else y.reshape(outputs.shape)
