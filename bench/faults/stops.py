@@ -224,7 +224,8 @@ def _pair(place: Path, run: Path) -> list:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common |= {"GLOO_SOCKET_IFNAME": "lo", "FUSEDMLP_DDP_SECONDS": "300"}
+    # torch takes up to twice as long to give up where the first process never began to listen.
+    common |= {"GLOO_SOCKET_IFNAME": "lo", "FUSEDMLP_DDP_SECONDS": "120"}
     flags = f"{runs.TRAIN} --epochs 20"
     started = []
     for rank in ("0", "1"):

@@ -246,7 +246,7 @@ def join_processes(device: str) -> World:
         )
     except (RuntimeError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
-        raise TrainError(
+        raise LostProcessError(
             f"process {rank} could not join the {size} processes at {place} within {seconds:g} "
             f"s: {first_line}"
         ) from error

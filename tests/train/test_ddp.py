@@ -204,14 +204,17 @@ def test_a_mistake_is_told_once_and_ends_all(rows, tmp_path):
     assert (tmp_path / "run" / "config.json").read_text() == "{}"
 
 
-def test_processes_that_never_come_are_not_waited_for_without_end(tmp_path):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_that_never_come_are_not_waited_for_without_end(rank, tmp_path):
+    """Each says so: rank 0, which talks otherwise, may be the one that is not there."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    place = dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+    place = dict(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
     changes = place | {"MASTER_PORT": str(port), "FUSEDMLP_DDP_SECONDS": "2"}
     done = made_data.fusedmlp("train", "--dataset", "synthetic", cwd=tmp_path, **changes)
     assert done.returncode == 1
-    assert f"process 0 could not join the 2 processes at 127.0.0.1:{port} within 2 s" in done.stderr
+    told = f"process {rank} could not join the 2 processes at 127.0.0.1:{port} within 2 s"
+    assert told in done.stderr
     assert "Traceback" not in done.stderr
 
 
