@@ -28,7 +28,7 @@ _EPILOG = """examples:
 Each way is checked against plain PyTorch on this device before it is timed, in the whole forward
 and backward with host time, and is never chosen where it is wrong. On a GPU the tiles of Triton's
 kernels are timed as well. FUSEDMLP_AUTOTUNE=0 ignores what was measured here."""
-_NETWORKS, _NETWORK_SECONDS = 1500, 0.06
+_NETWORKS, _NETWORK_SECONDS = 2000, 0.06
 
 
 def _sizes(text: str, between: str, least: int) -> tuple[int, ...]:

@@ -15,16 +15,20 @@ ACTIVATIONS = ("relu", "tanh", "gelu", "sigmoid")
 _FEWEST = 5  # networks that speak for a class
 _MOST = 40  # more are not measured
 _ELEMENTWISE = 0.1  # share of activations alone
+_WIDE = 0.3  # share of networks whose layers are all wide, which few of the others are
+_WIDE_WIDTHS = (256, 1536)
 
 
 def _log_uniform(rnd: random.Random, low: int, high: int) -> int:
     return round(math.exp(rnd.uniform(math.log(low), math.log(high))))
 
 
-def random_net(rnd: random.Random) -> tuple[int, list[int], str, bool]:
-    """(rows, widths, activation, whether it drops): sizes log-uniform, 4 to 1024, 1 to 3 layers, 1
-    to 512 rows."""
-    widths = [_log_uniform(rnd, 4, 1024) for _ in range(rnd.randint(1, 3) + 1)]
+def random_net(
+    rnd: random.Random, bounds: tuple[int, int] = (4, 1024)
+) -> tuple[int, list[int], str, bool]:
+    """(rows, widths, activation, whether it drops): 1 to 3 layers, the widths log-uniform between
+    the bounds, 1 to 512 rows."""
+    widths = [_log_uniform(rnd, *bounds) for _ in range(rnd.randint(1, 3) + 1)]
     act, drops = rnd.choice(ACTIVATIONS), rnd.random() < 0.5
     return _log_uniform(rnd, 1, 512), widths, act, drops
 
@@ -44,7 +48,8 @@ def random_works(count: int, seed: int) -> Iterator[Work]:
     """So many works for a CPU, fewer of classes that have enough."""
     rnd, seen = random.Random(seed), {}
     for _ in range(count):
-        rows, widths, act, drops = random_net(rnd)
+        bounds = (_WIDE_WIDTHS,) if rnd.random() < _WIDE else ()
+        rows, widths, act, drops = random_net(rnd, *bounds)
         if rnd.random() < _ELEMENTWISE:
             rows, widths = rows * rnd.choice((1, 8)), [0, widths[-1]]
         for gradients in (True, False):
