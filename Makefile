@@ -73,8 +73,7 @@ figures: setup  ## measure all that README and docs show, on a quiet machine, in
 	@test -n "$(DATA)" || { echo 'figures: DATA must be a folder with Fashion-MNIST' >&2; exit 2; }
 	$(PY) -m bench.saved_bytes
 	$(PY) -m bench.kernels --dropout-instructions --out bench/results/dropout_instructions.json
-	$(PY) -m bench.run --suite cpu --group step elementwise --threads 2 --budget 0.4 --out bench/results/cpu.json
-	$(PY) -m bench.run --suite grid --threads 2 --budget 0.5 --out bench/results/cpu_grid.json
+	$(PY) -m bench.run --suite cpu --threads 2 --budget 0.4 --out bench/results/cpu.json
 	$(PY) -m bench.steps --threads 2 --busy 0 1 2 --out bench/results/engine_step.json
 	$(PY) -m bench.steps --group batch width depth threads ensemble --threads 1 2 --out bench/results/engine_scaling.json
 	$(PY) -m bench.steps --group rivals --threads 2 --busy 0 1 2 --out bench/results/rivals.json

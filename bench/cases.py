@@ -161,7 +161,7 @@ def grid(device: str = "cpu", dtype: str = "fp32") -> list[Case]:
 
 
 def cpu() -> list[Case]:
-    """The figures of the README for a CPU, without the grid."""
+    """The figures of README and docs for a CPU."""
 
     def elementwise(mode: str, n: int, act: str = "relu", op: str = "bias_act_dropout", **more):
         return Case("elementwise", op, mode, n, (n,), act, (0.5,), **more)
@@ -226,8 +226,7 @@ def gpu() -> list[Case]:
 
 
 SUITES = {
-    "cpu": lambda: [*cpu(), *grid()],
-    "cpu-quick": cpu,
+    "cpu": cpu,
     "grid": grid,
     "gpu": lambda: [*gpu(), *grid("cuda", "bf16")],
     "gpu-grid": lambda: grid("cuda", "bf16"),

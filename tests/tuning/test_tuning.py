@@ -205,6 +205,13 @@ def test_every_class_that_is_shipped_can_be_read_and_is_met():
         assert len(set(entry["classes"]) - keys) < 0.1 * len(entry["classes"])
 
 
+@pytest.mark.parametrize("drops", [False, True])
+def test_enough_wide_networks_are_drawn_to_speak_for_their_class(drops):
+    wide = classes.work_of(256, [784, 1024, 1024, 10], "relu", drops, True)
+    drawn = [work.class_key for work in classes.random_works(tune._NETWORKS, 0)]
+    assert drawn.count(wide.class_key) >= 2 * classes._FEWEST
+
+
 # --- measuring at the first call ----------------------------------------------------------------
 
 
