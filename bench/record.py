@@ -37,7 +37,10 @@ def _cpu() -> str:
     fields = {key.strip(): value.strip() for key, value in pairs}
     flags = fields.get("flags", "").split()
     isa = "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else platform.machine()
-    return f"{fields.get('model name') or platform.processor() or 'CPU'}, {isa}"
+    name = fields.get("model name") or platform.processor() or "CPU"
+    # One name covers generations that differ by half.
+    family = f" of family {fields['cpu family']}" if "cpu family" in fields else ""
+    return f"{name}{family}, {isa}"
 
 
 def machine(device: str = "cpu") -> dict:
