@@ -17,6 +17,8 @@ from fusedmlp.train.data import datasets
 from . import child, inject, runs
 
 ORDINARY = (MemoryError, RuntimeError)
+# CPython's own C code at times loses the MemoryError on its way, as in ast.parse.
+OF_PYTHON = (*ORDINARY, SystemError)
 
 
 def _gradients(call: Callable, *inputs: torch.Tensor) -> list[torch.Tensor]:
@@ -77,7 +79,7 @@ def _bits(found: list[torch.Tensor]) -> list[bytes]:
     return [x.contiguous().numpy().tobytes() for x in found]
 
 
-def _outcome(work: Callable, fault, place: Path):
+def _outcome(work: Callable, fault, place: Path, ordinary: tuple = ORDINARY):
     """(what is wrong, what was raised, how often something was allocated) of the work with a fault
     and of the work after it."""
     shutil.rmtree(place / "run", ignore_errors=True)
@@ -85,7 +87,7 @@ def _outcome(work: Callable, fault, place: Path):
     try:
         with fault as counted:
             work()
-    except ORDINARY as error:
+    except ordinary as error:
         raised = f"{type(error).__name__}: {error}"
     except Exception as error:
         return f"{type(error).__name__}: {error}", None, None, None
@@ -133,7 +135,7 @@ def python_allocations(place: Path, dice: random.Random, count: int) -> Iterator
 
     def faulty(n: int):
         assert native.unavailable("cpu") is None, native.unavailable("cpu")
-        return _outcome(lambda: _training(place), Fault(n), place)
+        return _outcome(lambda: _training(place), Fault(n), place, OF_PYTHON)
 
     whole = child.run(lambda: faulty(1 << 30), place, child.HANGS)
     wanted = whole.result[3]

@@ -18,7 +18,6 @@ This file does not decide when to draw a seed; functional.py does.
 from __future__ import annotations
 
 import math
-import struct
 
 import torch
 from torch import Tensor
@@ -28,10 +27,6 @@ _LOW32 = TWO32 - 1
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-
-
-def _to_fp32(value: float) -> float:
-    return struct.unpack("f", struct.pack("f", value))[0]
 
 
 def threshold_and_scale(p: float) -> tuple[int, float]:

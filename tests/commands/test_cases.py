@@ -128,3 +128,9 @@ def test_integers_are_exact_in_any_order():
                 z = case.k * largest.get("w", 1) * largest.get("x", 0) + largest.get("b", 0)
                 terms = max(case.m, case.n, case.m * case.n * (case.act == "prelu"))
                 assert 32 * terms * largest.get("dy", 0) * max(1, z) < 2**53
+
+
+@pytest.mark.parametrize("slopes, terms", [(0, 37), (1, 37 * 29)], ids=["each column", "one"])
+def test_a_slopes_gradient_is_the_sum_of_what_shares_it(slopes, terms):
+    case = cases.Case("linear_act", 37, 5, 29, "prelu", 0.3, torch.float32, slope_elements=slopes)
+    assert case.terms == {"y": 1, "dx": 29, "dw": 37, "db": 37, "dslope": terms}

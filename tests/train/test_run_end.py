@@ -326,5 +326,12 @@ def test_a_console_without_a_terminal_is_silent(monkeypatch, capsys, tmp_path):
     assert fit(network(), made_data.blobs(), config(), progress=console).history
 
 
+def test_a_run_that_goes_on_says_from_where(tmp_path, capsys):
+    data, run = made_data.blobs(), tmp_path / "run"
+    fit(network(), data, config(epochs=2), RunOptions(out=run), progress=Console())
+    fit(network(), data, config(epochs=3), RunOptions(resume=run), progress=Console())
+    assert capsys.readouterr().out.splitlines().count("going on from epoch 3, step 0") == 1
+
+
 def test_folders_of_runs_know_all_that_runs_write():
     assert RESULTS | OF_A_TABLE | {"residuals.png"} <= set(run_folder.FILES)
