@@ -5,6 +5,7 @@ Every setting is put back at the end of a run.
 """
 
 import contextlib
+import gc
 import importlib
 import os
 import signal
@@ -260,6 +261,9 @@ def together(device: str):
     try:
         with world.others():
             yield world
+        if world.size > 1:
+            # DistributedDataParallel is part of a cycle, and keeps the group until that is found.
+            gc.collect()
     finally:
         if started_by_torchrun() and dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fusedmlp
 from fusedmlp import fuse
+from fusedmlp.backends import choice
 
 from ..class_nets import Functional, Net, as_sequential, compiled, outputs_and_gradients
 from ..nets import in_state, ops_called
@@ -340,8 +341,9 @@ def test_an_empty_batch():
     assert compiled(net)(torch.randn(0, 6)).shape == (0, 3)
 
 
-def test_wide_layers_run_apart():
-    """Weights of more than 2 million elements are not for the op of a whole network."""
+def test_wide_layers_run_apart(monkeypatch):
+    """Weights of more than 2 million elements are not for the op of a whole network, unmeasured."""
+    monkeypatch.setattr(choice, "_measured", lambda *_: None)
     net, x = Functional(), torch.randn(9, 1500)
     net.fc1, net.fc2 = nn.Linear(1500, 1500), nn.Linear(1500, 3)
     fused = fuse(nn.Sequential(net.fc1, nn.ReLU(), nn.Dropout(0.5), net.fc2))
