@@ -36,7 +36,7 @@ constexpr int64_t kMostGrains = 0xffff;
 using Clock = std::chrono::steady_clock;
 using Time = Clock::time_point;
 // More than a piece takes: who needs longer has lost the processor meanwhile, or slept.
-constexpr auto kPiece = std::chrono::microseconds(500);
+constexpr auto kPiece = std::chrono::microseconds(1000);
 // Less than the time for which a system leaves a thread its processor.
 constexpr auto kTurn = std::chrono::microseconds(1000);
 // For so long after a loss the owner counts as one that loses its processor.
@@ -61,14 +61,21 @@ void relax() {
 #endif
 }
 
-// Returns when `value` is not `old` any more.
-void wait_while(const std::atomic<int>& value, int old) {
+// Returns when `value` is not `old` any more. Awake for a while, and for as long as another thread
+// is at a piece that it has begun at `begun`: beside a program that is never idle, a thread that
+// has slept gets its processor back when that program's turn ends, and by then the other thread may
+// have lost its own.
+void wait_while(const std::atomic<int>& value, int old, const std::atomic<Clock::rep>& begun) {
     const auto until = Clock::now() + kAwake;
     for (int i = 1;; ++i) {
         if (value.load(std::memory_order_acquire) != old)
             return;
-        if (i % 64 == 0 && Clock::now() > until)
-            return value.wait(old, std::memory_order_acquire);
+        if (i % 64 == 0) {
+            const Time now = Clock::now();
+            const Time piece{Clock::duration(begun.load(std::memory_order_relaxed))};
+            if (now > until && now - piece > kPiece)
+                return value.wait(old, std::memory_order_acquire);
+        }
         relax();
     }
 }
@@ -98,8 +105,9 @@ class Pool {
         signal_.fetch_add(1, std::memory_order_release);
         signal_.notify_all();
         take(nullptr);
+        begun_[0].store(0, std::memory_order_relaxed);
         for (int undone; (undone = undone_.load(std::memory_order_acquire)) != 0;)
-            wait_while(undone_, undone);
+            wait_while(undone_, undone, begun_[1]);
         return failed_.load(std::memory_order_relaxed);
     }
 
@@ -121,7 +129,7 @@ class Pool {
         take_short_turns();
         Worker self;
         for (int seen = 0;;) {
-            wait_while(signal_, seen);
+            wait_while(signal_, seen, begun_[0]);
             seen = signal_.load(std::memory_order_acquire);
             if (number + 1 >= threads_.load(std::memory_order_relaxed))
                 continue;
@@ -175,7 +183,7 @@ class Pool {
             const auto body = body_.load(std::memory_order_relaxed);
             const auto context = context_.load(std::memory_order_relaxed);
             const int64_t begin = begin_.load(std::memory_order_relaxed);
-            const uint64_t taken = std::max<uint64_t>(1, (back - front) / (2 * threads));
+            const uint64_t taken = std::max<uint64_t>(1, (back - front) / (4 * threads));
             const uint64_t rest = self ? published(next >> 32, front, back - taken)
                                        : published(next >> 32, front + taken, back);
             if (!next_.compare_exchange_weak(
@@ -185,6 +193,9 @@ class Pool {
             const int64_t first = int64_t(self ? back - taken : front) * grain;
             const int64_t end = std::min(n, first + int64_t(taken) * grain);
             const Time before = Clock::now();
+            begun_[self != nullptr].store(
+                before.time_since_epoch().count(), std::memory_order_relaxed
+            );
             try {
                 body(begin + first, begin + end, context);
             } catch (...) {
@@ -210,8 +221,9 @@ class Pool {
     std::atomic<int64_t> n_{0};
     std::atomic<int64_t> grain_{1};
     std::atomic<int> threads_{1};
-    std::atomic<int> processor_{-1};   // that the owner was on
-    std::atomic<Clock::rep> lost_{0};  // when the owner lost it
+    std::atomic<int> processor_{-1};      // that the owner was on
+    std::atomic<Clock::rep> lost_{0};     // when the owner lost it
+    std::atomic<Clock::rep> begun_[2]{};  // when the owner, or a worker, began a piece; 0: at none
     std::atomic<int> failed_{0};
     uint64_t turn_ = 0;
     int workers_ = 0;
