@@ -74,9 +74,9 @@ figures: setup  ## measure all that README and docs show, on a quiet machine, in
 	$(PY) -m bench.saved_bytes
 	$(PY) -m bench.kernels --dropout-instructions --out bench/results/dropout_instructions.json
 	$(PY) -m bench.run --suite cpu --threads 2 --budget 0.4 --out bench/results/cpu.json
-	$(PY) -m bench.steps --threads 2 --busy 0 1 2 --out bench/results/engine_step.json
+	$(PY) -m bench.steps --threads 2 --busy 0 1 2 --starts 8 --budget 1 --out bench/results/engine_step.json
 	$(PY) -m bench.steps --group batch width depth threads ensemble --threads 1 2 --out bench/results/engine_scaling.json
-	$(PY) -m bench.steps --group rivals --threads 2 --busy 0 1 2 --out bench/results/rivals.json
+	$(PY) -m bench.steps --group rivals --threads 2 --busy 0 1 2 --starts 8 --budget 2 --steps 32 --out bench/results/rivals.json
 	rm -f bench/results/never_slower.json bench/results/tabular.json
 	$(PY) -m bench.never_slower --threads 2 --nets 300 --seed 7 --out bench/results/never_slower.json
 	$(PY) -m bench.crossval --data-dir "$(DATA)" --threads 2 --rounds 5

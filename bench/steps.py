@@ -1,7 +1,7 @@
 """Times a training step: the native engine and its rivals on a CPU, and every way to write a step
 on a GPU.
 
-    python -m bench.steps --threads 2 --out bench/results/engine_step.json
+    python -m bench.steps --threads 2 --starts 8 --out bench/results/engine_step.json
     python -m bench.steps --group batch width depth threads ensemble --threads 1 2
     python -m bench.steps --group rivals --threads 2 --busy 0 1 2 --out bench/results/rivals.json
     python -m bench.steps --device cuda --seconds 120 --out bench/results/gpu/steps.json
@@ -19,6 +19,7 @@ what to read. Groups on a CPU, of the native engine, which gathers and scales ui
                   first two of the main cases: beside busy programs the others take minutes
 Of these, a share of the processor's peak in their dtype, measured in the same run (peak.py).
 --busy 1 times each case beside a process that is never idle; --busy 0 1 also over the time without.
+--starts 8 does it all in so many processes: then [median, lowest, highest] of their medians.
 Groups on a GPU:
   ways            --steps steps by the wall clock with one wait at the end; every way has the data
                   on the device, takes row numbers, and sums its losses:
@@ -50,7 +51,7 @@ from fusedmlp.train.data import types
 from fusedmlp.train.engines.native import Share
 from fusedmlp.train.engines.native_many import NativeMany
 
-from . import peak, record, rivals, timing, train, ways
+from . import peak, record, rivals, starts, timing, train, ways
 from .ways import Network, network
 
 PRECISIONS = ("bf16", "tf32", "fp32")
@@ -292,6 +293,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--precision", nargs="+", choices=PRECISIONS, help="default: all of the device")
     p.add_argument("--ways", nargs="+", default=[""], help="those whose names begin so, and ours")
     p.add_argument("--busy", type=int, nargs="+", default=[0], help="programs that run beside it")
+    p.add_argument("--starts", type=int, default=1, help="processes, one after the other")
     p.add_argument("--steps", type=int, default=128, help="of a timed call of ways and rivals")
     p.add_argument("--epochs", type=int, default=10)
     p.add_argument("--seeds", type=int, default=10)
@@ -385,7 +387,12 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(max(args.threads))  # what the head says
     packages = rivals.PACKAGES[:2] if args.group == ["rivals"] else ()
     head = record.header(name, "bench.steps", argv, args.device, packages)
-    (by_ways if has_ways else on_a_cpu)(args, record.Results(head, args.out))
+    results = record.Results(head, args.out)
+    if args.starts > 1:
+        given = sys.argv[1:] if argv is None else argv
+        results.add(*starts.rows("bench.steps", [*given, "--starts", "1"], args.starts))
+        return 0
+    (by_ways if has_ways else on_a_cpu)(args, results)
     return 0
 
 

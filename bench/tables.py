@@ -172,6 +172,8 @@ def _engine_table(rows: list[dict]) -> str:
     if any(r.get("busy") for r in rows):
         columns["busy programs"] = at("busy")
     micros = _micros("native_us")
+    if any("starts" in r for r in rows):
+        columns["starts"], micros = at("starts"), at("native_us")
     if rows[0]["group"] == "threads":
         columns |= {"native, µs": micros, "times faster than with 1": at("faster")}
     elif rows[0]["group"] == "ensemble":

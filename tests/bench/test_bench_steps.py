@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from bench import peak, report, steps
+from bench import peak, report, starts, steps
 from fusedmlp.backends import native
 
 from ..engines import need_native
@@ -58,6 +58,38 @@ def test_a_case_beside_a_busy_program_has_a_row_of_its_own(tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert "| busy programs |" in text and "| over quiet |" in text
     assert ("| share of peak |" in text) == (peak.gflops(1) is not None)
+
+
+def test_starts_are_processes_of_which_each_has_its_say(tmp_path):
+    out = tmp_path / "bench" / "results" / "engine_step.json"
+    small = "--dims 5-4-3 --batch 16 --threads 1 --budget 0 --busy 0 1 --starts 2"
+    before = steps.torch.get_num_threads()
+    try:
+        assert steps.main([*small.split(), "--out", str(out)]) == 0
+    finally:
+        steps.torch.set_num_threads(before)
+    found = json.loads(out.read_text())
+    assert "--starts 2" in found["command"]
+    assert [(row["busy"], row["starts"]) for row in found["rows"]] == [(0, 2), (1, 2)]
+    median, lowest, highest = found["rows"][1]["over_quiet"]
+    assert 0 < lowest < median == pytest.approx((lowest + highest) / 2, rel=1e-3)
+    marked = "<!-- bench:engine-asked -->\n<!-- /bench:engine-asked -->\n"
+    (tmp_path / "README.md").write_text(marked)
+    report.main(["--root", str(tmp_path)])
+    assert "| starts | native, µs |" in (tmp_path / "README.md").read_text()
+
+
+def test_rows_of_several_starts_become_median_lowest_and_highest():
+    first = {"case": "a", "dims": [3, 4, 5], "dropout": [0.1, 0.2, 0.3], "rounds": 10}
+    runs = [
+        [first | {"us": [2.0, 1.0, 3.0], "over_quiet": 1.5, "left out": "a reason"}],
+        [first | {"us": [4.0, 1.0, 9.0], "over_quiet": 2.5, "rounds": 5}],
+        [first | {"us": [9.0, 8.0, 9.5], "over_quiet": 1.0, "left out": "another"}],
+    ]
+    expected = {"us": [4.0, 2.0, 9.0], "over_quiet": [1.5, 1.0, 2.5], "rounds": 25, "starts": 3}
+    assert starts.together(runs) == [first | expected | {"left out": "a reason"}]
+    with pytest.raises(ValueError, match="shorter"):
+        starts.together([runs[0], []])
 
 
 def test_main_has_a_step_in_bf16_where_the_processor_has_it(tmp_path, monkeypatch):

@@ -1,0 +1,49 @@
+"""Runs a benchmark in several processes, one after the other, and makes one row of the rows that
+they found for the same thing. A process can be slow for the whole of its life, so the spread within
+one says nothing about the next."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import record
+
+
+def rows(module: str, arguments: Sequence[str], count: int) -> list[dict]:
+    """The rows of `count` processes of `python -m module arguments --out FILE`, as together() has
+    them; raises CalledProcessError where one fails."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(count):
+            out = Path(folder) / f"{i}.json"
+            command = [sys.executable, "-m", module, *arguments, "--out", str(out)]
+            subprocess.run(command, check=True, cwd=record.ROOT)
+            found.append(record.read(out)["rows"])
+    return together(found)
+
+
+def together(found: Sequence[Sequence[dict]]) -> list[dict]:
+    """One row for each place, with `starts`, the number of processes. What was measured in each
+    becomes [median, lowest, highest] of their medians; what is equal in all stays; numbers of
+    rounds add up."""
+    made = []
+    for same in zip(*found, strict=True):
+        names = dict.fromkeys(name for row in same for name in row)
+        row = {name: _one([row.get(name) for row in same]) for name in names}
+        made.append(row | {"starts": len(same)})
+    return made
+
+
+def _one(values: list):
+    there = [value for value in values if value is not None]
+    if isinstance(there[0], str) or all(value == there[0] for value in there):
+        return there[0]
+    if isinstance(there[0], int):
+        return sum(there)
+    medians = [value[0] if isinstance(value, list) else value for value in there]
+    return [statistics.median(medians), min(medians), max(medians)]
