@@ -107,8 +107,8 @@ def _native(net: Network, steps: int) -> tuple[Callable[[], None], types.Data, t
 
 
 def _steps(net: Network) -> int:
-    """Enough of them a call that the call itself does not count."""
-    return max(2, min(64, 8192 // net.batch))
+    """Enough of them a call that the call itself does not count; few of those that take long."""
+    return max(2, min(64, 8192 // net.batch, round(1e10 / net.flops)))
 
 
 def _row(group: str, net: Network, threads: int, t: timing.Timing, steps: int) -> dict:

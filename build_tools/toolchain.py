@@ -20,7 +20,7 @@ TORCH_AT_LEAST = (2, 11)
 ARCHS = ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0+PTX")
 OLDEST_ARCH = 75
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+AVX512 = [*AVX2, "-mprfchw", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 X86_FLAGS = {
     "_avx2": AVX2,
     "_avx512": AVX512,

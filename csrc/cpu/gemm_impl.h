@@ -139,6 +139,10 @@ FN void load_square(VF* r, const float* in, int64_t ld, int rows, int columns) {
 static void pack_across(float* out, const float* in, int64_t ld, int64_t cols, int64_t k) {
     for (int64_t at = 0; at < k; at += VL) {
         const int depth = int(k - at < VL ? k - at : VL);
+        // Another thread has read the panel: what comes next is asked for before it is written.
+        if (at + VL < k)
+            for (int i = 0; i < VL * kNR; i += 16)
+                __builtin_prefetch(out + (at + VL) * kNR + i, 1);
         for (int first = 0; first < kNR; first += VL) {
             const int64_t left = cols - first;
             VF r[VL];

@@ -78,6 +78,10 @@ static void gather_rows(
                 __builtin_prefetch(next + i);
         }
         float* to = out + row * ld;
+        // Another thread has read these lines, and gives them up slowly where it is far away.
+        if (row + 1 < end)
+            for (int64_t i = 0; i < width; i += 16)
+                __builtin_prefetch(to + ld + i, 1);
         for (int64_t i = 0; i < whole; i += VL) {
             const bool by_column = MEAN == kMeanRow;
             store(
