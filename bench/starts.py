@@ -13,6 +13,8 @@ from pathlib import Path
 
 from . import record
 
+_COUNTS = ("rounds", "left_out")
+
 
 def rows(module: str, arguments: Sequence[str], count: int) -> list[dict]:
     """The rows of `count` processes of `python -m module arguments --out FILE`, as together() has
@@ -35,6 +37,7 @@ def together(found: Sequence[Sequence[dict]]) -> list[dict]:
     for same in zip(*found, strict=True):
         names = dict.fromkeys(name for row in same for name in row)
         row = {name: _one([row.get(name) for row in same]) for name in names}
+        row |= {name: sum(row[name] for row in same) for name in _COUNTS if name in names}
         made.append(row | {"starts": len(same)})
     return made
 
@@ -43,7 +46,5 @@ def _one(values: list):
     there = [value for value in values if value is not None]
     if isinstance(there[0], str) or all(value == there[0] for value in there):
         return there[0]
-    if isinstance(there[0], int):
-        return sum(there)
     medians = [value[0] if isinstance(value, list) else value for value in there]
     return [statistics.median(medians), min(medians), max(medians)]
