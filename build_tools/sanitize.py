@@ -26,6 +26,12 @@ SANITIZERS = {
 }
 # Lines are enough of debug information for a report, and -O1 for the vector types.
 FLAGS = "-std=c++20 -O1 -g1 -fno-omit-frame-pointer -fno-math-errno -fno-trapping-math -Wall -Icsrc"
+NAMES = {  # of Linux, where they are not the compiler's
+    "-mprfchw": "3dnowprefetch",
+    "-mavx512bf16": "avx512_bf16",
+    "-mamx-tile": "amx_tile",
+    "-mamx-bf16": "amx_bf16",
+}
 PLANTED = ("csrc/cpu/step_buffers.cpp", "b.at[i].room = widest;", "b.at[i].room = b.at[i].ld;")
 OPTIONS = {
     "TSAN_OPTIONS": "second_deadlock_stack=1",
@@ -42,7 +48,7 @@ def has(flags):
         words = Path("/proc/cpuinfo").read_text().split()
     except OSError:
         return True
-    return all(flag.removeprefix("-m") in words for flag in flags)
+    return all(NAMES.get(flag, flag.removeprefix("-m")) in words for flag in flags)
 
 
 class Build:
