@@ -37,8 +37,8 @@ def together(found: Sequence[Sequence[dict]]) -> list[dict]:
     for same in zip(*found, strict=True):
         names = dict.fromkeys(name for row in same for name in row)
         row = {name: _one([row.get(name) for row in same]) for name in names}
-        row |= {name: sum(row[name] for row in same) for name in _COUNTS if name in names}
-        made.append(row | {"starts": len(same)})
+        counts = {n: sum(each.get(n, 0) for each in same) for n in _COUNTS if n in names}
+        made.append(row | counts | {"starts": len(same)})
     return made
 
 

@@ -86,7 +86,8 @@ def test_rows_of_several_starts_become_median_lowest_and_highest():
         [first | {"us": [4.0, 1.0, 9.0], "over_quiet": 2.5, "rounds": 5}],
         [first | {"us": [9.0, 8.0, 9.5], "over_quiet": 1.0, "left out": "another"}],
     ]
-    expected = {"us": [4.0, 2.0, 9.0], "over_quiet": [1.5, 1.0, 2.5], "rounds": 25, "starts": 3}
+    del runs[2][0]["rounds"]
+    expected = {"us": [4.0, 2.0, 9.0], "over_quiet": [1.5, 1.0, 2.5], "rounds": 15, "starts": 3}
     assert starts.together(runs) == [first | expected | {"left out": "a reason"}]
     with pytest.raises(ValueError, match="shorter"):
         starts.together([runs[0], []])
