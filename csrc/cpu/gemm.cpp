@@ -94,9 +94,14 @@ GemmPlan plan_gemm(const Gemm& g, int64_t least) {
 
 GemmBlock block_of(const GemmPlan& plan, int64_t at) {
     GemmBlock block = plan.block;
-    block.i0 = at / plan.across * plan.rows;
+    // Where B lies apart, blocks that read the same of it follow each other: a thread then has half
+    // of its columns to get from another's cache, and not all of them.
+    const int64_t down = plan.blocks / plan.across;
+    const int64_t row = block.b_is_apart ? at % down : at / plan.across;
+    const int64_t column = block.b_is_apart ? at / down : at % plan.across;
+    block.i0 = row * plan.rows;
     block.i1 = std::min(plan.m, block.i0 + plan.rows);
-    block.jp0 = at % plan.across * plan.panels;
+    block.jp0 = column * plan.panels;
     block.jp1 = std::min(panels_of(block.n, plan.kernels->nr), block.jp0 + plan.panels);
     return block;
 }
