@@ -57,6 +57,10 @@ BAD_NPZ = {
     "nan": (dict(x_train=_X * [[1, np.nan]], y_train=_Y), r"finite fp32 .* nan at \[0, 1\]"),
     "too_large": (dict(x_train=_X * 1e300, y_train=_Y), "finite fp32"),
     "strings": (dict(x_train=_X.astype(str), y_train=_Y), "must hold numbers"),
+    "text_to_test_numbers": (
+        dict(x_train=_X, y_train=_Y / 7, x_test=_X, y_test=np.array([*"ababab"])),
+        "y_test must hold numbers",
+    ),
     "one_class": (dict(x_train=_X, y_train=_Y * 0), "at least two classes"),
     "objects": (dict(x_train=np.array([{}] * 6), y_train=_Y), "Python objects"),
     "unknown_class": (

@@ -126,7 +126,10 @@ def _inputs(array, name: str) -> Tensor:
 def _finite(array, name: str) -> Tensor:
     import numpy as np
 
-    array = np.ascontiguousarray(array, dtype=np.float64)
+    try:
+        array = np.ascontiguousarray(array, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TrainError(f"{name} must hold numbers, got {array.dtype}") from None
     bad = np.argwhere(~(np.abs(array) <= np.finfo(np.float32).max))
     if len(bad):
         place = ", ".join(str(i) for i in bad[0])
