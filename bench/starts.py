@@ -1,9 +1,10 @@
 """Runs a benchmark in several processes, one after the other, and makes one row of the rows that
-they found for the same thing. A process can be slow for the whole of its life, so the spread within
-one says nothing about the next."""
+they found for the same thing. A machine can be slow for as long as one process runs, so the spread
+within one says nothing about the next."""
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import subprocess
 import sys
@@ -16,12 +17,19 @@ from . import record
 _COUNTS = ("rounds", "left_out")
 
 
-def rows(module: str, arguments: Sequence[str], count: int) -> list[dict]:
-    """The rows of `count` processes of `python -m module arguments --out FILE`, as together() has
+def count(text: str) -> int:
+    """The number of processes, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number of processes above 0, got {text}")
+    return int(text)
+
+
+def rows(module: str, arguments: Sequence[str], processes: int) -> list[dict]:
+    """The rows of `processes` runs of `python -m module arguments --out FILE`, as together() has
     them; raises CalledProcessError where one fails."""
     found = []
     with tempfile.TemporaryDirectory() as folder:
-        for i in range(count):
+        for i in range(processes):
             out = Path(folder) / f"{i}.json"
             command = [sys.executable, "-m", module, *arguments, "--out", str(out)]
             subprocess.run(command, check=True, cwd=record.ROOT)
@@ -32,7 +40,7 @@ def rows(module: str, arguments: Sequence[str], count: int) -> list[dict]:
 def together(found: Sequence[Sequence[dict]]) -> list[dict]:
     """One row for each place, with `starts`, the number of processes. What was measured in each
     becomes [median, lowest, highest] of their medians; what is equal in all stays; numbers of
-    rounds add up."""
+    rounds add up. Raises ValueError where the processes have different numbers of rows."""
     made = []
     for same in zip(*found, strict=True):
         names = dict.fromkeys(name for row in same for name in row)

@@ -293,7 +293,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--precision", nargs="+", choices=PRECISIONS, help="default: all of the device")
     p.add_argument("--ways", nargs="+", default=[""], help="those whose names begin so, and ours")
     p.add_argument("--busy", type=int, nargs="+", default=[0], help="programs that run beside it")
-    p.add_argument("--starts", type=int, default=1, help="processes, one after the other")
+    p.add_argument("--starts", type=starts.count, default=1, help="processes, one after the other")
     p.add_argument("--steps", type=int, default=128, help="of a timed call of ways and rivals")
     p.add_argument("--epochs", type=int, default=10)
     p.add_argument("--seeds", type=int, default=10)

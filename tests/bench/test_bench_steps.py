@@ -79,6 +79,14 @@ def test_starts_are_processes_of_which_each_has_its_say(tmp_path):
     assert "| starts | native, µs |" in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.parametrize("number", ["0", "-1", "two"])
+def test_a_wrong_number_of_starts(number, capsys):
+    with pytest.raises(SystemExit):
+        steps.parse([f"--starts={number}"])
+    said = capsys.readouterr().err
+    assert f"--starts: must be a number of processes above 0, got {number}" in said
+
+
 def test_rows_of_several_starts_become_median_lowest_and_highest():
     first = {"case": "a", "dims": [3, 4, 5], "dropout": [0.1, 0.2, 0.3], "rounds": 10}
     runs = [
