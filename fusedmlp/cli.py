@@ -153,6 +153,8 @@ def _failed(error: Exception) -> int:
         return _say(str(error), FAILED, everyone=True)
     if isinstance(error, TrainError | BackendError):
         return _say(str(error), FAILED)
+    if isinstance(error, OSError) and error.filename is not None:
+        return _say(f"cannot use {error.filename}: {error.strerror} (--debug shows where)", FAILED)
     lines = str(error).strip().splitlines()
     what = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     return _say(f"{what} (--debug shows where)", FAILED)

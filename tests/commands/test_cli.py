@@ -289,6 +289,14 @@ def test_an_unforeseen_failure_is_one_line_too(capsys, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("command", [("compare",), ("train", "--resume")])
+def test_a_name_that_is_too_long_for_the_system(command, tmp_path, capsys):
+    folder = tmp_path / ("a" * 300)
+    assert run(*command, str(folder)) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"fusedmlp: cannot use {folder}/") and "File name too long" in said
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_an_unwritable_out_is_named(capsys, tmp_path):
     (tmp_path / "shut").mkdir(mode=0o555)
