@@ -86,8 +86,6 @@ GemmPlan plan_gemm(const Gemm& g, int64_t least) {
         cols /= 2;
     plan.rows = rows;
     plan.across = panels_of(panels, cols);
-    plan.panels = panels_of(panels, plan.across);
-    plan.across = panels_of(panels, plan.panels);
     plan.blocks = panels_of(g.m, rows) * plan.across;
     return plan;
 }
@@ -101,8 +99,10 @@ GemmBlock block_of(const GemmPlan& plan, int64_t at) {
     const int64_t column = block.b_is_apart ? at / down : at % plan.across;
     block.i0 = row * plan.rows;
     block.i1 = std::min(plan.m, block.i0 + plan.rows);
-    block.jp0 = column * plan.panels;
-    block.jp1 = std::min(panels_of(block.n, plan.kernels->nr), block.jp0 + plan.panels);
+    // Of about the same width: a thread should not wait for one that has the wide ones.
+    const int64_t panels = panels_of(block.n, plan.kernels->nr);
+    block.jp0 = column * panels / plan.across;
+    block.jp1 = (column + 1) * panels / plan.across;
     return block;
 }
 

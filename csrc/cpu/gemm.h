@@ -85,7 +85,6 @@ struct GemmPlan {
     GemmBlock block;
     int64_t m;
     int64_t rows;    // of a block
-    int64_t panels;  // across a block
     int64_t across;  // blocks side by side
     int64_t blocks;
 };

@@ -36,25 +36,29 @@ static void gemm_block(const cpu::GemmBlock& g) {
     const int64_t least = g.k > 8 ? 2 : 1, by_depth = (g.k + kDepth - 1) / kDepth;
     const int64_t passes = by_depth < least ? least : by_depth;
     const int64_t depth = (g.k + passes - 1) / passes;
-    for (int64_t k0 = 0; k0 < g.k; k0 += depth) {
-        const int64_t k = g.k - k0 < depth ? g.k - k0 : depth;
-        for (int64_t jp = g.jp0; jp < g.jp1; ++jp) {
+    for (int64_t jp = g.jp0; jp < g.jp1; ++jp) {
+        for (int64_t k0 = 0; k0 < g.k; k0 += depth) {
+            const int64_t k = g.k - k0 < depth ? g.k - k0 : depth;
             const int64_t j = jp * kNR;
             const int cols = int(g.n - j < kNR ? g.n - j : kNR);
             const float* b = g.b + jp * g.b_panel + k0 * g.b_step;
             int64_t step = g.b_step;
-            // Rows far apart are read once for all tiles. One tile reads them where they lie.
-            if (g.b_is_apart && (tiles > 1 || cols < kNR)) {
+            // Rows far apart are read once for all tiles: the first one copies them, unless they
+            // end within a vector.
+            const bool copies = g.b_is_apart && tiles > 1 && cols == kNR;
+            if (g.b_is_apart && cols < kNR) {
                 pack_along(panel, b, step, cols, k);
                 b = panel, step = kNR;
             }
             // Tiles of about the same height: the last few rows would not fill the registers.
             for (int64_t tile = 0, i = g.i0, rows; tile < tiles; ++tile, i += rows) {
                 rows = (g.i1 - i + tiles - tile - 1) / (tiles - tile);
-                micros.of[rows][cols > VL](
+                micros.of[rows][copies && tile == 0 ? 2 : cols > VL](
                     g.a + i * g.a_row + k0 * g.a_col, g.a_row, g.a_col, b, step, k,
-                    g.c + i * g.ldc + j, g.ldc, cols, k0 > 0
+                    g.c + i * g.ldc + j, g.ldc, cols, k0 > 0, panel
                 );
+                if (copies)
+                    b = panel, step = kNR;
             }
         }
     }

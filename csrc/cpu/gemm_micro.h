@@ -6,7 +6,8 @@ namespace fusedmlp::FUSEDMLP_ISA {
 
 constexpr int kNR = 2 * VL;
 
-template <class Op, int M, int NV>
+// COPIES: leaves the columns of B one after the other in `copy`, for the tiles that follow.
+template <class Op, int M, int NV, bool COPIES = false>
 static void micro(
     const float* a,
     int64_t a_row,
@@ -17,22 +18,41 @@ static void micro(
     float* c,
     int64_t ldc,
     int cols,
-    bool add
+    bool add,
+    float* copy
 ) {
+    // A row is 0, 1, 2, 4 or 8 rows from one of three pointers, which an address can say; but for
+    // row 3. A compiler that knows how they hang together takes a register for each row, and has
+    // too few.
+    const float *a5 = a + 5 * a_row, *a10 = a + 10 * a_row;
+    int64_t three = 3 * a_row;
+    asm("" : "+r"(a5), "+r"(a10), "+r"(three));
+    const auto of_row = [&](int i) {
+        if (i == 3)
+            return a[three];
+        const int first = i >= 10 && i <= 12 ? 10 : i >= 5 && i != 8 ? 5 : 0;
+        return (first == 10 ? a10 : first == 5 ? a5 : a)[(i - first) * a_row];
+    };
     VF acc[M][NV];
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 2
         for (int v = 0; v < NV; ++v)
             acc[i][v] = set1(0.0f);
-    for (int64_t at = 0; at < k; ++at, a += a_col, b += b_step) {
+    for (int64_t at = 0; at < k; ++at, a += a_col, a5 += a_col, a10 += a_col, b += b_step) {
         VF bv[NV];
 #pragma GCC unroll 2
         for (int v = 0; v < NV; ++v)
             bv[v] = load(b + v * VL);
+        if constexpr (COPIES) {
+#pragma GCC unroll 2
+            for (int v = 0; v < NV; ++v)
+                store(copy + v * VL, bv[v]);
+            copy += NV * VL;
+        }
 #pragma GCC unroll 16
         for (int i = 0; i < M; ++i) {
-            const VF av = set1(a[i * a_row]);
+            const VF av = set1(of_row(i));
 #pragma GCC unroll 2
             for (int v = 0; v < NV; ++v)
                 acc[i][v] = Op::sum(av, bv[v], acc[i][v]);
@@ -70,21 +90,23 @@ using Micro = void (*)(
     float*,
     int64_t,
     int,
-    bool
+    bool,
+    float*
 );
 
 template <class Op, int M>
-static constexpr void fill_micros(Micro (*table)[2]) {
+static constexpr void fill_micros(Micro (*table)[3]) {
     if constexpr (M > 0) {
         table[M][0] = &micro<Op, M, 1>;
         table[M][1] = &micro<Op, M, 2>;
+        table[M][2] = &micro<Op, M, 2, true>;
         fill_micros<Op, M - 1>(table);
     }
 }
 
 template <class Op>
 struct Micros {
-    Micro of[kMR + 1][2] = {};  // rows, vectors - 1
+    Micro of[kMR + 1][3] = {};  // by rows; one vector, two, two that are copied
     constexpr Micros() { fill_micros<Op, kMR>(of); }
 };
 

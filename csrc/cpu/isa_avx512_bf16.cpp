@@ -34,7 +34,7 @@ struct Products {
         for (int64_t tile = 0, i = 0, height; tile < tiles; ++tile, i += height) {
             height = (rows - i + tiles - tile - 1) / (tiles - tile);
             micros.of[height][cols > VL](
-                a + i * count, count, 1, b, kNR, count, c + i * ldc, ldc, cols, add
+                a + i * count, count, 1, b, kNR, count, c + i * ldc, ldc, cols, add, nullptr
             );
         }
     }
