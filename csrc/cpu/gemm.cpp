@@ -65,6 +65,7 @@ GemmPlan plan_gemm(const Gemm& g, int64_t least) {
     GemmBlock& block = plan.block;
     block.c = g.c;
     block.ldc = g.ldc;
+    block.c_panel = nr;
     block.n = g.n, block.k = g.k;
     block.a = g.a;
     block.a_row = g.a_row;
@@ -84,23 +85,24 @@ GemmPlan plan_gemm(const Gemm& g, int64_t least) {
         rows /= 2;
     while (cols > 1 && count() < least)
         cols /= 2;
-    plan.rows = rows;
+    plan.down = panels_of(g.m, rows);
     plan.across = panels_of(panels, cols);
-    plan.blocks = panels_of(g.m, rows) * plan.across;
+    plan.blocks = plan.down * plan.across;
     return plan;
 }
 
 GemmBlock block_of(const GemmPlan& plan, int64_t at) {
     GemmBlock block = plan.block;
-    // Where B lies apart, blocks that read the same of it follow each other: a thread then has half
-    // of its columns to get from another's cache, and not all of them.
-    const int64_t down = plan.blocks / plan.across;
-    const int64_t row = block.b_is_apart ? at % down : at / plan.across;
-    const int64_t column = block.b_is_apart ? at / down : at % plan.across;
-    block.i0 = row * plan.rows;
-    block.i1 = std::min(plan.m, block.i0 + plan.rows);
-    // Of about the same width: a thread should not wait for one that has the wide ones.
-    const int64_t panels = panels_of(block.n, plan.kernels->nr);
+    // Where B lies apart, blocks that read the same of the larger operand follow each other: a
+    // thread then has half of it to get from another's cache, and not all.
+    const bool is_down = block.b_is_apart && block.n >= plan.m;
+    const int64_t row = is_down ? at % plan.down : at / plan.across;
+    const int64_t column = is_down ? at / plan.down : at % plan.across;
+    // Of about the same size: a thread should not wait for one that has the large ones.
+    const int64_t nr = plan.kernels->nr;
+    const int64_t rows = panels_of(plan.m, nr), panels = panels_of(block.n, nr);
+    block.i0 = row * rows / plan.down * nr;
+    block.i1 = std::min(plan.m, (row + 1) * rows / plan.down * nr);
     block.jp0 = column * panels / plan.across;
     block.jp1 = (column + 1) * panels / plan.across;
     return block;

@@ -61,6 +61,7 @@ void pack_panels(
 struct GemmBlock {
     float* c;
     int64_t ldc;
+    int64_t c_panel;  // from the columns of a panel to those of the next
     const float* a;   // as in Gemm
     int64_t a_row;    //
     int64_t a_col;    //
@@ -84,8 +85,8 @@ struct GemmPlan {
     const GemmKernels* kernels;
     GemmBlock block;
     int64_t m;
-    int64_t rows;    // of a block
-    int64_t across;  // blocks side by side
+    int64_t down;    // blocks below each other
+    int64_t across;  // side by side
     int64_t blocks;
 };
 
@@ -102,6 +103,8 @@ struct GemmKernels {
     void (*pack_across)(float* out, const float* in, int64_t ld, int64_t cols, int64_t k);
     // Of in[k * ld + j].
     void (*pack_along)(float* out, const float* in, int64_t ld, int64_t cols, int64_t k);
+    // Column j of a whole panel of k words to out + j * ld; fp32 only.
+    void (*unpack)(float* out, int64_t ld, const float* panel, int64_t k);
     // Columns [j0, j1) of c (m, n) = a (m, k) b (n, k)^T, for few rows; null where there is none.
     void (*dots)(
         float* c,

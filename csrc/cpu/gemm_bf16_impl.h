@@ -119,7 +119,7 @@ static void gemm_block_bf16(const cpu::GemmBlock& g) {
                 pack_along_bf16(panel, g.b + jp * g.b_panel + k0 * g.b_step, g.b_step, cols, k);
                 b = panel;
             }
-            products(a, rows, b, count, g.c + g.i0 * g.ldc + j, g.ldc, cols, w0 > 0);
+            products(a, rows, b, count, g.c + g.i0 * g.ldc + jp * g.c_panel, g.ldc, cols, w0 > 0);
         }
     }
 }

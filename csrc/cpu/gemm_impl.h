@@ -55,7 +55,7 @@ static void gemm_block(const cpu::GemmBlock& g) {
                 rows = (g.i1 - i + tiles - tile - 1) / (tiles - tile);
                 micros.of[rows][copies && tile == 0 ? 2 : cols > VL](
                     g.a + i * g.a_row + k0 * g.a_col, g.a_row, g.a_col, b, step, k,
-                    g.c + i * g.ldc + j, g.ldc, cols, k0 > 0, panel
+                    g.c + i * g.ldc + jp * g.c_panel, g.ldc, cols, k0 > 0, panel
                 );
                 if (copies)
                     b = panel, step = kNR;
@@ -161,8 +161,21 @@ static void pack_across(float* out, const float* in, int64_t ld, int64_t cols, i
     }
 }
 
+static void unpack(float* out, int64_t ld, const float* panel, int64_t k) {
+    for (int64_t at = 0; at < k; at += VL) {
+        const int depth = int(k - at < VL ? k - at : VL);
+        for (int first = 0; first < kNR; first += VL) {
+            VF r[VL];
+            load_square(r, panel + at * kNR + first, kNR, depth, VL);
+            transpose(r);
+            for (int j = 0; j < VL; ++j)
+                store_part(out + (first + j) * ld + at, depth, r[j]);
+        }
+    }
+}
+
 static constexpr cpu::GemmKernels kGemmKernels = {
-    kNR, 1, gemm_block, pack_across, pack_along, dots,
+    kNR, 1, gemm_block, pack_across, pack_along, unpack, dots,
 };
 
 #undef FN

@@ -142,6 +142,6 @@ class Products {
 namespace fusedmlp::amx {
 extern const cpu::GemmKernels bf16;
 const cpu::GemmKernels bf16 = {
-    kNR, 2, gemm_block_bf16, pack_across_bf16, pack_along_bf16, nullptr,
+    kNR, 2, gemm_block_bf16, pack_across_bf16, pack_along_bf16, nullptr, nullptr,
 };
 }  // namespace fusedmlp::amx

@@ -47,6 +47,6 @@ struct Products {
 namespace fusedmlp::avx512_bf16 {
 extern const cpu::GemmKernels bf16;
 const cpu::GemmKernels bf16 = {
-    kNR, 2, gemm_block_bf16, pack_across_bf16, pack_along_bf16, nullptr,
+    kNR, 2, gemm_block_bf16, pack_across_bf16, pack_along_bf16, nullptr, nullptr,
 };
 }  // namespace fusedmlp::avx512_bf16

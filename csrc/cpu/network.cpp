@@ -77,10 +77,28 @@ void Network::pack() {
 
 void Network::pack(size_t i, int64_t n0, int64_t n1, int64_t k0, int64_t k1) {
     const Layer& l = layers_[i];
-    if (b_.at[i].forward)
-        pack_panels(*b_.gemm, b_.at[i].forward, l.w, Layout::kAcross, l.k, l.k, k0, k1, n0, n1);
-    if (b_.at[i].backward)
-        pack_panels(*b_.gemm, b_.at[i].backward, l.w, Layout::kRows, l.k, l.n(), n0, n1, k0, k1);
+    const LayerBuffers& at = b_.at[i];
+    if (at.kept)
+        return repack(i, n0, n1, k0, k1);
+    if (at.forward)
+        pack_panels(*b_.gemm, at.forward, l.w, Layout::kAcross, l.k, l.k, k0, k1, n0, n1);
+    if (at.backward)
+        pack_panels(*b_.gemm, at.backward, l.w, Layout::kRows, l.k, l.n(), n0, n1, k0, k1);
+}
+
+// A panel of w^T holds rows of w, so for the panels of w it lies across.
+void Network::repack(size_t i, int64_t n0, int64_t n1, int64_t k0, int64_t k1) {
+    const LayerBuffers& at = b_.at[i];
+    const int64_t nr = b_.gemm->nr, k = layers_[i].k, n = layers_[i].n();
+    for (int64_t j = n0; j < n1; j += nr) {
+        const float* panel = at.kept + j * k;
+        if (at.forward != at.kept)
+            pack_panels(*b_.gemm, at.forward, panel - j, Layout::kRows, nr, k, k0, k1, j, j + nr);
+        if (at.backward)
+            pack_panels(
+                *b_.gemm, at.backward, panel - j, Layout::kAcross, nr, n, j, j + nr, k0, k1
+            );
+    }
 }
 
 void Network::set_batch(int64_t rows) {
@@ -173,11 +191,14 @@ void Network::backward(Rows r, ParallelFor parallel, size_t first) {
 Gemm Network::weight_gradient(size_t i, float* c) const {
     const Layer& l = layers_[i];
     Gemm g{};
-    g.c = c, g.ldc = l.k;
-    g.a = b_.at[i].dz, g.a_row = 1, g.a_col = b_.at[i].ld;
-    g.b = input(i, {0, rows_}), g.ldb = input_ld(i);
+    const float *const x = input(i, {0, rows_}), *const dz = b_.at[i].dz;
+    const int64_t x_ld = input_ld(i), ld = b_.at[i].ld;
+    const bool is_across = b_.at[i].kept != nullptr;
+    g.c = c, g.ldc = is_across ? l.n() : l.k;
+    g.a = is_across ? x : dz, g.a_row = 1, g.a_col = is_across ? x_ld : ld;
+    g.b = is_across ? dz : x, g.ldb = is_across ? ld : x_ld;
     g.b_is = Layout::kRows;
-    g.m = l.n(), g.n = l.k, g.k = rows_;
+    g.m = is_across ? l.k : l.n(), g.n = is_across ? l.n() : l.k, g.k = rows_;
     g.kernels = b_.gemm;
     return g;
 }

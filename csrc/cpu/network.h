@@ -45,6 +45,7 @@ struct LayerBuffers {
     double* db;       // (blocks, N) sums over the rows of a block
     double* dslope;   // (blocks, slope_size)
     float* forward;   // panels of w^T
+    float* kept;      // panels of w^T in fp32 that stand for w, which is out of date, or null
     float* backward;  // panels of w, where an input gradient is wanted
 };
 
@@ -93,7 +94,8 @@ class Network {
     Network(const std::vector<Layer>& layers, const Buffers& buffers, ParallelFor parallel)
         : layers_(layers), b_(buffers), parallel_(parallel) {}
 
-    // The panels of all weights, or of rows [n0, n1) and columns [k0, k1) of one.
+    // The panels of all weights, or of rows [n0, n1) and columns [k0, k1) of one, that are not
+    // kept.
     void pack();
     void pack(size_t i, int64_t n0, int64_t n1, int64_t k0, int64_t k1);
 
@@ -134,12 +136,13 @@ class Network {
     }
     const float* input(size_t i, Rows r) const { return i == 0 ? b_.x : y(i - 1, r); }
     int64_t input_ld(size_t i) const { return i == 0 ? b_.x_ld : b_.at[i - 1].ld; }
-    // Its input^T dz over all rows, the gradient of w, to c.
+    // The gradient of w over all rows, to c: dz^T x, or x^T dz where the panels of w^T are kept.
     Gemm weight_gradient(size_t i, float* c) const;
 
     std::atomic<int> failed{0};
 
   private:
+    void repack(size_t i, int64_t n0, int64_t n1, int64_t k0, int64_t k1);
     EpilogueParams epilogue(const Layer& l, Rows r) const;
 
     const std::vector<Layer>& layers_;

@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kGrain = 16384;            // elements for which another thread is worth its start
 constexpr int64_t kWork = int64_t(1) << 20;  // products for the same
-constexpr int64_t kParts = 16;               // blocks of a gradient, where it has so many
+constexpr int64_t kParts = 32;               // blocks of a gradient, where it has so many
 
 class Step {
   public:
@@ -24,7 +24,19 @@ class Step {
         : p_(p), layers_(layers_of(p, state_)),
           b_(trains ? lay_out(p, layers_, p.work) : lay_out_forward(p, layers_, p.work)),
           parallel_(parallel), network_(layers_, b_, parallel) {
+        if (trains)
+            each_kept([this](float* kept, float* rows, int64_t k, int64_t n0, int64_t n1) {
+                pack_panels(isa_.gemm, kept, rows, Layout::kAcross, k, k, 0, k, n0, n1);
+            });
         network_.pack();
+    }
+
+    // Weights and moments that were kept in panels, back to where they belong.
+    void finish() {
+        each_kept([this](float* kept, float* rows, int64_t k, int64_t n0, int64_t n1) {
+            for (int64_t n = n0; n < n1; n += isa_.gemm.nr)
+                isa_.gemm.unpack(rows + n * k, k, kept + n * k, k);
+        });
     }
 
     // order: (rows,) of step number `step` of this call
@@ -33,6 +45,8 @@ class Step {
         state_[1] = int64_t(uint64_t(p_.first_step + step) * uint64_t(p_.mask_layers));
         lr_scale_ = p_.lr_scale ? p_.lr_scale[step] : 1.0;
         updates_ = p_.updates + step + 1;
+        if (!goes_in_blocks(rows))
+            finish();  // some products of few rows read w itself
         each_block(order, rows, [this](Rows r, ParallelFor parallel) {
             forward_pass(r, parallel);
             network_.backward(r, parallel);
@@ -53,6 +67,25 @@ class Step {
     int failed() const { return failed_ | network_.failed; }
 
   private:
+    // body(kept, rows, k, n0, n1) for rows [n0, n1) of what is kept in panels
+    template <class Body>
+    void each_kept(const Body& body) {
+        for (size_t i = 0; i < layers_.size(); ++i) {
+            if (!b_.at[i].kept)
+                continue;
+            const StepParam &from = p_.layers[i].w, &to = b_.w[i];
+            const int64_t k = layers_[i].k, nr = isa_.gemm.nr;
+            const int64_t grain = std::max<int64_t>(1, kGrain / (nr * std::max<int64_t>(1, k)));
+            failed_ |= run(parallel_, layers_[i].n() / nr, grain, [&](int64_t begin, int64_t end) {
+                body(to.value, from.value, k, begin * nr, end * nr);
+                if (to.m1)
+                    body(to.m1, from.m1, k, begin * nr, end * nr);
+                if (to.m2)
+                    body(to.m2, from.m2, k, begin * nr, end * nr);
+            });
+        }
+    }
+
     template <class Body>
     void each_block(const int64_t* order, int64_t rows, const Body& body) {
         order_ = order;
@@ -114,7 +147,11 @@ class Step {
         int64_t work = 0;
         for (size_t i = 0; i < layers_.size(); ++i) {
             const Gemm g = network_.weight_gradient(i, b_.dw[i]);
-            const GemmPlan plan = plan_gemm(g, kParts);
+            GemmPlan plan = plan_gemm(g, kParts);
+            if (b_.at[i].kept) {
+                plan.block.ldc = plan.kernels->nr;
+                plan.block.c_panel = plan.kernels->nr * g.m;
+            }
             const int64_t each = std::max<int64_t>(1, g.m * g.n * g.k / plan.blocks);
             parts_.push_back({i, plan, work, each});
             work += each * plan.blocks;
@@ -145,28 +182,39 @@ class Step {
     };
 
     void gradient(const Part& part, int64_t at) {
-        const StepParam& w = p_.layers[part.layer].w;
+        const StepParam& w = b_.w[part.layer];
+        const bool is_kept = b_.at[part.layer].kept != nullptr;
         const int64_t nr = b_.gemm->nr, k = layers_[part.layer].k;
         GemmBlock block = block_of(part.plan, at);
-        const int64_t j0 = block.jp0 * nr, j1 = std::min(k, block.jp1 * nr);
         if (p_.max_norm > 0.0)
             return b_.gemm->block(block);
+        const int64_t j0 = block.jp0 * nr, j1 = std::min(block.n, block.jp1 * nr);
         const int64_t rows = block.i1 - block.i0, cols = j1 - j0;
+        // `runs` of `length` of the weight, from `first` on; of the gradient one after the other.
+        const bool is_whole = !is_kept && cols == k;
+        const int64_t runs = is_kept ? block.jp1 - block.jp0 : is_whole ? 1 : rows;
+        const int64_t length = is_kept ? rows * nr : is_whole ? rows * k : cols;
+        const int64_t first = is_kept ? j0 * k + block.i0 * nr : block.i0 * k + j0;
+        const int64_t stride = is_kept ? k * nr : k;
         auto* dw = static_cast<float*>(scratch(kBlockSlot, size_t(rows * cols) * sizeof(float)));
-        block.ldc = cols;
-        block.c = dw - block.i0 * cols - j0;
+        if (is_kept)
+            block.c_panel = length;
+        else
+            block.ldc = cols;
+        block.c = dw - block.i0 * block.ldc - block.jp0 * block.c_panel;
         b_.gemm->block(block);
         const UpdateParams u = numbers_of(p_, w, lr_scale_, updates_);
-        // Whole rows lie one after the other.
-        const int64_t runs = cols == k ? 1 : rows, length = cols == k ? rows * cols : cols;
         for (int64_t r = 0; r < runs; ++r) {
-            const int64_t to = (block.i0 + r) * k + j0;
+            const int64_t to = first + r * stride;
             isa_.step.update(
-                u, w.value + to, dw + r * cols, w.m1 ? w.m1 + to : nullptr,
+                u, w.value + to, dw + r * length, w.m1 ? w.m1 + to : nullptr,
                 w.m2 ? w.m2 + to : nullptr, length
             );
         }
-        network_.pack(part.layer, block.i0, block.i1, j0, j1);
+        if (is_kept)
+            network_.pack(part.layer, j0, j1, block.i0, block.i1);
+        else
+            network_.pack(part.layer, block.i0, block.i1, j0, j1);
     }
 
     void sum_up(const StepParam& w, float* grad, double* sums) {
@@ -195,7 +243,7 @@ class Step {
     void for_each_gradient(const Body& body) {
         for (size_t i = 0; i < p_.layers.size(); ++i) {
             const StepLayer& l = p_.layers[i];
-            body(l.w, b_.dw[i]);
+            body(b_.w[i], b_.dw[i]);
             if (l.b.value)
                 body(l.b, b_.db[i]);
             if (l.slope.value)
@@ -248,6 +296,7 @@ int train_epoch(StepParams& p, ParallelFor parallel) {
     Step step(p, true, parallel);
     for (int64_t done = 0, number = 0; done < p.rows; done += p.batch, ++number)
         step.train(number, p.order + done, std::min(p.batch, p.rows - done));
+    step.finish();
     return step.failed();
 }
 

@@ -50,6 +50,16 @@ StepBuffers lay_out(const StepParams& p, const std::vector<Layer>& layers, float
     }
     take_sums(b, layers, arena, m);
     take_panels(b, layers, arena, Passes::kBoth, 1);
+    for (size_t i = 0; i < layers.size(); ++i) {
+        StepParam w = p.layers[i].w;
+        if (b.keeps_panels && layers[i].n() % b.gemm->nr == 0) {
+            w.value = b.gemm->values == 1 ? b.at[i].forward : arena.take(w.size);
+            w.m1 = w.m1 ? arena.take(w.size) : nullptr;
+            w.m2 = w.m2 ? arena.take(w.size) : nullptr;
+            b.at[i].kept = w.value;
+        }
+        b.w.push_back(w);
+    }
     b.floats = arena.used;
     return b;
 }

@@ -9,7 +9,8 @@ namespace fusedmlp::cpu {
 
 struct StepBuffers : Buffers {
     float* gathered = nullptr;  // x, written by each step
-    std::vector<float*> dw;     // (N, K) where the norm of all must be known first, else null
+    std::vector<StepParam> w;   // as they lie in a call: in panels where the layer keeps those
+    std::vector<float*> dw;     // like w where the norm of all must be known first, else null
     std::vector<float*> db;     // (N,)
     std::vector<float*> slope;  // (slope_size,)
     int64_t floats = 0;
