@@ -140,10 +140,18 @@ def test_epsilon_hat_is_scikit_learns_formula():
 
 
 @pytest.mark.parametrize(
-    "sizes, batch", [((1, 7, 1), 33), ((5, 1), 1), ((3, 300, 2), 1), ((70, 33, 65, 31), 97)]
+    "sizes, batch",
+    [
+        ((1, 7, 1), 33),
+        ((5, 1), 1),
+        ((3, 300, 2), 1),
+        ((70, 33, 65, 31), 97),
+        ((200, 64, 160, 3), 97),
+    ],
 )
 def test_sizes_that_fit_no_tile_agree_with_autograd(sizes, batch):
-    """One feature, one class, one row, no hidden layer, and a last batch that is smaller."""
+    """One feature, one class, one row, no hidden layer, and a last batch of few rows, whose products
+    read weights where they belong and not in panels."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(200, sizes[0], generator=generator)
     y = torch.randint(0, sizes[-1], (200,), generator=generator)
