@@ -31,6 +31,10 @@ int64_t gemm_scratch(int64_t n, int64_t k) {
     return panels_of(n, 32) * 32 * std::max<int64_t>(k, 16) + kGemmPad;
 }
 
+int64_t panel_floats(const GemmKernels& kernels, int64_t k) {
+    return kernels.nr * words_of(kernels, k);
+}
+
 bool is_of_dots(const GemmKernels& kernels, int64_t m, int64_t n, int64_t k) {
     return kernels.dots && m <= kFewRows && n * k > kDirect;
 }
@@ -72,7 +76,7 @@ GemmPlan plan_gemm(const Gemm& g, int64_t least) {
     block.a_col = g.a_col;
     block.b_is_apart = g.b_is == Layout::kRows;
     block.b = g.b_is == Layout::kAcross ? g.scratch : g.b;
-    block.b_panel = block.b_is_apart ? nr : nr * words_of(*g.kernels, g.k);
+    block.b_panel = block.b_is_apart ? nr : panel_floats(*g.kernels, g.k);
     block.b_step = block.b_is_apart ? g.ldb : nr;
     plan.m = g.m;
     int64_t rows = kBlockRows, cols = kBlockCols / nr;
@@ -85,7 +89,10 @@ GemmPlan plan_gemm(const Gemm& g, int64_t least) {
         rows /= 2;
     while (cols > 1 && count() < least)
         cols /= 2;
+    // Even, so that two threads can have half each.
     plan.down = panels_of(g.m, rows);
+    if (plan.down > 1 && plan.down < panels_of(g.m, nr))
+        plan.down += plan.down % 2;
     plan.across = panels_of(panels, cols);
     plan.blocks = plan.down * plan.across;
     return plan;

@@ -35,6 +35,8 @@ struct Gemm {
 };
 
 int64_t gemm_scratch(int64_t n, int64_t k);
+// Of one panel of a B with k rows.
+int64_t panel_floats(const GemmKernels& kernels, int64_t k);
 
 // Whether a product with this many rows reads B (N, K) as it is, row by row: its sums then differ
 // from those with panels.

@@ -124,12 +124,31 @@ EpilogueParams Network::epilogue(const Layer& l, Rows r) const {
     return e;
 }
 
+void Network::multiply_part(Rows r, int64_t k0, int64_t k1) {
+    const LayerBuffers& at = b_.at[0];
+    float* const out = at.h ? at.h : y(0, r);
+    Gemm g{};
+    g.c = (k0 ? b_.rest : out) + r.begin * at.ld, g.ldc = at.ld;
+    g.a = b_.x + r.begin * b_.x_ld + k0, g.a_row = b_.x_ld, g.a_col = 1;
+    g.b = at.forward, g.b_is = Layout::kPanels;
+    g.m = r.end - r.begin, g.n = layers_[0].n(), g.k = k1 - k0;
+    g.kernels = b_.gemm;
+    GemmPlan plan = plan_gemm(g, 1);
+    plan.block.b_panel = panel_floats(*b_.gemm, layers_[0].k);
+    plan.block.b += k0 / b_.gemm->values * b_.gemm->nr;
+    for (int64_t number = 0; number < plan.blocks; ++number)
+        b_.gemm->block(block_of(plan, number));
+}
+
 void Network::forward(Rows r, ParallelFor parallel) {
     for (size_t i = 0; i < layers_.size(); ++i) {
         const Layer& l = layers_[i];
         const int64_t ld = b_.at[i].ld, from = input_ld(i);
         float* const to = y(i, r);
         float* const out = b_.at[i].h ? b_.at[i].h : to;
+        const bool is_there = i == 0 && is_in_parts();
+        if (is_there)
+            isa().step.add(out + r.begin * ld, b_.rest + r.begin * ld, (r.end - r.begin) * ld);
         Gemm g{};
         g.c = out + r.begin * ld, g.ldc = ld;
         g.a = input(i, r) + r.begin * from, g.a_row = from, g.a_col = 1;
@@ -139,7 +158,8 @@ void Network::forward(Rows r, ParallelFor parallel) {
         g.m = r.end - r.begin, g.n = l.n(), g.k = l.k;
         g.scratch = b_.scratch;
         g.kernels = b_.gemm;
-        failed |= launch_gemm(g, parallel);
+        if (!is_there)
+            failed |= launch_gemm(g, parallel);
         const bool is_bare = l.e.act == kNone && l.e.drop.threshold == 0 && !l.e.bias;
         if (is_bare && out == to)
             continue;

@@ -2,6 +2,7 @@
 // of evaluation. Plain pointers, no torch.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <vector>
 
@@ -57,6 +58,7 @@ struct Buffers {
     const float* dy = nullptr;  // (M, N) of the last layer; null where it lies in dz
     float* dx = nullptr;        // (M, K) of the first layer that goes backward, or null
     float* scratch = nullptr;   // of the matrix products
+    float* rest = nullptr;      // (M, N) second part of the first product, or null
     const GemmKernels* gemm = &isa().gemm;
 };
 
@@ -104,6 +106,25 @@ class Network {
     void set_batch(int64_t rows);
     int64_t blocks() const { return ceil_div(rows_, block_); }
 
+    // The first product may go in two parts of its inputs: a thread then has the same half of the
+    // inputs and of the weights in its cache from step to step, and only sums move between threads.
+    // body(rows, k0, k1) leaves these inputs in x.
+    bool is_in_parts() const { return b_.rest && goes_in_blocks(rows_); }
+    template <class Body>
+    void each_part(const Body& body) {
+        const int64_t k = layers_[0].k, middle = middle_of(k), count = blocks();
+        failed |= run(parallel_, 2 * count, piece_, [&](int64_t begin, int64_t end) {
+            while (begin < end) {
+                const int64_t first = begin / count * count, stop = std::min(end, first + count);
+                const Rows r{(begin - first) * block_, std::min(rows_, (stop - first) * block_)};
+                const int64_t k0 = first ? middle : 0, k1 = first ? k : middle;
+                body(r, k0, k1);
+                multiply_part(r, k0, k1);
+                begin = stop;
+            }
+        });
+    }
+
     // body(rows, parallel) for all rows of the batch: whole blocks of them, on a thread each.
     template <class Body>
     void each_block(const Body& body) {
@@ -142,6 +163,9 @@ class Network {
     std::atomic<int> failed{0};
 
   private:
+    // Where blocks of the gradient end as well.
+    static int64_t middle_of(int64_t k) { return ceil_div(k, 32) / 2 * 32; }
+    void multiply_part(Rows r, int64_t k0, int64_t k1);
     void repack(size_t i, int64_t n0, int64_t n1, int64_t k0, int64_t k1);
     EpilogueParams epilogue(const Layer& l, Rows r) const;
 

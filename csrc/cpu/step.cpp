@@ -91,6 +91,8 @@ class Step {
         order_ = order;
         weight_ = weight_of(order, rows);
         network_.set_batch(rows);
+        if (network_.is_in_parts())
+            network_.each_part([this](Rows r, int64_t k0, int64_t k1) { gather(r, k0, k1); });
         network_.each_block(body);
         for (int64_t at = 0; at < network_.blocks(); ++at) {
             p_.totals[0] += losses_[at] * (double(rows) / weight_);
@@ -111,13 +113,16 @@ class Step {
 
     void forward_pass(Rows r, ParallelFor parallel) {
         const int64_t grain = std::max<int64_t>(1, kGrain / p_.scaling.width);
-        failed_ |= run(parallel, r.end - r.begin, grain, [&](int64_t begin, int64_t end) {
-            isa_.step.gather(
-                b_.gathered, b_.x_ld, p_.scaling, order_, r.begin + begin, r.begin + end
-            );
-        });
+        if (!network_.is_in_parts())
+            failed_ |= run(parallel, r.end - r.begin, grain, [&](int64_t begin, int64_t end) {
+                gather({r.begin + begin, r.begin + end}, 0, p_.scaling.width);
+            });
         network_.forward(r, parallel);
         loss(r);
+    }
+
+    void gather(Rows r, int64_t k0, int64_t k1) {
+        isa_.step.gather(b_.gathered, b_.x_ld, p_.scaling, order_, r.begin, r.end, k0, k1);
     }
 
     // Turns the outputs into their gradient.

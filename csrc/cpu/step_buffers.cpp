@@ -6,6 +6,8 @@
 namespace fusedmlp::cpu {
 namespace {
 
+constexpr int64_t kInParts = 512;  // inputs for which the first product goes in two parts
+
 void take_inputs(StepBuffers& b, const StepParams& p, int64_t rows, Arena& arena) {
     if (p.is_bf16)
         b.gemm = gemm_bf16();
@@ -60,6 +62,9 @@ StepBuffers lay_out(const StepParams& p, const std::vector<Layer>& layers, float
         }
         b.w.push_back(w);
     }
+    const Layer& first = layers[0];
+    if (b.keeps_panels && first.n() % b.gemm->nr == 0 && first.k >= kInParts)
+        b.rest = arena.take(m * b.at[0].ld);
     b.floats = arena.used;
     return b;
 }

@@ -52,7 +52,9 @@ static void gather_rows(
     const cpu::ScalingParams& s,
     const int64_t* order,
     int64_t begin,
-    int64_t end
+    int64_t end,
+    int64_t k0,
+    int64_t k1
 ) {
     const VF divisor = set1(s.divisor), inverse = set1(1.0f / s.divisor);
     const VF mean = set1(MEAN == kOneMean ? *s.mean : 0.0f),
@@ -66,18 +68,21 @@ static void gather_rows(
             v = (v - m) / d;
         return v;
     };
-    const int64_t width = s.width, whole = width / VL * VL;
+    const int64_t width = k1 - k0, whole = width / VL * VL;
     const int rest = int(width - whole);
+    const T* const data = static_cast<const T*>(s.rows) + k0;
+    const float *const means = MEAN == kMeanRow ? s.mean + k0 : nullptr;
+    const float *const stds = MEAN == kMeanRow ? s.std + k0 : nullptr;
     for (int64_t row = begin; row < end; ++row) {
-        const T* from = static_cast<const T*>(s.rows) + order[row] * width;
+        const T* from = data + order[row] * s.width;
         // Rows are drawn at random: none is in a cache, and one waits for memory longer than it
         // takes to scale.
         if (row + kFetched < end) {
-            const T* next = static_cast<const T*>(s.rows) + order[row + kFetched] * width;
+            const T* next = data + order[row + kFetched] * s.width;
             for (int64_t i = 0; i < width; i += 64 / int64_t(sizeof(T)))
                 __builtin_prefetch(next + i);
         }
-        float* to = out + row * ld;
+        float* to = out + row * ld + k0;
         // Another thread has read these lines, and gives them up slowly where it is far away.
         if (row + 1 < end)
             for (int64_t i = 0; i < width; i += 16)
@@ -86,8 +91,8 @@ static void gather_rows(
             const bool by_column = MEAN == kMeanRow;
             store(
                 to + i, value(
-                            load_row(from + i), by_column ? load(s.mean + i) : mean,
-                            by_column ? load(s.std + i) : std
+                            load_row(from + i), by_column ? load(means + i) : mean,
+                            by_column ? load(stds + i) : std
                         )
             );
         }
@@ -95,8 +100,8 @@ static void gather_rows(
             const bool by_column = MEAN == kMeanRow;
             const VF v = value(
                 load_row_part(from + whole, rest),
-                by_column ? load_part(s.mean + whole, rest) : mean,
-                by_column ? load_part(s.std + whole, rest) : std
+                by_column ? load_part(means + whole, rest) : mean,
+                by_column ? load_part(stds + whole, rest) : std
             );
             store_part(to + whole, rest, v);
         }
@@ -110,13 +115,15 @@ static void gather_of(
     const cpu::ScalingParams& s,
     const int64_t* order,
     int64_t begin,
-    int64_t end
+    int64_t end,
+    int64_t k0,
+    int64_t k1
 ) {
     if (!s.mean)
-        return gather_rows<T, DIVIDES, kNoMean>(out, ld, s, order, begin, end);
+        return gather_rows<T, DIVIDES, kNoMean>(out, ld, s, order, begin, end, k0, k1);
     if (s.mean_size == 1)
-        return gather_rows<T, DIVIDES, kOneMean>(out, ld, s, order, begin, end);
-    gather_rows<T, DIVIDES, kMeanRow>(out, ld, s, order, begin, end);
+        return gather_rows<T, DIVIDES, kOneMean>(out, ld, s, order, begin, end, k0, k1);
+    gather_rows<T, DIVIDES, kMeanRow>(out, ld, s, order, begin, end, k0, k1);
 }
 
 static void gather(
@@ -125,9 +132,11 @@ static void gather(
     const cpu::ScalingParams& s,
     const int64_t* order,
     int64_t begin,
-    int64_t end
+    int64_t end,
+    int64_t k0,
+    int64_t k1
 ) {
-    const auto of = [&](auto gather) { gather(out, ld, s, order, begin, end); };
+    const auto of = [&](auto gather) { gather(out, ld, s, order, begin, end, k0, k1); };
     if (s.is_bytes && s.divisor != 1.0f)
         of(divides_bytes(s.divisor) ? &gather_of<uint8_t, kQuickly> : &gather_of<uint8_t, kYes>);
     else if (s.is_bytes)
@@ -342,8 +351,16 @@ static void scale(float* g, float factor, int64_t n) {
         g[i] *= factor;
 }
 
+static void add(float* sum, const float* x, int64_t n) {
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL)
+        store(sum + i, load(sum + i) + load(x + i));
+    if (const int rest = int(n - i))
+        store_part(sum + i, rest, load_part(sum + i, rest) + load_part(x + i, rest));
+}
+
 static constexpr cpu::StepKernels kStepKernels = {
-    gather, cross_entropy, squared_error, logistic, update, square_sum, scale,
+    gather, cross_entropy, squared_error, logistic, update, square_sum, scale, add,
 };
 
 #undef FN

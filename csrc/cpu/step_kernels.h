@@ -46,14 +46,16 @@ struct UpdateParams {
 
 // What an instruction set offers.
 struct StepKernels {
-    // Rows [begin, end) of a batch to rows ld apart.
+    // Columns [k0, k1) of rows [begin, end) of a batch to rows ld apart.
     void (*gather)(
         float* out,
         int64_t ld,
         const ScalingParams& s,
         const int64_t* order,
         int64_t begin,
-        int64_t end
+        int64_t end,
+        int64_t k0,
+        int64_t k1
     );
     void (*cross_entropy)(
         const LossParams& p,
@@ -81,6 +83,7 @@ struct StepKernels {
     );
     double (*square_sum)(const float* g, int64_t n);
     void (*scale)(float* g, float factor, int64_t n);
+    void (*add)(float* sum, const float* x, int64_t n);
 };
 
 }  // namespace fusedmlp::cpu

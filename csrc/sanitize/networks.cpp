@@ -244,6 +244,7 @@ void all_networks(int64_t rounds) {
         {{50, 33, 65, 1}, 240},
         {{9, 9, 9}, 1},
         {{700, 40, 5}, 35},
+        {{600, 96, 64, 10}, 70},
     };
     for (size_t kind = 0; kind < 2 * shapes.size(); ++kind) {
         const Shape& s = shapes[kind % shapes.size()];

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -77,7 +79,12 @@ def rounding(loop: Plain) -> Plain:
     return loop
 
 
-SHAPES = {"even": (64, 32, 4), "odd": (64, 33, 47, 4), "wide": (64, 300, 130, 4)}
+SHAPES = {
+    "even": (64, 32, 4),
+    "odd": (64, 33, 47, 4),
+    "wide": (64, 300, 130, 4),
+    "in two parts": (576, 96, 64, 4),
+}
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64, 300])
@@ -85,7 +92,7 @@ SHAPES = {"even": (64, 32, 4), "odd": (64, 33, 47, 4), "wide": (64, 300, 130, 4)
 def test_a_step_is_that_of_rounded_operands_and_exact_sums(sizes, rows, isa):
     """In fp64; the same masks as in fp32. What is left is fp32's own error, and the few values that
     it puts on the other side of a middle between two bf16."""
-    data = made_data.pictures(rows=400)
+    data = made_data.pictures(rows=400, side=math.isqrt(sizes[0]))
     optimizer = NATIVE_OPTIMIZERS["momentum"]
     net = network(sizes=sizes, dropout=(0.2, 0.5, 0.3)[: len(sizes) - 2])
     exact = Plain(net, data, optimizer, torch.float64)
@@ -117,7 +124,8 @@ def test_many_steps_stay_as_near_to_fp64_as_rounded_operands_do(name, isa):
 
 def trained(threads: int, precision: str = "bf16"):
     torch.set_num_threads(threads)
-    data, net = made_data.pictures(rows=400), network(sizes=(64, 80, 48, 4), dropout=(0.2, 0.5))
+    data, sizes = made_data.pictures(rows=400, side=24), (576, 64, 96, 48, 4)
+    net = network(sizes=sizes, dropout=(0.2, 0.5, 0.0))
     engine = engine_of("native", net, data, NATIVE_OPTIMIZERS["adamw"], precision=precision)
     for epoch in range(3):
         engine.steps(permutation(SEED, epoch, len(data.x_train)), 64)
