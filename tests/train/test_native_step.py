@@ -150,8 +150,8 @@ def test_epsilon_hat_is_scikit_learns_formula():
     ],
 )
 def test_sizes_that_fit_no_tile_agree_with_autograd(sizes, batch):
-    """One feature, one class, one row, no hidden layer, and a last batch of few rows, whose products
-    read weights where they belong and not in panels."""
+    """One feature, one class, one row, no hidden layer, and a last batch of few rows, whose
+    products read weights where they belong and not in panels."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(200, sizes[0], generator=generator)
     y = torch.randint(0, sizes[-1], (200,), generator=generator)
