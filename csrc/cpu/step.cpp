@@ -1,6 +1,7 @@
 // One training step: blocks of rows go forward and backward through the network on a thread each,
 // then blocks of the weights' gradients are applied as the matrix product finishes them, unless
-// their norm comes first. Weights are kept a second time in the form that the products read.
+// their norm comes first. Weights are kept in the form that the products read: in their stead where
+// all panels are full, beside them otherwise.
 #include "cpu/step.h"
 
 #include <algorithm>
