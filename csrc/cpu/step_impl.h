@@ -71,8 +71,8 @@ static void gather_rows(
     const int64_t width = k1 - k0, whole = width / VL * VL;
     const int rest = int(width - whole);
     const T* const data = static_cast<const T*>(s.rows) + k0;
-    const float *const means = MEAN == kMeanRow ? s.mean + k0 : nullptr;
-    const float *const stds = MEAN == kMeanRow ? s.std + k0 : nullptr;
+    const float* const means = MEAN == kMeanRow ? s.mean + k0 : nullptr;
+    const float* const stds = MEAN == kMeanRow ? s.std + k0 : nullptr;
     for (int64_t row = begin; row < end; ++row) {
         const T* from = data + order[row] * s.width;
         // Rows are drawn at random: none is in a cache, and one waits for memory longer than it
