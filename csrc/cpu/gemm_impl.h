@@ -12,6 +12,7 @@ constexpr int64_t kDepth = 128;
 constexpr int64_t kAlias = 1024;
 
 struct Fp32 {
+    static constexpr bool kCopies = true;
     FN VF sum(VF a, VF b, VF c) { return fma(a, b, c); }
 };
 

@@ -21,9 +21,8 @@ static void micro(
     bool add,
     float* copy
 ) {
-    // A row is 0, 1, 2, 4 or 8 rows from one of three pointers, which an address can say; but for
-    // row 3. A compiler that knows how they hang together takes a register for each row, and has
-    // too few.
+    // Three pointers and the distances of 1, 2, 3, 4 and 8 rows reach all rows. A compiler that
+    // knows how they depend on each other takes a register for each row instead, and has too few.
     const float *a5 = a + 5 * a_row, *a10 = a + 10 * a_row;
     int64_t three = 3 * a_row;
     asm("" : "+r"(a5), "+r"(a10), "+r"(three));
@@ -99,14 +98,16 @@ static constexpr void fill_micros(Micro (*table)[3]) {
     if constexpr (M > 0) {
         table[M][0] = &micro<Op, M, 1>;
         table[M][1] = &micro<Op, M, 2>;
-        table[M][2] = &micro<Op, M, 2, true>;
+        if constexpr (Op::kCopies)
+            table[M][2] = &micro<Op, M, 2, true>;
         fill_micros<Op, M - 1>(table);
     }
 }
 
 template <class Op>
 struct Micros {
-    Micro of[kMR + 1][3] = {};  // by rows; one vector, two, two that are copied
+    // By rows; one vector, two, two that are copied where Op asks for it.
+    Micro of[kMR + 1][3] = {};
     constexpr Micros() { fill_micros<Op, kMR>(of); }
 };
 

@@ -13,6 +13,7 @@ namespace fusedmlp::avx512_bf16 {
 // Tiles of C in vector registers.
 struct Products {
     struct Bf16 {
+        static constexpr bool kCopies = false;  // B is packed
         static inline __attribute__((always_inline)) VF sum(VF a, VF b, VF c) {
             return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
         }
