@@ -6,6 +6,9 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from .sanitize import has
+from .toolchain import x86_flags
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -14,12 +17,12 @@ class Kind:
     tests: dict[str, str]  # pattern of files: arguments of pytest
 
     def paths(self, root: Path) -> list[str]:
-        """Files of this kind that hold code, from `root`."""
+        """Files of this kind that hold code which runs here, from `root`."""
         found = [
             path.relative_to(root).as_posix()
             for folder in ("fusedmlp", "csrc")
             for path in sorted((root / folder).rglob("*"))
-            if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")
+            if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh") and has(x86_flags(path))
         ]
         return [path for path in found if any(fnmatch.fnmatch(path, p) for p in self.tests)]
 

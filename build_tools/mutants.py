@@ -32,10 +32,10 @@ from pathlib import Path
 
 from bench import record
 
-from . import mutations
+from . import mutations, sanitize
 from .equivalents import EQUIVALENT
 from .kinds import KINDS, Kind
-from .toolchain import ROOT, find_ninja
+from .toolchain import ROOT, X86_FLAGS, find_ninja
 
 RESULTS = ROOT / "bench" / "results" / "mutants.json"
 LIMIT_S, WAIT_S = 300, 1800  # of a mutant that is busy, and of one that waits
@@ -216,8 +216,9 @@ class Tree:
             elif line.strip() == file:
                 objects.append(name)
         sets = {o: o.rpartition("isa_")[2].partition(".")[0] for o in objects if "isa_" in o}
-        # One that a test can ask for by name, before those that come with it.
-        preferred = sorted(sets, key=lambda o: {"avx2": 0, "avx512": 1}.get(sets[o], 2))
+        # One that runs here, and that a test can ask for by name before those that come with it.
+        runs = [o for o in sets if sanitize.has(X86_FLAGS.get(f"_{sets[o]}", []))]
+        preferred = sorted(runs or sets, key=lambda o: {"avx2": 0, "avx512": 1}.get(sets[o], 2))
         anew = [o for o in objects if o not in sets] + preferred[:1]
         library = self.ninja_file.relative_to(self.root).parent / "_native_cpu.so"
         link = self._ninja("commands", str(library))[-1]

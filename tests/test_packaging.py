@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from build_tools import environment
-from build_tools.toolchain import CannotBuild, Compiler, Nvcc, Torch, find_ninja
+from build_tools.toolchain import CannotBuild, Compiler, Nvcc, Torch, find_ninja, x86_flags
 from fusedmlp.backends import schemas
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -295,6 +295,19 @@ def test_bad_architectures_are_refused(cuda_home, monkeypatch, named, said):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", named)
     with pytest.raises(CannotBuild, match=said):
         Nvcc(torch_for("13.2"))
+
+
+@pytest.mark.skipif(not shutil.which("clang++"), reason="clang++ is not installed")
+def test_clang_takes_the_sources_as_well_as_gcc():
+    compiler = Compiler()
+    defines = ["-DFUSEDMLP_X86"] if compiler.x86 else []
+    for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+        flags = x86_flags(source)
+        if flags and not compiler.x86:
+            continue
+        command = ["clang++", "-fsyntax-only", "-std=c++20", "-Icsrc", *defines, *flags, source]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 def test_extension_of_this_environment_did_not_fail_to_build():

@@ -6,8 +6,10 @@
 #include <cstdlib>
 #include <cstring>
 
-#if defined(FUSEDMLP_X86) && defined(__linux__)
+#ifdef FUSEDMLP_X86
 #    include <cpuid.h>
+#endif
+#if defined(FUSEDMLP_X86) && defined(__linux__)
 #    include <sys/syscall.h>
 #    include <unistd.h>
 #endif
@@ -37,10 +39,21 @@ namespace fusedmlp::cpu {
 namespace {
 
 #ifdef FUSEDMLP_X86
+// What CPUID says, for sets that __builtin_cpu_supports of clang 14 does not know.
+struct Cpuid {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+
+    Cpuid(unsigned leaf, unsigned part) {
+        if (!__get_cpuid_count(leaf, part, &a, &b, &c, &d))
+            a = b = c = d = 0;
+    }
+};
+
 bool has_avx2() {
+    constexpr unsigned kF16c = 1u << 29;
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           __builtin_cpu_supports("f16c");
+           (Cpuid(1, 0).c & kF16c);
 }
 
 bool has_avx512() {
@@ -48,16 +61,17 @@ bool has_avx512() {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx512_bf16() {
+    constexpr unsigned kBf16 = 1u << 5;
+    return has_avx512() && (Cpuid(7, 1).a & kBf16);
+}
 
 // Whether the processor has AMX with bf16, and the system lets this process use its tiles.
 bool has_amx() {
 #    ifdef __linux__
-    constexpr unsigned kTiles = 1u << 24, kBf16 = 1u << 22;  // of CPUID 7, EDX
+    constexpr unsigned kTilesAndBf16 = 1u << 24 | 1u << 22;
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
-    unsigned a, b, c, d = 0;
-    if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kTiles) ||
-        !(d & kBf16))
+    if (!has_avx512_bf16() || (Cpuid(7, 0).d & kTilesAndBf16) != kTilesAndBf16)
         return false;
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #    else
