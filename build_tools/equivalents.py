@@ -57,4 +57,19 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "t = threshold.to(tl.uint32, bitcast=True)",
         "t = threshold.to(tl.uint32, bitcast=False)",
     ): "A conversion of int32 to uint32 keeps the bits too.",
+    (
+        "csrc/cpu/isa_avx512_bf16.cpp",
+        "const int64_t tiles = (rows + kMR - 1) / kMR;",
+        "const int64_t tiles = (rows + kMR + 1) / kMR;",
+    ): "The rows in tiles of other heights: each row has the same sum.",
+    (
+        "csrc/cpu/step_buffers.h",
+        "int64_t floats = 0;",
+        "int64_t floats = 1;",
+    ): "Both functions that make the buffers assign it.",
+    (
+        "csrc/cpu/vec/math.h",
+        "p = fma(p, q, set1(0.08461371064186096f));",
+        "p = fma(q, p, set1(0.08461371064186096f));",
+    ): "The same product.",
 }

@@ -63,7 +63,7 @@ KINDS = [
             "csrc/cpu/network*": _STEP,
             "csrc/cpu/mlp.cpp": _STEP,
             "csrc/cpu/pool.cpp": f"{_B}native_repeats.py {_T}native_step.py",
-            "csrc/bind/cpu_train.cpp": f"{_B}native_refusals.py {_STEP}",
+            "csrc/bind/cpu_train.cpp": f"{_B}native_refusals.py {_T}native_evaluate.py {_STEP}",
             "csrc/bind/train_args.h": f"{_B}native_refusals.py {_STEP}",
             "csrc/bind/ops_common.h": f"{_B}native.py {_B}native_calls.py {_A}ops.py",
             "csrc/bind/checks.h": f"{_B}native_calls.py {_B}native_refusals.py {_B}native.py",

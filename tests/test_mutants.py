@@ -5,7 +5,7 @@ import ast
 import pytest
 
 from bench import record
-from build_tools import mutants, mutations
+from build_tools import kinds, mutants, mutations
 from build_tools.kinds import KINDS
 from build_tools.mutations import Mutation
 from fusedmlp.backends import native
@@ -116,6 +116,13 @@ def test_another_extension_is_loaded_as_if_it_had_been_built(tmp_path):
     tree._put(other)
     ended = tree.call("pytest", 60, "tests/backends/test_native.py", "-k", "masks_are_those")
     assert mutants.judged(*ended) == {"outcome": "survived"}
+
+
+def test_no_code_is_broken_that_this_processor_does_not_run(monkeypatch):
+    cpp = next(kind for kind in KINDS if kind.name == "C++ kernels")
+    monkeypatch.setattr(kinds, "has", lambda flags: "-mamx-tile" not in flags)
+    assert "csrc/cpu/isa_avx512_bf16.cpp" in cpp.paths(ROOT)
+    assert "csrc/cpu/isa_amx.cpp" not in cpp.paths(ROOT)
 
 
 def test_the_results_are_complete():
