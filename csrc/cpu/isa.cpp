@@ -39,21 +39,12 @@ namespace fusedmlp::cpu {
 namespace {
 
 #ifdef FUSEDMLP_X86
-// What CPUID says, for sets that __builtin_cpu_supports of clang 14 does not know.
-struct Cpuid {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-
-    Cpuid(unsigned leaf, unsigned part) {
-        if (!__get_cpuid_count(leaf, part, &a, &b, &c, &d))
-            a = b = c = d = 0;
-    }
-};
-
 bool has_avx2() {
-    constexpr unsigned kF16c = 1u << 29;
+    unsigned a, b, c, d;
     __builtin_cpu_init();
+    // Clang 14 has no name for F16C.
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           (Cpuid(1, 0).c & kF16c);
+           __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
 
 bool has_avx512() {
@@ -61,17 +52,16 @@ bool has_avx512() {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-bool has_avx512_bf16() {
-    constexpr unsigned kBf16 = 1u << 5;
-    return has_avx512() && (Cpuid(7, 1).a & kBf16);
-}
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
 // Whether the processor has AMX with bf16, and the system lets this process use its tiles.
 bool has_amx() {
 #    ifdef __linux__
-    constexpr unsigned kTilesAndBf16 = 1u << 24 | 1u << 22;
+    constexpr unsigned kTiles = 1u << 24, kBf16 = 1u << 22;  // of CPUID 7, EDX
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
-    if (!has_avx512_bf16() || (Cpuid(7, 0).d & kTilesAndBf16) != kTilesAndBf16)
+    unsigned a, b, c, d = 0;
+    if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kTiles) ||
+        !(d & kBf16))
         return false;
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #    else
