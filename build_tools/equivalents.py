@@ -72,4 +72,14 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "p = fma(p, q, set1(0.08461371064186096f));",
         "p = fma(q, p, set1(0.08461371064186096f));",
     ): "The same product.",
+    (
+        "csrc/cpu/mlp.cpp",
+        "for (size_t i = 0; i < last; ++i) {",
+        "for (size_t i = 0; i <= last; ++i) {",
+    ): "The output of the last layer is always given, so it takes no other memory.",
+    (
+        "csrc/cpu/pool.cpp",
+        "std::atomic<int> undone_{0};  // grains",
+        "std::atomic<int> undone_{1};  // grains",
+    ): "Each loop assigns it before a thread reads it.",
 }

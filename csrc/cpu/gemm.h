@@ -7,7 +7,8 @@
 
 namespace fusedmlp::cpu {
 
-constexpr int64_t kGemmPad = 64;  // floats that may be touched past the end of panels
+constexpr int64_t kGemmPad = 64;    // floats that may be touched past the end of panels
+static_assert(kGemmPad % 16 == 0);  // what lies behind starts at a line of the cache too
 
 struct GemmKernels;
 

@@ -175,7 +175,7 @@ _BLOCKS = {
     "prelu": dict(sizes=(500, 2048, 10), dropout=0.2, activation="prelu"),
     "tanh, clipped": dict(sizes=(1024, 1024, 10), dropout=0.5, activation="tanh", clip_norm=0.1),
     "all dropped": dict(sizes=(1024, 1024, 10), dropout=1.0),
-    "no whole tile": dict(sizes=(1003, 301, 203, 10)),
+    "no whole tile": dict(sizes=(1003, 313, 217, 10)),
 }
 
 
