@@ -306,14 +306,18 @@ def load_checkpoint(folder: Path) -> dict:
 
 
 def _check_archive(path: Path) -> None:
-    """Raise for an archive with a checksum that is not that of its record, which torch.load does
-    not look at, and for what would take memory beyond the size of the file."""
+    """Raise for what torch.load lets pass: a checksum that is not its record's, a record marked as
+    a folder (its tensor is what memory holds), and more memory than the size of the file."""
     with zipfile.ZipFile(path) as archive:
-        if sum(record.file_size for record in archive.infolist()) > path.stat().st_size:
+        records = archive.infolist()
+        if sum(record.file_size for record in records) > path.stat().st_size:
             raise ValueError("its records are longer than the file")
         if (damaged := archive.testzip()) is not None:
             raise ValueError(f"the checksum of its record {damaged} is another")
-        for name in archive.namelist():
+        for record in records:
+            name = record.filename
+            if record.external_attr & 0x10:  # what MS-DOS marks folders with
+                raise ValueError(f"its record {name} is marked as a folder")
             # Of what torch.load lets a file call, this one alone fills as much as it is told.
             if name.endswith("data.pkl") and b"\nbytearray\n" in archive.read(name):
                 raise ValueError("it makes a bytearray")

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import signal
 import struct
@@ -72,6 +73,30 @@ def test_a_turned_bit_is_an_error_or_the_same_weights(run, name):
             assert f"{run / name} is truncated, corrupted or no" in str(error)
             named += 1
     assert named > 100
+
+
+def test_a_turned_bit_in_the_index_of_a_checkpoint_is_an_error_or_the_same_weights(run):
+    """The index of an archive has no checksum, and one bit of each entry calls a tensor a folder:
+    torch.load then gave whatever the memory held."""
+    path = run / "checkpoint.pt"
+    whole, content = run_folder.load_checkpoint(run), path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        entries = [m.start() for m in re.finditer(b"PK\1\2", content[archive.start_dir :])]
+        place, count = archive.start_dir, len(archive.infolist())
+    assert len(entries) == count
+    folders, named = 0, 0
+    for at in range(place, place + entries[4]):  # four of them
+        for bit in range(8):
+            changed = bytearray(content)
+            changed[at] ^= 1 << bit
+            path.write_bytes(changed)
+            try:
+                assert _equal(run_folder.load_checkpoint(run), whole), f"byte {at}, bit {bit}"
+            except TrainError as error:
+                folders += "is marked as a folder" in str(error)
+                named += 1
+    assert folders == 4
+    assert named > 500
 
 
 def test_checksums_are_written_whatever_torch_is_told(tmp_path):
