@@ -17,6 +17,7 @@ import threading
 import zipfile
 import zlib
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.serialization import config as saving
@@ -97,6 +98,16 @@ def test_a_turned_bit_in_the_index_of_a_checkpoint_is_an_error_or_the_same_weigh
                 named += 1
     assert folders == 4
     assert named > 500
+
+
+def test_a_turned_bit_that_takes_a_column_from_an_array_of_npz_is_an_error(tmp_path):
+    """NumPy looks at a checksum at the end of what it reads only, and then ends earlier."""
+    path = tmp_path / "data.npz"
+    np.savez(path, x_train=np.ones((900, 3)), y_train=np.arange(900) % 2)
+    assert path.read_bytes().count(b"(900, 3)") == 1
+    path.write_bytes(path.read_bytes().replace(b"(900, 3)", b"(900, 2)"))
+    with pytest.raises(TrainError, match="data.npz is truncated, .*CRC-32 for file 'x_train.npy'"):
+        tables.read_npz(str(path))
 
 
 def test_checksums_are_written_whatever_torch_is_told(tmp_path):
