@@ -199,7 +199,7 @@ def cpus():
 
 def x86_flags(source):
     """Of a file of kernels for one instruction set of x86, which its name ends with; else none."""
-    return next((flags for end, flags in X86_FLAGS.items() if source.stem.endswith(end)), [])
+    return next((flags for end, flags in X86_FLAGS.items() if f"_{source.stem}".endswith(end)), [])
 
 
 class Ninja:

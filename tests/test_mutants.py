@@ -123,6 +123,9 @@ def test_no_code_is_broken_that_this_processor_does_not_run(monkeypatch):
     monkeypatch.setattr(kinds, "has", lambda flags: "-mamx-tile" not in flags)
     assert "csrc/cpu/isa_avx512_bf16.cpp" in cpp.paths(ROOT)
     assert "csrc/cpu/isa_amx.cpp" not in cpp.paths(ROOT)
+    monkeypatch.setattr(kinds, "has", lambda flags: "-mavx512f" not in flags)
+    assert "csrc/cpu/vec/avx2.h" in cpp.paths(ROOT)
+    assert not any("avx512" in path for path in cpp.paths(ROOT))
 
 
 def test_the_results_are_complete():
