@@ -110,6 +110,22 @@ def test_a_turned_bit_that_takes_a_column_from_an_array_of_npz_is_an_error(tmp_p
         tables.read_npz(str(path))
 
 
+def test_a_turned_bit_that_hides_members_of_npz_is_an_error(tmp_path):
+    """The length of a comment in the index reaches over the members that follow: the rows for
+    testing were gone."""
+    path = tmp_path / "data.npz"
+    x, y = np.ones((8, 3)), np.arange(8) % 2
+    np.savez(path, x_train=x, y_train=y, x_test=x, y_test=y)
+    content = bytearray(path.read_bytes())
+    at = content.rindex(b"PK\1\2", 0, content.rindex(b"x_test.npy") - 46)
+    content[at + 33] ^= 1  # 256 of the comment's length
+    path.write_bytes(content)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.namelist() == ["x_train.npy", "y_train.npy"]
+    with pytest.raises(TrainError, match="data.npz is truncated, .*its index has 2 members of 4"):
+        tables.read_npz(str(path))
+
+
 def test_checksums_are_written_whatever_torch_is_told(tmp_path):
     with saving.patch("save.compute_crc32", False):
         run_folder.save_checkpoint(tmp_path / "checkpoint.pt", {"model": {}})

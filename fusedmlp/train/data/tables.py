@@ -1,6 +1,7 @@
 """Data sets in npz files, and how the values of a target become class numbers or floats. Nothing of
 a file is executed."""
 
+import os
 import sys
 import zipfile
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ def read_npz(file: str, loss: str = "auto") -> Data:
             )
         with archive:
             names = archive.files
+            _check_count(path, len(archive.zip.infolist()))
             wanted = [n for n in ("x_train", "y_train", "x_test", "y_test") if n in names]
             for name in wanted:
                 member = archive.zip.getinfo(f"{name}.npy")
@@ -105,6 +107,17 @@ def read_npz(file: str, loss: str = "auto") -> Data:
         notes=notes,
         is_table=len(shape) != 2 and not is_bytes,
     )
+
+
+def _check_count(path: Path, found: int) -> None:
+    """Raise for an archive that says at its end that it has another number of members: a turned
+    bit in its index can hide those that follow, and zipfile does not count them."""
+    with open(path, "rb") as file:
+        file.seek(-min(path.stat().st_size, 1 << 17), os.SEEK_END)  # its comment is no longer
+        end = file.read().rpartition(b"PK\5\6")[2]
+    count = int.from_bytes(end[6:8], "little")
+    if count not in (found, 0xFFFF):  # the latter where the number stands elsewhere
+        raise ValueError(f"its index has {found} members of {count}")
 
 
 def _code_points(array):
