@@ -137,7 +137,10 @@ def _spoilt(content: bytes, dice: random.Random) -> tuple[str, bytes]:
     if dice.random() < 0.25:
         length = dice.randrange(len(content))
         return f"cut off at {length}", content[:length]
-    at, bit = dice.randrange(len(content)), dice.randrange(8)
+    # Headers stand at the beginning and indexes at the end: there a bit does the most harm.
+    size = len(content)
+    first, last = dice.choice([(0, size), (0, min(size, 256)), (max(0, size - 2048), size)])
+    at, bit = dice.randrange(first, last), dice.randrange(8)
     changed = bytearray(content)
     changed[at] ^= 1 << bit
     return f"bit {bit} of byte {at} turned", bytes(changed)
