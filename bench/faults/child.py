@@ -1,5 +1,6 @@
 """A piece of work in a forked child, which may crash or hang: what became of it."""
 
+import faulthandler
 import io
 import os
 import pickle
@@ -61,6 +62,7 @@ def start(work: Callable[[], object], said: Path, memory: int | None = None) -> 
         os.dup2(handle, 2)
         sys.stdout = io.TextIOWrapper(open(1, "wb", 0, closefd=False), write_through=True)
         sys.stderr = io.TextIOWrapper(open(2, "wb", 0, closefd=False), write_through=True)
+        faulthandler.enable(open(2, "wb", 0, closefd=False))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         if memory is not None:
             size = int(Path("/proc/self/statm").read_text().split()[0]) * PAGE

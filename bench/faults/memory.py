@@ -152,4 +152,4 @@ def _judged(which: str, ended: child.Ended, wanted: list[bytes]) -> str | None:
         wrong, _, _, found = ended.result
         if not wrong and found != wanted:
             wrong = "the call after it has other bits"
-    return wrong and f"{which}: {wrong}: {ended.said[-300:]}"
+    return wrong and f"{which}: {wrong}: {ended.said[-1000:]}"
