@@ -13,6 +13,7 @@ from torch import nn
 
 import fusedmlp
 from fusedmlp import fuse
+from fusedmlp.backends import choice
 
 from ..class_nets import (
     Functional,
@@ -57,7 +58,9 @@ def test_the_net_of_the_course_is_its_sequential(then, backend, device):
     torch.testing.assert_close(model(x), net(x))
 
 
-def test_on_a_cpu_it_is_one_op_and_one_node_of_autograd():
+def test_on_a_cpu_it_is_one_op_and_one_node_of_autograd(monkeypatch):
+    # Of a CPU that was measured plain PyTorch may be the faster one.
+    monkeypatch.setattr(choice, "_measured", lambda *_: None)
     net, x = Net(), torch.randn(32, 784)
     model = compiled(net)
     y = model(x)
