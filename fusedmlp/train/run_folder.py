@@ -285,10 +285,7 @@ def load_checkpoint(folder: Path) -> dict:
     """The checkpoint of a run folder, on the CPU."""
     path = Path(folder) / "checkpoint.pt"
     if not path.is_file() and _is_ensemble(Path(folder)):
-        raise TrainError(
-            f"{folder} holds an ensemble of networks, which does not go on from a checkpoint; "
-            "train it anew"
-        )
+        raise TrainError(f"{folder} holds an ensemble, which has no checkpoint; train it anew")
     if not path.is_file():
         wanted = "a run folder" if Path(folder).exists() else "an existing run folder"
         raise TrainError(f"{folder} must be {wanted} with a checkpoint.pt, and there is none")
@@ -309,17 +306,15 @@ def _check_archive(path: Path) -> None:
     """Raise for what torch.load lets pass: a checksum that is not its record's, a record marked as
     a folder (its tensor is what memory holds), and more memory than the size of the file."""
     with zipfile.ZipFile(path) as archive:
-        records = archive.infolist()
-        if sum(record.file_size for record in records) > path.stat().st_size:
+        if sum(record.file_size for record in archive.infolist()) > path.stat().st_size:
             raise ValueError("its records are longer than the file")
         if (damaged := archive.testzip()) is not None:
             raise ValueError(f"the checksum of its record {damaged} is another")
-        for record in records:
-            name = record.filename
+        for record in archive.infolist():
             if record.external_attr & 0x10:  # what MS-DOS marks folders with
-                raise ValueError(f"its record {name} is marked as a folder")
+                raise ValueError(f"its record {record.filename} is marked as a folder")
             # Of what torch.load lets a file call, this one alone fills as much as it is told.
-            if name.endswith("data.pkl") and b"\nbytearray\n" in archive.read(name):
+            if record.filename.endswith("data.pkl") and b"\nbytearray\n" in archive.read(record):
                 raise ValueError("it makes a bytearray")
 
 
