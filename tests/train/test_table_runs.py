@@ -226,7 +226,7 @@ def test_a_run_that_was_stopped_predicts_from_its_checkpoint(trained, capsys):
     assert len(load("r").predict(frame(5))) == 5
     assert command("train", "--resume", "r", "--epochs", 3) == 0
     assert command("train", "--resume", trained / "classes") == 1
-    assert "classes holds an ensemble of networks, which does not go" in capsys.readouterr().err
+    assert "classes holds an ensemble, which has no checkpoint" in capsys.readouterr().err
 
 
 def test_a_frame_of_another_library_becomes_one_of_pandas():
