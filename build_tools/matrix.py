@@ -106,6 +106,14 @@ def last_line(text):
     return (wrong or lines or ["nothing was said"])[-1][:300]
 
 
+def verified(text):
+    """How many cases `fusedmlp verify` counts in its last line."""
+    found = re.search(r"^all right: (\d+) cases in ", text, re.M)
+    if not found:
+        raise Failed(f"fusedmlp verify: {last_line(text)}")
+    return int(found[1])
+
+
 class Environment:
     """A fresh environment in `folder`, in which only the compilers of the row are found."""
 
@@ -183,8 +191,7 @@ class Environment:
         command = self.python.with_name("fusedmlp")
         if "fusedmlp" not in self.run(command, "info"):
             raise Failed("fusedmlp info printed no report")
-        said = self.run(command, "verify")
-        cases = sum(int(n) for n in re.findall(r"^\w+ +cpu +\w+ +\w+ +(\d+) ", said, re.M))
+        cases = verified(self.run(command, "verify"))
         self.run(command, "train", "--dataset", "digits", "--epochs", "1", "--out", "run")
         summary = json.loads((self.folder / "run" / "summary.json").read_text())
         shutil.unpack_archive(sdist, self.folder / "tree", filter="data")

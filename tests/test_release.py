@@ -9,6 +9,8 @@ import pytest
 from bench import check_tables
 from build_tools import matrix, release
 from build_tools.matrix import ROWS, Failed, Row
+from fusedmlp import cli
+from fusedmlp.commands import verify
 
 TRACKED = {"LICENSE", "setup.py", "csrc/cpu/a.cpp", "tests/test_a.py", "fusedmlp/ops.py"}
 PACKED = {"fusedmlp/ops.py", "fusedmlp/_build_info.json", "fusedmlp-0.1.0.dist-info/METADATA"}
@@ -120,6 +122,17 @@ def test_the_line_of_an_error_is_found_in_a_long_output():
     text = "Collecting a\nfusedmlp: FUSEDMLP_BUILD=cpu: cpu: no ninja\nnote: see above\n\n"
     assert matrix.last_line(text) == "fusedmlp: FUSEDMLP_BUILD=cpu: cpu: no ninja"
     assert matrix.last_line("a\nb\n") == "b"
+
+
+def test_the_cases_of_verify_are_all_that_it_counts(monkeypatch, capsys):
+    monkeypatch.setattr(verify, "verify", lambda full: [])
+    monkeypatch.setattr(
+        verify, "verify_bits", lambda: [("mlp", "again", 5, ""), ("mlp", "x", 7, "")]
+    )
+    assert cli.main(["verify"]) == 0
+    assert matrix.verified(capsys.readouterr().out) == 12
+    with pytest.raises(Failed, match="fusedmlp verify: 1 WRONG: 12 cases"):
+        matrix.verified("1 WRONG: 12 cases in 3 s\n")
 
 
 def test_the_table_shows_what_was_there_and_what_came_of_it():
