@@ -17,7 +17,7 @@ from . import crossval_report, crossvalidation, inference, loop, table_files
 from .config import RunOptions, TrainConfig, flag_name
 from .console import Console
 from .crossvalidation import COMPARED, SEQUENCES
-from .errors import TrainError, UsageError
+from .errors import TrainError, UsageError, printable
 from .process import is_quiet_process, pick_device
 from .run_folder import load_checkpoint
 
@@ -217,8 +217,9 @@ def evaluate(argv: list[str]) -> int:
         print(f", accuracy {result['test_accuracy']:.4f}")
     else:
         print(f", RMSE {result['test_rmse']:.6g}, R2 {result['test_r2']:.4f}")
-    width = max((len(name) for name in result["per_class"]), default=0)
-    for name, (right, rows) in result["per_class"].items():
+    per_class = [(printable(name), *counts) for name, counts in result["per_class"].items()]
+    width = max((len(name) for name, *_ in per_class), default=0)
+    for name, right, rows in per_class:
         print(f"  {name:<{width}}  {right:>5} of {rows:<5} {right / rows if rows else 0:.4f}")
     return 0
 
@@ -262,7 +263,7 @@ def predict(argv: list[str]) -> int:
 
 
 def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
+    print(f"note: {printable(text)}", file=sys.stderr)
 
 
 def _write_classes(trained, names, heading, rows, targets, columns=None) -> None:

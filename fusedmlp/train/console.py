@@ -5,6 +5,7 @@ import sys
 import time
 
 from .config import RunOptions, TrainConfig
+from .errors import printable
 
 # Figures of a run's summary, in the order of the table at its end.
 FIGURES = (
@@ -79,6 +80,7 @@ class Console(Quiet):
         return self.rich is not None and self.rich.is_terminal
 
     def say(self, text: str) -> None:
+        text = printable(text)
         if self.rich is not None:
             self.rich.print(text, markup=False)
         else:

@@ -1,11 +1,24 @@
 """The trainer's kinds of failure. Each has one message that is shown to the user unchanged."""
 
 
-class UsageError(ValueError):
+def printable(text: str) -> str:
+    """The text in one line: line breaks and other characters that do not print, as from a name in
+    a file, are written as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+class _Message:
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+class UsageError(_Message, ValueError):
     """A wrong flag or argument: the command line ends with exit code 2."""
 
 
-class TrainError(RuntimeError):
+class TrainError(_Message, RuntimeError):
     """Data, files, devices or numbers that stop a run: the command line ends with exit code 1."""
 
 

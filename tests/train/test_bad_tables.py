@@ -156,3 +156,19 @@ def test_what_cannot_be_evaluated_or_predicted_is_said(trained, capsys):
         run(data=[1])
     with pytest.raises(UsageError, match="--target names a column of a table"):
         TrainConfig(dataset="digits", target="x").check()
+
+
+def test_names_from_a_file_cannot_break_a_line_or_colour_the_terminal(tmp_path, capsys):
+    table = frame()[["size", "same", "kind"]]
+    table["kind"] = table["kind"].map(lambda kind: f"{kind}\x1b[31m\nx")
+    table.columns = "si\nze", "sa\nme", "ki\x1b[1mnd"
+    file = tmp_path / "t.csv"
+    table.to_csv(file, index=False)
+    flags = ("--dataset", file, "--target", "ki\x1b[1mnd", "--preset", "plain", "--epochs", 1)
+    assert command("train", *flags, "--out", tmp_path / "r") == 0
+    assert command("evaluate", tmp_path / "r") == 0
+    assert command("train", *flags, "--leave-out", "si\nze", "--out", tmp_path / "s") == 1
+    said = capsys.readouterr()
+    assert "\x1b" not in said.out + said.err
+    assert r"sa\nme" in said.out and r"\x1b[31m\nx " in said.out
+    assert said.err.count("\n") == 1 and r"no column is left to predict ki\x1b[1mnd" in said.err

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..errors import TrainError
+from ..errors import TrainError, printable
 
 KINDS = ("number", "truth", "words", "date")
 UNKNOWN = -1.0  # a word that is none of the levels
@@ -112,7 +112,7 @@ def is_number(text: str) -> bool:
 
 
 def shown(text: str) -> str:
-    text = text if text.isprintable() else repr(text)[1:-1]
+    text = printable(text)
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 
