@@ -1,5 +1,5 @@
 """The tables of what was done to the package to find faults: installs, injected faults, mutants,
-fuzzing and the table of cases."""
+fuzzing, the table of cases and long runs beside fp64."""
 
 from __future__ import annotations
 
@@ -91,6 +91,18 @@ def _numerics_table(rows: list[dict]) -> str:
     return tables.markdown({name: tables.at(name) for name in lines[0]}, lines, 4)
 
 
+def _parity_table(rows: list[dict]) -> str:
+    """How far training has gone from fp64; errors are medians over seeds."""
+    columns: tables.Columns = {"network": tables.at("network")}
+    columns |= {name: tables.at(name) for name in ("steps", "seeds")}
+    for kind in ("RMS", "max"):
+        for whose in ("", " of PyTorch"):
+            name = f"{kind} error{whose}"
+            columns[name] = lambda r, name=name: f"{r[name]:.1e}"
+        columns[f"{kind}, ours over PyTorch's"] = tables.at(f"{kind} ratio")
+    return tables.markdown(columns, rows)
+
+
 # By the name of a results file.
 OF_FILE = {
     "installs": _installs_table,
@@ -98,4 +110,5 @@ OF_FILE = {
     "mutants": _mutants_table,
     "fuzz": _fuzz_table,
     "numerics": _numerics_table,
+    "parity": _parity_table,
 }

@@ -98,8 +98,8 @@ def tried(reader, folder: Path, content: bytes) -> tuple[bool, str | None]:
         names = {str(path), path.name, path.parent.name}
         if reader.names_file and not any(name in str(error) for name in names):
             return False, f"{_where(error)}: the message names no file: {error}"
-        if "\n" in str(error):
-            return False, f"{_where(error)}: a message of several lines: {error}"
+        if not str(error).isprintable():
+            return False, f"{_where(error)}: a message that does not print in one line: {error}"
         return False, None
     except (Exception, Hang) as error:
         return False, f"{_where(error)}: {type(error).__name__}: {error}"

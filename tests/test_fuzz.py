@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from build_tools import fuzz, fuzz_changes, fuzz_readers
+from fusedmlp.backends.registry import BackendError
 from fusedmlp.train import TrainError
-from fusedmlp.train.errors import UsageError
 
 from . import made_data
 
@@ -34,8 +34,8 @@ PLANTED = {
     "another_error": (lambda path: {}[path], "KeyError"),
     "no_name": (lambda path: (_ for _ in ()).throw(TrainError("it is damaged")), "names no file"),
     "two_lines": (
-        lambda path: (_ for _ in ()).throw(UsageError(f"{path}\nis damaged")),
-        "several lines",
+        lambda path: (_ for _ in ()).throw(BackendError(f"{path}\nis damaged")),
+        "in one line",
     ),
     "hang": (lambda path: [0 for _ in iter(int, 1)], "Hang"),
     "memory": (lambda path: len(bytearray(8 << 30)), "MemoryError"),
