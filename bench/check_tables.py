@@ -56,7 +56,7 @@ def _mutants_table(rows: list[dict]) -> str:
 
 
 def _fuzz_table(rows: list[dict]) -> str:
-    """One line for each reader, all runs together."""
+    """One line for each reader, and one for all."""
     add = lambda name: lambda g: sum(r[name] for r in g)  # noqa: E731
     columns: tables.Columns = {
         "reader": lambda g: g[0]["reader"],

@@ -229,8 +229,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", action="append", choices=PARTS, help="this part again")
     args = parser.parse_args(argv)
     asked = args.only or list(PARTS)
-    rows = [row for row in record.kept(args.out) if row["part"] not in asked]
-    results = record.Results(record.header("numerics", "bench.numerics", argv), args.out, rows)
+    head = record.header("numerics", "bench.numerics", argv)
+    results = record.resumed(head, args.out) if args.only else record.Results(head, args.out)
+    results.rows = [row for row in results.rows if row["part"] not in asked]
     for part in asked:
         start = time.perf_counter()
         for row in PARTS[part]():

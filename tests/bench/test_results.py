@@ -3,7 +3,7 @@ one, by a command that is still there."""
 
 import pytest
 
-from bench import record, report
+from bench import numerics, record, report
 
 
 def test_the_documents_of_this_checkout_agree_with_its_results():
@@ -39,3 +39,19 @@ def test_the_commands_of_the_results_are_there():
         assert (record.ROOT / f"{module.replace('.', '/')}.py").exists() or (
             record.ROOT / module.replace(".", "/") / "__main__.py"
         ).exists(), f"{name}: {found['command']}"
+
+
+def test_rows_of_an_earlier_run_keep_its_commit(tmp_path, monkeypatch):
+    row = {"backend": "native", "op": "mlp", "dtype": "fp32", "cases": 1, "wrong": 0}
+    parts = {part: lambda part=part: [row | {"part": part}] for part in ("table", "bits")}
+    monkeypatch.setattr(numerics, "PARTS", parts)
+    out = tmp_path / "numerics.json"
+    whole, part = ["--out", str(out)], ["--out", str(out), "--only", "bits"]
+    monkeypatch.setattr(record, "commit", lambda: "one")
+    assert numerics.main(whole) == 0
+    monkeypatch.setattr(record, "commit", lambda: "two")
+    assert numerics.main(part) == 0
+    found = record.read(out)
+    assert [r["part"] for r in found["rows"]] == ["table", "bits"]
+    assert [head["commit"] for head in (*found["earlier"], found)] == ["one", "two"]
+    assert numerics.main(whole) == 0 and "earlier" not in record.read(out)
