@@ -1,4 +1,5 @@
-"""The trainer's kinds of failure. Each has one message that is shown to the user unchanged."""
+"""The trainer's kinds of failure. Each has a message of one line, which is shown to the user
+unchanged."""
 
 
 def printable(text: str) -> str:
@@ -10,6 +11,8 @@ def printable(text: str) -> str:
 
 
 class _Message:
+    """An error whose message prints in one line."""
+
     def __init__(self, message: str):
         super().__init__(printable(message))
 

@@ -28,7 +28,7 @@ def test_the_commits_of_the_results_are_ancestors_of_this_one():
     assert not strangers
 
 
-# Ten seeds of each way take hours, and the figures are of `bench.train` before it had this name.
+# The older rows of parity.json take an hour, and are of `bench.train` before it had this name.
 RENAMED = {"bench.train_proof": "bench.train"}
 
 
