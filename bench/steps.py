@@ -120,15 +120,13 @@ def _micros(t: timing.Timing, steps: int) -> list[float]:
     return [1e3 * ms / steps for ms in timing.spread(t.ms)]
 
 
-def _share(t: timing.Timing, flops: int, top: float | None) -> dict:
-    """The share that calls of so many operations have of `top` GFLOP/s; nothing where that is not
-    known."""
-    if top is None:
+def _share(t: timing.Timing, flops: int, threads: int, dtype: str = "fp32") -> dict:
+    """The share that calls of so many operations have of the peak; nothing where that is not known,
+    or where none of its samples reached what the calls did."""
+    if (top := peak.gflops(threads, dtype)) is None:
         return {}
-    return {
-        "peak_gflops": top,
-        "share of peak": timing.spread([flops / (1e6 * ms * top) for ms in t.ms]),
-    }
+    share = timing.spread([flops / (1e6 * ms * top) for ms in t.ms])
+    return {"peak_gflops": top, "share of peak": share} if share[0] <= 1 else {}
 
 
 def _beside(
@@ -168,7 +166,8 @@ def engine_rows(
 ) -> list[dict]:
     """The engine against eager and against its GEMMs."""
     torch.set_num_threads(threads)
-    steps, rows, top = _steps(net), [], peak.gflops(threads)
+    steps, rows = _steps(net), []
+    peak.gflops(threads)  # and again in each row
     run, data, order = _native(net, steps)
     eager = ways.Eager(net, data)
     functions = {"native": run, "eager": lambda: eager.steps(order), "gemms": _gemms(net, steps)}
@@ -181,10 +180,11 @@ def engine_rows(
         row["over_eager"] = timing.ratio(taken["eager"], taken["native"])
         row |= {f"{name}_us": _micros(taken[name], steps) for name in ("eager", "gemms")}
         if has_bf16:
-            most, t = peak.gflops(threads, "bf16"), taken["bf16"]
+            t = taken["bf16"]
             row |= {"bf16_us": _micros(t, steps), "over_bf16": timing.ratio(taken["native"], t)}
-            row |= {f"bf16 {name}": x for name, x in _share(t, steps * net.flops, most).items()}
-        rows.append(row | _share(taken["native"], steps * net.flops, top))
+            share = _share(t, steps * net.flops, threads, "bf16")
+            row |= {f"bf16 {name}": x for name, x in share.items()}
+        rows.append(row | _share(taken["native"], steps * net.flops, threads))
     return _over_quiet(rows, "native_us")
 
 
@@ -201,13 +201,13 @@ def thread_rows(net: Network, counts: list[int], budget: float, busy: Counts = (
         return function
 
     functions, steps = {str(n): with_threads(n) for n in counts}, _steps(net)
-    rows, tops = [], {n: peak.gflops(n) for n in counts}
+    rows = []
     for programs, taken in _beside(functions, budget, busy):
         for n in counts:
             t = taken[str(n)]
             row = _row("threads", net, n, t, steps) | {"busy": programs}
             row["faster"] = timing.ratio(taken[str(counts[0])], t)
-            rows.append(row | _share(t, steps * net.flops, tops[n]))
+            rows.append(row | _share(t, steps * net.flops, n))
     return _over_quiet(rows, "native_us")
 
 
@@ -224,13 +224,13 @@ def ensemble_rows(net: Network, threads: int, budget: float, busy: Counts = (0,)
         return lambda: many.run(shares)
 
     functions = {str(n): together(n) for n in MEMBERS}
-    rows, top = [], peak.gflops(threads)
+    rows = []
     for programs, taken in _beside(functions, budget, busy):
         for n in MEMBERS:
             t = taken[str(n)]
             row = _row("ensemble", net, threads, t, steps) | {"members": n, "busy": programs}
             row["over_one"] = timing.ratio(t, taken["1"])
-            rows.append(row | _share(t, n * steps * net.flops, top))
+            rows.append(row | _share(t, n * steps * net.flops, threads))
     return _over_quiet(rows, "native_us")
 
 
@@ -264,7 +264,6 @@ def way_rows(
                 rows.append(about | {"way": name, "left out": reason})
                 continue
             made[name], timed[name] = way, lambda way=way: way.steps(order)
-        top = peak.gflops(torch.get_num_threads()) if device == "cpu" else None
         for programs, taken in _beside(timed, budget, busy, device, min_rounds=5):
             for name, t in taken.items():
                 # The engine says by its name where its graphs could not be captured.
@@ -273,7 +272,8 @@ def way_rows(
                 row["us a step"] = _micros(t, steps)
                 if ours in taken:
                     row[f"time over {ours}'s"] = timing.ratio(t, taken[ours])
-                row |= _share(t, steps * net.flops, top)
+                if device == "cpu":
+                    row |= _share(t, steps * net.flops, torch.get_num_threads())
                 if compiling[name] is not None:
                     row["compile, s"] = compiling[name]
                 rows.append(row | {"rounds": len(t.ms)})

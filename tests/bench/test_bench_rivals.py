@@ -214,11 +214,24 @@ def test_the_peak_needs_a_compiler(monkeypatch):
     best = peak.gflops(1)
     assert best is None or best > 1
     monkeypatch.setenv("CC", "no-such-compiler")
-    for cached in (peak._loop, peak.gflops):
-        cached.cache_clear()
+    peak._loop.cache_clear()
     assert peak.gflops(1) is None
-    for cached in (peak._loop, peak.gflops):
-        cached.cache_clear()
+    peak._loop.cache_clear()
+
+
+def test_a_peak_below_what_a_step_reached_is_no_peak(monkeypatch):
+    # As measured where the host let both processors share one core while the samples were taken.
+    monkeypatch.setattr(peak, "_best", {(2, "fp32"): 1e-3})
+    monkeypatch.setattr(peak, "_loop", lambda dtype: lambda rounds: 0.0)
+    t = timing.Timing([1.0, 1.0, 1.0])
+    assert steps._share(t, 10**6, 2) == {}
+    assert steps._share(t, 10**2, 2)["share of peak"][0] == pytest.approx(0.1)
+
+
+def test_the_peak_is_the_best_of_all_that_was_asked_for(monkeypatch):
+    monkeypatch.setattr(peak, "_best", {(1, "fp32"): 1e9})
+    monkeypatch.setattr(peak, "_loop", lambda dtype: lambda rounds: 1.0)
+    assert peak.gflops(1) == 1e9
 
 
 def test_operations_of_a_step_are_counted_alike():
