@@ -69,7 +69,7 @@ numerics: setup  ## every case of the table on every backend and instruction set
 faults: setup  ## inject faults (kills, full disks, no memory, damaged files) and count what survives; ARGS: --few, --only, --seed
 	$(PY) -m bench.faults $(or $(ARGS),--out bench/results/faults.json)
 
-figures: setup  ## measure all that README and docs show, on a quiet machine, in some hours; DATA=folder of Fashion-MNIST
+figures: setup  ## measure the times, sizes and accuracies that are shown, on a quiet machine, in some hours; DATA=folder of Fashion-MNIST
 	@test -n "$(DATA)" || { echo 'figures: DATA must be a folder with Fashion-MNIST' >&2; exit 2; }
 	$(PY) -m bench.saved_bytes
 	$(PY) -m bench.kernels --dropout-instructions --out bench/results/dropout_instructions.json

@@ -106,7 +106,7 @@ def fold_rows(config: TrainConfig, rounds: int) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench.crossval", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="bench.crossval", description=__doc__.split("\n\n")[0])
     parser.add_argument("--data-dir", type=Path, help="folder of Fashion-MNIST; else digits only")
     parser.add_argument("--out", type=Path, default=Path("bench/results/crossval.json"))
     parser.add_argument("--rounds", type=int, default=3, help="of the cross-validation")

@@ -141,7 +141,7 @@ def summary(rows: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="bench.never_slower", description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(prog="bench.never_slower", description=__doc__.split("\n\n")[0])
     p.add_argument("--nets", type=int, default=300, help="networks that are drawn (300)")
     p.add_argument("--seed", type=int, default=1, help="of the draw (1)")
     p.add_argument("--threads", type=int, help="torch.set_num_threads")

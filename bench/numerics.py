@@ -224,7 +224,7 @@ PARTS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench.numerics", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="bench.numerics", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="results file (JSON)")
     parser.add_argument("--only", action="append", choices=PARTS, help="this part again")
     args = parser.parse_args(argv)

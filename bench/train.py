@@ -341,7 +341,7 @@ def _errors(job: Job, data: types.Data, at: list[int]) -> Iterator[tuple[int, li
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench.train", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="bench.train", description=__doc__.split("\n\n")[0])
     parser.add_argument("--data-dir", type=Path, help="folder of Fashion-MNIST")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=["time"])
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder")

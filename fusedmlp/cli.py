@@ -23,7 +23,7 @@ USAGE = """usage: fusedmlp COMMAND [...]
   predict    predict the rows of a table, name what is on pictures or on the test rows
   info       versions, devices, and what each backend can run here
   verify     check every backend of this machine against fp64
-  tune       time the tiles of the Triton kernels on this machine's GPU, and keep the fastest
+  tune       measure which way of running a network is the fastest here, and keep it
 
 fusedmlp COMMAND --help lists the command's flags; fusedmlp --version shows the version."""
 

@@ -2,7 +2,7 @@
 
 The overloads of one op share schema, fake kernel and meaning. `reference` and `triton` are
 implemented by the Python functions of backends/<backend>; the compiled extension registers
-`native` itself, so that such a call goes through no Python. None has an autograd key: autograd.py
+`native` itself, so that such a call goes through no Python. None has an autograd key: autograd/
 stands outside. Ops take ids and numbers; functional.py is where names and defaults are resolved.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import flops
 from .backends import registry
-from .spec import checks, dtypes, layers
+from .spec import activations, checks, dtypes, layers
 from .spec.activations import SAVE_NOTHING, SAVE_PREACT, SAVE_Y
 from .spec.layers import Epilogue
 
@@ -67,11 +67,25 @@ def _check_bwd(dy, saved, e: Epilogue, saves: int, need_db: bool, need_dslope: b
     op = "bias_act_dropout"
     if saves not in (SAVE_NOTHING, SAVE_Y, SAVE_PREACT):
         raise ValueError(f"{op}: saves must be 0, 1 or 2, got {saves}")
-    if saves != SAVE_NOTHING and (saved is None or saved.shape != dy.shape):
-        got = "None" if saved is None else tuple(saved.shape)
-        raise ValueError(f"{op}: saved must be {tuple(dy.shape)} like dy, got {got}")
+    if e.act != activations.NONE:
+        if not activations.can_read(e.act, e.alpha, saves):
+            name = activations.NAMES[e.act]
+            raise ValueError(
+                f"{op}: saves must be one that {name} can be differentiated from, got {saves}"
+            )
+        if saved is None or saved.shape != dy.shape:
+            got = "None" if saved is None else tuple(saved.shape)
+            raise ValueError(f"{op}: saved must be {tuple(dy.shape)} like dy, got {got}")
+        if saved.dtype != dy.dtype:
+            raise TypeError(f"{op}: saved must be {dy.dtype} like dy, got {saved.dtype}")
+        checks.same_device(op, "saved", saved, dy)
     if need_db and e.bias is None:
         raise ValueError(f"{op}: bias must be given where its gradient is asked for, got None")
+    if need_dslope and e.act != activations.PRELU:
+        name = activations.NAMES[e.act]
+        raise ValueError(
+            f"{op}: slope must be of prelu where its gradient is asked for, got {name}"
+        )
 
 
 def _fake_linear_act_fwd(x, w, e):
@@ -95,7 +109,7 @@ def _fake_bwd(dy, saved, e, saves, need_db, need_dslope):
 
 def _check_mlp_fwd(x, params, state, ints, numbers, row_offset, keep=True):
     op, count = "mlp", len(ints) // layers.INTS
-    known = all(bits & layers.W and bits < 8 for bits in layers.bits_of(ints))
+    known = all(bits & layers.W and 0 <= bits < 8 for bits in layers.bits_of(ints))
     if (
         not known
         or count == 0
@@ -107,7 +121,9 @@ def _check_mlp_fwd(x, params, state, ints, numbers, row_offset, keep=True):
             f"must be given for each layer, got {len(ints)}, {len(numbers)} and {len(params)}"
         )
     like = x
-    for w, e in layers.unpack(params, ints, numbers, state, row_offset):
+    for i, (w, e) in enumerate(layers.unpack(params, ints, numbers, state, row_offset)):
+        if e.slope is not None and e.act != activations.PRELU:
+            raise ValueError(f"{op}: a slope must be of prelu, got act {e.act} in layer {i}")
         columns = w.shape[0] if w.dim() else 0
         checks.linear(op, like, w, e.bias)
         checks.epilogue(op, x, columns, e)
@@ -234,6 +250,9 @@ def _native_not_loaded(op: str):
     tried: set[str] = set()
 
     def kernel(*args):
+        for t in args:
+            if isinstance(t, Tensor) and t.layout != torch.strided:
+                raise ValueError(f"{op}: tensors must be dense (strided), got {t.layout}")
         device_type = args[0].device.type
         name = op.removesuffix("_fwd").removesuffix("_infer").removesuffix("_bwd")
         registry.require("native", device_type, args[0].dtype, name)

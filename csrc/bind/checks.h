@@ -1,11 +1,12 @@
 // Argument checks of the ops, for calls that go to them directly: the wording of
-// fusedmlp/spec/checks.py. A RuntimeError in Python, as is all that an op throws. For the binding
-// files.
+// fusedmlp/spec/checks.py. A RuntimeError in Python, as is all that an op throws but want of
+// memory. For the binding files.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -144,14 +145,8 @@ inline Dtype check_vector(const char* op, const char* name, const View& v, const
     return dtype;
 }
 
-inline void check_bias(
-    const char* op,
-    const View& b,
-    const View& like,
-    int64_t cols,
-    const char* origin,
-    const View& from
-) {
+inline void
+check_bias(const char* op, const View& b, int64_t cols, const char* origin, const View& from) {
     if (b.dim != 1 || b.sizes[0] != cols)
         fail(
             op, ": bias must be (N,) with N = ", cols, " to match ", origin, " ", from.shape(),
@@ -165,7 +160,9 @@ inline void check_slope(const char* op, const View& s, int64_t cols) {
 }
 
 inline void check_state(const char* op, const View& s, const View& like) {
-    if (s.dtype != aoti_torch_dtype_int64() || s.dim != 1 || s.sizes[0] != 2 || !s.contiguous())
+    if (s.layout != aoti_torch_layout_strided())
+        fail(op, ": state must be a dense (strided) tensor, got another layout");
+    if (s.dtype != aoti_torch_dtype_int64() || s.dim != 1 || s.sizes[0] != 2)
         fail(
             op, ": state must be an int64 tensor (seed, stream) of shape (2,), got ",
             dtype_name(s.dtype), " ", s.shape()
@@ -196,6 +193,8 @@ inline void check_numbers(const char* op, const EpilogueParams& e) {
     constexpr int64_t two32 = int64_t(1) << 32;
     if (e.act < 0 || e.act >= kActCount)
         fail(op, ": act must be an id in [0, ", int(kActCount), "), got ", e.act);
+    if (!std::isfinite(e.drop.scale))
+        fail(op, ": scale must be finite, got ", e.drop.scale);
     if (e.drop.threshold > uint64_t(two32))
         fail(op, ": threshold must be in [0, 2^32], got ", int64_t(e.drop.threshold));
     if (e.drop.threshold == 0)

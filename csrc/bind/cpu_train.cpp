@@ -80,12 +80,11 @@ int64_t train(
         const int64_t* i = member_ints.data() + m * kMemberInts;
         data.fill(all[m], orders[m], i[6], i[7]);
         p.weights = row_weights;
-        p.rule = int(i[0]);
+        p.rule = rule_of(op, i[0]);
         p.updates = i[1];
         p.seed = i[2];
         p.first_step = i[3];
         p.mask_layers = i[4];
-        check_rule(op, p);
         const double* f = member_numbers.data() + m * kMemberFloats;
         p.is_bf16 = is_bf16;
         p.smoothing = float(f[0]);
@@ -94,6 +93,7 @@ int64_t train(
         p.beta2 = f[3];
         p.eps = f[4];
         p.max_norm = f[5];
+        check_moments(op, p);
         if (View(lr_scales[m]).numel)
             p.lr_scale = scale_of(op, lr_scales[m], p, all[m].epochs);
         epochs += all[m].epochs;
@@ -107,6 +107,12 @@ int64_t train(
     const int64_t needed = cpu::train_work(all);
     if (slots.floats < needed || needed == 0)
         return needed;
+    const Orders read(op, orders);
+    for (const Tensors* all_of : {&params, &m1, &m2})
+        for (const Tensor& t : *all_of)
+            read.are_apart_from("params and their moments", t);
+    read.are_apart_from("totals", totals);
+    read.are_apart_from("work", work);
     data.check_orders(all);
     if (cpu::launch_train(all, slots, pool_parallel_for))
         throw std::runtime_error("train: the CPU kernel failed");
@@ -154,6 +160,9 @@ int64_t evaluate(
     const int64_t needed = cpu::evaluate_work(all);
     if (slots.floats < needed || needed == 0)
         return needed;
+    const Orders read(op, orders);
+    read.are_apart_from("totals", totals);
+    read.are_apart_from("work", work);
     data.check_orders(all);
     if (cpu::launch_evaluate(all, slots, pool_parallel_for))
         throw std::runtime_error("evaluate: the CPU kernel failed");

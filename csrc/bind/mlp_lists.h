@@ -54,6 +54,8 @@ inline std::vector<MlpLayer> mlp_layers(
         const int64_t* k = ints.data() + i * kMlpInts;
         const double* f = numbers.data() + i * kMlpFloats;
         const Numbers n{k[0], f[0], k[1], f[1], k[2], row_offset};
+        if ((k[3] & kSlope) && n.act != kPrelu)
+            fail(kMlp, ": a slope must be of prelu, got act ", n.act, " in layer ", i);
         const Tensor w = *t++;
         const OptionalTensor b = k[3] & kB ? OptionalTensor(*t++) : std::nullopt;
         const OptionalTensor slope = k[3] & kSlope ? OptionalTensor(*t++) : std::nullopt;

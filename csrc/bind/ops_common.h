@@ -96,7 +96,7 @@ struct Epilogue {
         if (b) {
             const View v(*b);
             check_tensor(op, "bias", v);
-            check_bias(op, v, like, cols, b_origin, b_from);
+            check_bias(op, v, cols, b_origin, b_from);
             params.bias_dtype = check_vector(op, "bias", v, like);
             params.bias = data(*b, v, bias);
         }
@@ -115,7 +115,7 @@ struct Epilogue {
                 fail(op, ": state must be an int64 tensor (seed, stream), got None");
             const View v(*state);
             check_state(op, v, like);
-            params.drop.state = static_cast<const int64_t*>(v.data());
+            params.drop.state = static_cast<const int64_t*>(data(*state, v, state_copy));
         }
     }
 
@@ -129,6 +129,7 @@ struct Epilogue {
     EpilogueParams params{};
     std::optional<Tensor> bias;
     std::optional<Tensor> slope_copy;
+    std::optional<Tensor> state_copy;
 };
 
 // A tensor (..., K) or (N, K) as a matrix: its address and strides, with a copy where it has none.
@@ -336,10 +337,7 @@ std::tuple<Tensor, Tensor, Tensor> bias_act_dropout_bwd(
     );
     if (saves < kSavesNothing || saves > kSavesZ)
         fail(op, ": saves must be 0, 1 or 2, got ", saves);
-    const bool possible = act == kNone       ? true
-                          : saves == kSavesY ? act_has_grad_y(int(act))
-                                             : saves == kSavesZ;
-    if (!possible)
+    if (act != kNone && !can_read(int(act), alpha, saves))
         fail(
             op, ": saves must be one that ", kActNames[act], " can be differentiated from, got ",
             saves

@@ -15,7 +15,7 @@
 
 namespace fusedmlp {
 
-constexpr size_t kInts = 4;    // of a layer: act, saves, threshold, number
+constexpr size_t kInts = 4;    // of a layer: act, saves, threshold, stream offset
 constexpr size_t kFloats = 8;  // alpha, scale, then learning rate and weight decay of w, b, slope
 constexpr size_t kParams = 3;  // w, b, slope; one that is not there has no elements
 
@@ -95,10 +95,7 @@ struct LayerArgs {
             fail(op, ": act must be an id in [0, ", int(kActCount), "), got ", n[0]);
         e.act = int(n[0]);
         l.layer.saves = int(n[1]);
-        const bool possible = e.act == kNone             ? l.layer.saves == kSavesNothing
-                              : l.layer.saves == kSavesY ? act_has_grad_y(e.act)
-                                                         : l.layer.saves == kSavesZ;
-        if (!possible)
+        if (!(e.act == kNone ? n[1] == kSavesNothing : can_read(e.act, f[0], n[1])))
             fail(
                 op, ": saves must be one that ", kActNames[e.act],
                 " can be differentiated from, got ", n[1]
@@ -170,7 +167,9 @@ struct DataArgs {
         scaling.rows = xv.data();
         scaling.width = width;
         scaling.divisor = float(divisor);
-        if (!mean || !std)
+        if (!mean != !std)
+            fail(op, ": mean and std must be given together");
+        if (!mean)
             return;
         scaling.mean_size = View(*mean).numel;
         if (scaling.mean_size != 1 && scaling.mean_size != width)
@@ -192,7 +191,7 @@ struct DataArgs {
         if (batch < 1)
             fail(op, ": batch must be at least 1, got ", batch);
         const View ov = checked(op, "order", order, aoti_torch_dtype_int64());
-        if (epochs < 1 || ov.numel % epochs)
+        if (epochs < 1 || epochs > std::max<int64_t>(1, ov.numel) || ov.numel % epochs)
             fail(
                 op, ": an order must hold equally many rows for each of its epochs, got ", ov.numel,
                 " for ", epochs
@@ -203,7 +202,8 @@ struct DataArgs {
         p.loss = loss;
         p.order = ov.numel ? static_cast<const int64_t*>(ov.data()) : nullptr;
         p.rows = ov.numel / epochs;
-        p.batch = batch;
+        // Sums of rows and batches would overflow with a larger one.
+        p.batch = std::min(batch, std::max<int64_t>(1, p.rows));
     }
 
     void check_orders(const std::vector<cpu::Member>& members) const {
@@ -222,16 +222,50 @@ inline void check_precision(const char* op, bool is_bf16) {
         fail(op, ": bf16 must be false where the processor has no products in bf16, got true");
 }
 
-inline void check_rule(const char* op, const cpu::StepParams& p) {
-    if (p.rule < cpu::kSgd || p.rule > cpu::kAdamEpsilonHat)
-        fail(op, ": rule must be in [0, 4], got ", p.rule);
-    if (!cpu::has_moments(p.rule))
+inline int rule_of(const char* op, int64_t rule) {
+    if (rule < cpu::kSgd || rule > cpu::kAdamEpsilonHat)
+        fail(op, ": rule must be in [0, 4], got ", rule);
+    return int(rule);
+}
+
+// That the rule has the moments that it needs.
+inline void check_moments(const char* op, const cpu::StepParams& p) {
+    const bool is_adam = cpu::has_moments(p.rule);
+    if (!is_adam && p.momentum == 0)
         return;
     for (const cpu::StepLayer& l : p.layers)
         for (const cpu::StepParam* w : {&l.w, &l.b, &l.slope})
-            if (w->value && !(w->m1 && w->m2))
-                fail(op, ": Adam needs both moments");
+            if (w->value && !(w->m1 && (w->m2 || !is_adam)))
+                fail(op, is_adam ? ": Adam needs both moments" : ": momentum needs the first one");
 }
+
+// Orders are checked before they are read again, so what is written may not lie in them.
+class Orders {
+  public:
+    Orders(const char* op, const Tensors& orders) : op_(op) {
+        for (const Tensor& order : orders)
+            spans_.push_back(span_of(View(order), sizeof(int64_t)));
+    }
+    void are_apart_from(const char* name, const Tensor& t) const {
+        const View v(t);
+        const Span written = span_of(v, v.dtype == aoti_torch_dtype_float64() ? 8 : 4);
+        for (const Span& order : spans_)
+            if (order.begin < written.end && written.begin < order.end)
+                fail(op_, ": order must not share memory with ", name);
+    }
+
+  private:
+    struct Span {
+        const char* begin;
+        const char* end;
+    };
+    static Span span_of(const View& v, int64_t size) {
+        const char* const at = v.numel ? static_cast<const char*>(v.data()) : nullptr;
+        return {at, at + v.numel * size};
+    }
+    const char* op_;
+    std::vector<Span> spans_;
+};
 
 inline const double*
 scale_of(const char* op, const Tensor& lr_scale, const cpu::StepParams& p, int64_t epochs) {

@@ -121,7 +121,7 @@ struct Bwd {
             __builtin_memcpy(s, slope + i, size_t(n) * sizeof(float));
         VF ds = set1(0.0f);
         const VF g = value(load(d), load(v), load(b), load(s), keep, ds);
-        // Past the end dy = 0 and so are g and ds, or they are NaN and lie in the padding.
+        // Past the end dy = 0, and so are g and ds, as the scale is finite.
         add(i, g, ds);
         store(d, g);
         __builtin_memcpy(dz + i, d, bytes);

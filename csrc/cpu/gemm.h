@@ -46,7 +46,7 @@ bool is_of_dots(const GemmKernels& kernels, int64_t m, int64_t n, int64_t k);
 int launch_gemm(const Gemm& g, ParallelFor parallel);
 
 // Columns [j0, j1) of B (K, N), rows [k0, k1) of them, to panels of B; j0 is where a panel begins
-// and j1 where one ends, or N; k0 is a multiple of 32. panels: gemm_scratch(n, k) floats.
+// and j1 where one ends, or N; in bf16 k0 is a multiple of 32. panels: gemm_scratch(n, k) floats.
 void pack_panels(
     const GemmKernels& kernels,
     float* panels,

@@ -14,9 +14,8 @@ struct BFloat {
 
 namespace cpu {
 
-constexpr int64_t kMaxWidth = 2048;  // columns of a tile; its scratch rows stay in the L1 cache
-constexpr int64_t kFlatWidth =
-    1024;                         // at least, of a flat row of a folded matrix, if it is not short
+constexpr int64_t kMaxWidth = 2048;   // columns of a tile; its scratch rows stay in the L1 cache
+constexpr int64_t kFlatWidth = 1024;  // of a flat row of a folded matrix, at most
 constexpr int64_t kPad = 64;      // elements that kernels may touch past the end of scratch rows
 constexpr int64_t kSumRows = 16;  // rows summed in fp32 before they go to double
 

@@ -79,7 +79,7 @@ def _backward(
             a = torch.where(keep, a, 1.0)
         dz = activations.times_from_y(e.act, g, a, slope)
     elif z is not None:
-        dz = g * TABLE[e.act].from_z(z, slope)
+        dz = activations.times_from_z(e.act, g, z, slope)
     else:
         dz = g
     if keep is not None:

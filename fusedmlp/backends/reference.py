@@ -64,7 +64,7 @@ def bias_act_dropout_bwd(
     dtype = dtypes.compute(dy.dtype)
     g = dy.to(dtype) * e.scale if e.threshold else dy.to(dtype)
     keep = dslope_terms = None
-    if e.act == activations.RELU:
+    if e.act == activations.RELU and saves == SAVE_Y:
         # y alone holds the joint mask of ReLU and dropout.
         # 0 where not (y > 0 or NaN), as F.relu; torch.where with a number takes ten times as long.
         dz = torch.ops.aten.threshold_backward(g, saved.to(dtype), 0)
@@ -76,7 +76,7 @@ def bias_act_dropout_bwd(
             dz = activations.times_from_y(e.act, g, a, _slope(e, dtype))
         elif saves == SAVE_PREACT:
             z = saved.to(dtype) if e.bias is None else saved.to(dtype) + e.bias.to(dtype)
-            dz = g * TABLE[e.act].from_z(z, _slope(e, dtype))
+            dz = activations.times_from_z(e.act, g, z, _slope(e, dtype))
             dslope_terms = torch.where(z > 0, 0.0, g * z) if need_dslope else None
         if keep is not None:
             dz = torch.where(keep, dz, 0.0)

@@ -98,12 +98,20 @@ def _relu_squared_derivative_y(y: Tensor, slope: Tensor | float) -> Tensor:
     return torch.where(positive, 2 * torch.where(positive, y, 1.0).sqrt(), 0.0)
 
 
+def times_from_z(act: int, g: Tensor, z: Tensor, slope: Tensor | float) -> Tensor:
+    """g * act'(z)."""
+    dz = g * TABLE[act].from_z(z, slope)
+    # Not even an infinite g passes a ReLU where z is not above 0.
+    return torch.where(z <= 0, 0.0, dz) if act in (RELU, RELU_SQUARED) else dz
+
+
 def times_from_y(act: int, g: Tensor, y: Tensor, slope: Tensor | float) -> Tensor:
     """g * act'(z), read off y = act(z)."""
     dz = g * TABLE[act].from_y(y, slope)
     if act == RELU_SQUARED:
         # An infinite y may be a large z squared, whose derivative is finite.
         dz = torch.where((g == 0) & (y == math.inf), g, dz)
+        dz = torch.where(y <= 0, 0.0, dz)  # as above
     return dz
 
 
@@ -155,6 +163,13 @@ GELU, GELU_TANH, SILU = IDS["gelu"], IDS["gelu_tanh"], IDS["silu"]
 RELU_SQUARED = IDS["relu_squared"]
 
 _READ_OFF_Y = frozenset({RELU, ELU, SOFTPLUS})
+
+
+def can_read(act: int, alpha: float, saves: int) -> bool:
+    """Whether backward of an activation other than `none` can do with what is saved."""
+    if saves == SAVE_Y:
+        return TABLE[act].from_y is not None and not (act == LEAKY_RELU and not alpha >= 0)
+    return saves == SAVE_PREACT
 
 
 def saves(act: int, alpha: float, dtype: torch.dtype, dropout: bool) -> int:

@@ -107,9 +107,11 @@ def row_range(op: str, m: int, columns: int, row_offset: object) -> int:
 
 
 def state(op: str, value: object, device: torch.device | None = None) -> Tensor:
-    """An int64 tensor (seed, stream)."""
+    """A dense int64 tensor (seed, stream)."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: state must be an int64 tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise ValueError(f"{op}: state must be a dense (strided) tensor, got {value.layout}")
     if value.dtype != torch.int64 or value.shape != (2,):
         raise ValueError(
             f"{op}: state must be an int64 tensor (seed, stream) of shape (2,), "
@@ -254,6 +256,8 @@ def epilogue(op: str, x: Tensor, columns: int, e: Epilogue) -> None:
         slope(op, e.act, e.slope, columns)
         same_device(op, "slope", e.slope, x)
         vector_dtype(op, "slope", e.slope, x)
+    if not math.isfinite(e.scale):
+        raise ValueError(f"{op}: scale must be finite, got {e.scale}")
     if not 0 <= e.threshold <= philox.TWO32:
         raise ValueError(f"{op}: threshold must be in [0, 2^32], got {e.threshold}")
     if e.threshold:

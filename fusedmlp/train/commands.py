@@ -125,6 +125,9 @@ class CrossvalArgs(TrainArgs):
     A slash stands between values to compare, and every combination is a candidate:
     --hidden 64 / 128 64 --weight-decay 0 / 0.01. Where a value is one word the slash may be left
     out: --lr 0.1 0.5.
+
+    Of train's options --resume, --log, --time-limit, --preset ensemble and several --networks are
+    refused; tables have the preset table.
     """
 
     folds: int = 5

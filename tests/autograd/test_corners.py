@@ -184,3 +184,14 @@ def test_the_value_at_infinity_is_infinity(act, dtype, backend, device):
         x = torch.full((n,), INF, dtype=DTYPES[dtype], device=device)
         y = FF.bias_act_dropout(x, None, act, backend=backend)
         assert (y == INF).all(), f"{n}: {y.tolist()}"
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("act", ["relu", "relu_squared"])
+def test_not_even_an_infinite_gradient_passes_a_relu_that_is_off(act, dtype, p, backend, device):
+    x = torch.tensor([[-1.0, -0.0, 0.0, -INF] * 8], dtype=DTYPES[dtype], device=device)
+    x.requires_grad_()
+    y = FF.bias_act_dropout(x, None, act, p=p, seed=1, backend=backend)
+    (dx,) = torch.autograd.grad(y, x, torch.full_like(y, INF))
+    assert (dx == 0).all(), dx

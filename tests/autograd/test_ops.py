@@ -1,8 +1,10 @@
-"""Both ops on every backend: the error budget, corners, strides, determinism, saved tensors."""
+"""Both ops on every backend: the error budget, corners, strides, determinism, saved tensors;
+and what a call of an op by itself is refused for."""
 
 import pytest
 import torch
 
+import fusedmlp
 import fusedmlp.functional as FF
 from fusedmlp.spec import activations, philox
 
@@ -170,3 +172,146 @@ def test_backward_uses_the_mask_of_forward(op, dtype, backend, device):
             assert not (dx[~keep] != 0).any()
             if act in ("none", "sigmoid"):
                 assert (dx[keep] != 0).all()
+
+
+def _direct(op, backend):
+    return getattr(getattr(torch.ops.fusedmlp, op), backend)
+
+
+X, W, B = torch.randn(4, 5), torch.randn(6, 5), torch.randn(6)
+STATE = torch.tensor([1, 2])
+# id, alpha, threshold, scale, layer, row_offset
+GOOD = (1, 0.01, 2**31, 2.0, 0, 0)
+DIRECT = {
+    "weight": (
+        "linear_act_infer",
+        (X, W.t(), B, None, STATE, *GOOD),
+        r"linear_act: weight must be \(N, K\) with K = 5",
+    ),
+    "bias": (
+        "linear_act_fwd",
+        (X, W, B[:2], None, STATE, *GOOD),
+        r"linear_act: bias must be \(N,\) with N = 6",
+    ),
+    "bias elementwise": (
+        "bias_act_dropout_fwd",
+        (X, B, None, STATE, *GOOD),
+        r"bias_act_dropout: bias must be \(N,\) with N = 5",
+    ),
+    "act": (
+        "bias_act_dropout_fwd",
+        (X, None, None, STATE, 99, *GOOD[1:]),
+        r"act must be an id in \[0, 12\), got 99",
+    ),
+    "no state": (
+        "bias_act_dropout_fwd",
+        (X, None, None, None, *GOOD),
+        r"state must be an int64 tensor \(seed, stream\), got None",
+    ),
+    "state shape": (
+        "bias_act_dropout_fwd",
+        (X, None, None, STATE[:1], *GOOD),
+        r"state must be an int64 tensor \(seed, stream\) of shape \(2,\)",
+    ),
+    "threshold": (
+        "bias_act_dropout_fwd",
+        (X, None, None, STATE, 1, 0.01, 2**33, *GOOD[3:]),
+        r"threshold must be in \[0, 2\^32\], got 8589934592",
+    ),
+    "row_offset": (
+        "bias_act_dropout_fwd",
+        (X, None, None, STATE, *GOOD[:-1], -1),
+        "row_offset must be >= 0, got -1",
+    ),
+    "slope": (
+        "bias_act_dropout_fwd",
+        (X, None, torch.ones(3), STATE, 3, *GOOD[1:]),
+        r"slope must have 1 or N = 5 elements for prelu, got \(3,\)",
+    ),
+    "saved": (
+        "bias_act_dropout_bwd",
+        (X, X[:2], None, None, STATE, *GOOD, 1, False, False),
+        r"saved must be \(4, 5\) like dy, got \(2, 5\)",
+    ),
+    "need_db": (
+        "bias_act_dropout_bwd",
+        (X, X, None, None, STATE, *GOOD, 1, True, False),
+        "bias must be given where its gradient is asked for",
+    ),
+    "need_dslope": (
+        "bias_act_dropout_bwd",
+        (X, X, None, torch.ones(1), STATE, *GOOD, 1, False, True),
+        "slope must be of prelu where its gradient is asked for, got relu",
+    ),
+    "nothing saved": (
+        "bias_act_dropout_bwd",
+        (X, None, None, None, STATE, *GOOD, 0, False, False),
+        "saves must be one that relu can be differentiated from, got 0",
+    ),
+    "y of gelu": (
+        "bias_act_dropout_bwd",
+        (X, X, None, None, STATE, 8, *GOOD[1:], 1, False, False),
+        "saves must be one that gelu can be differentiated from, got 1",
+    ),
+    "y of a negative slope": (
+        "bias_act_dropout_bwd",
+        (X, X, None, None, STATE, 2, -0.5, *GOOD[2:], 1, False, False),
+        "saves must be one that leaky_relu can be differentiated from, got 1",
+    ),
+    "saved dtype": (
+        "bias_act_dropout_bwd",
+        (X, X.half(), None, None, STATE, *GOOD, 1, False, False),
+        "saved must be torch.float32 like dy, got torch.float16",
+    ),
+    "scale": (
+        "bias_act_dropout_fwd",
+        (X, None, None, STATE, *GOOD[:3], float("inf"), 0, 0),
+        "scale must be finite, got inf",
+    ),
+    "sparse state": (
+        "bias_act_dropout_fwd",
+        (X, None, None, STATE.to_sparse(), *GOOD),
+        r"must be (a )?dense \(strided\)",
+    ),
+    "bits of an mlp": (
+        "mlp_fwd",
+        (X, [W], None, [1, 0, 0, -1], [0.0, 1.0], 0, False),
+        "and the tensors that they name must be given for each layer",
+    ),
+    "slope of an mlp": (
+        "mlp_fwd",
+        (X, [W, torch.ones(1)], None, [1, 0, 0, 5], [0.0, 1.0], 0, False),
+        "a slope must be of prelu, got act 1 in layer 0",
+    ),
+    "integer": (
+        "bias_act_dropout_fwd",
+        (X.int(), None, None, STATE, *GOOD),
+        "input must be one of",
+    ),
+}
+
+
+def _on(device, a):
+    if isinstance(a, list):
+        return [_on(device, one) for one in a]
+    return a.to(device) if isinstance(a, torch.Tensor) else a
+
+
+@pytest.mark.parametrize("wrong", DIRECT)
+def test_ops_called_directly_refuse_with_the_same_words(wrong, backend, device):
+    op, args, message = DIRECT[wrong]
+    args = [_on(device, a) for a in args]
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
+        _direct(op, backend)(*args)
+
+
+def test_a_state_may_be_a_view(backend, device):
+    """Of another step than 1, where the two numbers do not lie side by side."""
+    state = torch.tensor([1, 0, 2, 0], device=device)[::2]
+    with fusedmlp.dropout_state(state):
+        got = FF.linear_act(X.to(device), W.to(device), activation="relu", p=0.5, backend=backend)
+    with fusedmlp.dropout_state(STATE.to(device)):
+        wanted = FF.linear_act(
+            X.to(device), W.to(device), activation="relu", p=0.5, backend=backend
+        )
+    assert torch.equal(got, wanted)

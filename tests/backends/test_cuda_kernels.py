@@ -202,6 +202,16 @@ def test_the_output_may_be_the_input():
     assert torch.equal(x, expected)
 
 
+@pytest.mark.parametrize("act, saves", [("relu", 2), ("relu_squared", 1), ("relu_squared", 2)])
+def test_not_even_an_infinite_gradient_passes_a_relu_that_is_off(act, saves):
+    z = torch.tensor([[-1.0, 0.0, 2.0] * 8] * 3)
+    saved = z if saves == 2 else F.relu(z).square()
+    dy = torch.full_like(z, torch.inf)
+    args = dy, saved, None, None, STATE, *numbers(act), saves, False, False
+    dz = launchers.bias_act_dropout_bwd(*args)[0]
+    assert torch.equal(dz, torch.where(z > 0, torch.inf, 0.0))
+
+
 # --- linear_act ---------------------------------------------------------------------------------
 
 # (M, K, N): one; ragged in all; exact tiles; one off; a long K; rows of one chunk; no K; and K with

@@ -1,4 +1,4 @@
-"""The native step engine: what it refuses, with the reason, and who runs it then."""
+"""The native step engine: what it refuses, with the reason, and who runs it then; its op alone."""
 
 from __future__ import annotations
 
@@ -115,3 +115,89 @@ def test_a_run_that_auto_gives_to_autograd_says_why():
         fit(net, made_data.blobs(), config(epochs=1, **settings), progress=notes)
         assert len(notes.said) == len(wanted)
         assert all(why in said for why, said in zip(wanted, notes.said, strict=True))
+
+
+def _train(**changed) -> list[torch.Tensor]:
+    """One epoch of Linear(3, 4) on 64 rows by the op itself; its weight, bias and totals."""
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(64, 3, generator=generator)
+    classes = torch.randint(4, (64,), generator=generator)
+    params = [torch.randn(4, 3, generator=generator), torch.zeros(4), torch.empty(0)]
+    epochs = changed.pop("epochs", 1)
+    args = {
+        "x": rows,
+        "y": classes,
+        "orders": [torch.arange(64).repeat(epochs)],
+        "mean": None,
+        "std": None,
+        "weights": None,
+        "lr_scales": [torch.empty(0, dtype=torch.float64)],
+        "params": params,
+        "m1": [],
+        "m2": [],
+        "totals": torch.zeros(3 * epochs, dtype=torch.float64),
+        "work": torch.empty(1, 1 << 16),
+        "ints": [0, 0, 0, 0],
+        "numbers": [0.0, 1.0, 0.1, 0.0, 0.1, 0.0, 0.0, 0.0],
+        "rule": 0,
+        "batch": 16,
+        "said_epochs": epochs,
+        "momentum": 0.0,
+    } | changed
+    rule, batch, said = args.pop("rule"), args.pop("batch"), args.pop("said_epochs")
+    momentum = args.pop("momentum")
+    member = [rule, 0, 0, 0, 1, 1, batch, said], [0.0, momentum, 0.9, 0.999, 1e-8, 0.0]
+    torch.ops.fusedmlp.train.native(*args.values(), *member, 1.0, 0, False)
+    return [*params[:2], args["totals"]]
+
+
+def _order_in(t: torch.Tensor) -> list[torch.Tensor]:
+    order = t.view(-1).view(torch.int64)[:64]
+    order.copy_(torch.arange(64))
+    return [order]
+
+
+_WORK, _TOTALS = torch.empty(1, 1 << 16), torch.zeros(64, dtype=torch.float64)
+WRONG = {
+    "epochs of an empty order": (
+        {"orders": [torch.empty(0, dtype=torch.int64)], "said_epochs": (2**64 + 2) // 3 - 1},
+        "equally many rows",
+    ),
+    "order in work": ({"work": _WORK, "orders": _order_in(_WORK)}, "share memory with work"),
+    "order in totals": (
+        {"totals": _TOTALS[:3], "orders": _order_in(_TOTALS)},
+        "share memory with totals",
+    ),
+    "a large rule": ({"rule": 2**32}, "rule must be in"),
+    "large saves": ({"ints": [0, 2**32, 0, 0]}, "saves must be one that none"),
+    "y of a negative slope": (
+        {"ints": [2, 1, 0, 0], "numbers": [-0.5, 1.0, *[0.1, 0.0] * 3]},
+        "saves must be one that leaky_relu",
+    ),
+    "mean alone": ({"mean": torch.tensor([100.0])}, "given together"),
+    "std alone": ({"std": torch.tensor([100.0])}, "given together"),
+    "momentum without memory": ({"momentum": 0.9}, "momentum needs"),
+    "adam with one moment": (
+        {"rule": 2, "m1": [torch.zeros(4, 3), torch.zeros(4), torch.empty(0)]},
+        "needs both moments",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_its_op_refuses_what_it_would_read_or_write_wrongly(case):
+    changed, reason = WRONG[case]
+    with pytest.raises(RuntimeError, match=reason):
+        _train(**changed)
+
+
+@pytest.mark.parametrize("batch", [10**9, 2**63 - 1])
+def test_a_batch_of_more_rows_than_there_are_is_one_of_all_rows(batch):
+    adam = [torch.zeros(4, 3), torch.zeros(4), torch.empty(0)]
+
+    def run(batch: int) -> list[torch.Tensor]:
+        moments = {name: [t.clone() for t in adam] for name in ("m1", "m2")}
+        return _train(rule=2, epochs=3, batch=batch, **moments)
+
+    for got, wanted in zip(run(batch), run(64), strict=True):
+        assert torch.equal(got, wanted)

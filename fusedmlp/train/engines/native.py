@@ -115,7 +115,7 @@ def train(
         )
         if needed <= work.shape[1]:
             return work
-        work = native_op.grown(work, len(shares), needed)
+        work = native_op.work_of(len(shares), needed)
 
 
 class Native:

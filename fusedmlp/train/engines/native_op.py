@@ -101,11 +101,9 @@ def reason_against(precision: str) -> str | None:
     )
 
 
-def grown(work: Tensor, networks: int, floats: int) -> Tensor:
-    """work, or more of it: a row of `floats` for each thread that takes part."""
+def work_of(networks: int, floats: int) -> Tensor:
+    """A row of `floats` for each thread that takes part."""
     threads = min(networks, torch.get_num_threads())
-    if work.shape[1] >= floats and work.shape[0] >= threads:
-        return work
     # 16 floats are a cache line: no two threads write to one.
     return torch.empty(threads, -(-floats // 16) * 16)
 
@@ -148,4 +146,4 @@ def evaluate(
         )
         if needed <= work.shape[1]:
             return totals, work
-        work = grown(work, len(orders), needed)
+        work = work_of(len(orders), needed)
