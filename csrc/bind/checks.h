@@ -188,6 +188,13 @@ inline void check_linear(const char* op, const View& x, const View& w) {
     check_same_device(op, "weight", w, x);
 }
 
+// activations.can_read: whether backward of an activation other than `none` can do with what is
+// saved.
+constexpr bool can_read(int act, double alpha, int64_t saves) {
+    const bool is_ambiguous = act == kLeakyRelu && !(alpha >= 0);
+    return saves == kSavesY ? act_has_grad_y(act) && !is_ambiguous : saves == kSavesZ;
+}
+
 // The numbers of an epilogue; the rows and columns are set by the caller before.
 inline void check_numbers(const char* op, const EpilogueParams& e) {
     constexpr int64_t two32 = int64_t(1) << 32;

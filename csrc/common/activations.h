@@ -39,13 +39,6 @@ FUSEDMLP_HD constexpr bool act_has_grad_y(int act) {
            act == kSoftplus || act == kReluSquared;
 }
 
-// activations.can_read: whether backward of an activation other than `none` can do with what is
-// saved.
-constexpr bool can_read(int act, double alpha, int64_t saves) {
-    const bool is_ambiguous = act == kLeakyRelu && !(alpha >= 0);
-    return saves == kSavesY ? act_has_grad_y(act) && !is_ambiguous : saves == kSavesZ;
-}
-
 // activations.saves: which tensor backward needs.
 constexpr Saves act_saves(int act, double alpha, bool drops, bool is_fp16) {
     if (act == kNone)

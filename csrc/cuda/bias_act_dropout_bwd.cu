@@ -138,10 +138,7 @@ __global__ void __launch_bounds__(
                             negative[j] = negative[j] == 0.0f ? 0.0f : dz[j] * negative[j];
                             // An infinite derivative is that of an overflowed relu_squared.
                             const bool stays = FAMILY == kPlain && dz[j] == 0.0f && v[j] > kLargest;
-                            // Not even an infinite gradient passes a ReLU.
-                            const bool stopped =
-                                FAMILY == kPlain && e.act != kLeakyRelu && v[j] == 0.0f;
-                            dz[j] = stopped ? 0.0f : stays ? dz[j] : dz[j] * v[j];
+                            dz[j] = stays ? dz[j] : dz[j] * v[j];
                         }
                     }
                 }
