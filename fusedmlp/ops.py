@@ -250,11 +250,12 @@ def _native_not_loaded(op: str):
     tried: set[str] = set()
 
     def kernel(*args):
-        for t in args:
-            if isinstance(t, Tensor) and t.layout != torch.strided:
-                raise ValueError(f"{op}: tensors must be dense (strided), got {t.layout}")
-        device_type = args[0].device.type
         name = op.removesuffix("_fwd").removesuffix("_infer").removesuffix("_bwd")
+        for arg in args:
+            for t in arg if isinstance(arg, (list, tuple)) else (arg,):
+                if isinstance(t, Tensor) and t.layout != torch.strided:
+                    raise ValueError(f"{name}: tensors must be dense (strided), got {t.layout}")
+        device_type = args[0].device.type
         registry.require("native", device_type, args[0].dtype, name)
         if device_type in tried:
             raise registry.BackendError(f"{name}: the extension has no {op} for {device_type!r}")

@@ -273,6 +273,11 @@ DIRECT = {
         (X, None, None, STATE.to_sparse(), *GOOD),
         r"must be (a )?dense \(strided\)",
     ),
+    "sparse weight of an mlp": (
+        "mlp_fwd",
+        (X, [W.to_sparse()], None, [1, 0, 0, 1], [0.0, 1.0], 0, False),
+        r"must be (a )?dense \(strided\)",
+    ),
     "bits of an mlp": (
         "mlp_fwd",
         (X, [W], None, [1, 0, 0, -1], [0.0, 1.0], 0, False),

@@ -21,11 +21,14 @@ from ..autograd.test_corners import (  # noqa: F401  the same promises, with thi
     test_corners_are_those_of_torch,
     test_empty_sizes,
     test_eval_and_p_0_are_no_dropout_and_take_no_seed,
+    test_not_even_an_infinite_gradient_passes_a_relu_that_is_off,
 )
 from ..autograd.test_ops import (  # noqa: F401
+    test_a_state_may_be_a_view,
     test_backward_twice_gives_the_same_and_changes_nothing_saved,
     test_expanded_input_and_gradient,
     test_fp32_bias_beside_a_16_bit_input,
+    test_ops_called_directly_refuse_with_the_same_words,
 )
 from ..check_op import DTYPES, SEED, STREAM
 from ..conftest import _skip_unless_usable
