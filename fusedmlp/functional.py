@@ -67,8 +67,7 @@ class dropout_state:
             else:
                 checks.state("dropout_state", state, device)
             self._state = state
-        # A view whose numbers do not lie side by side: kernels read two words in a row.
-        return state.contiguous(), self._row_offset
+        return state, self._row_offset
 
 
 def draw_state(like: Tensor) -> tuple[Tensor, int]:

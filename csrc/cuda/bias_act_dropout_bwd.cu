@@ -98,6 +98,7 @@ __global__ void __launch_bounds__(
         // y of relu and dropout holds their joint mask.
         const bool relu_mask = FAMILY == kPlain && e.act == kRelu && p.saves == kSavesY;
         const bool draw = draws.on && !relu_mask;
+        const bool is_relu = e.act == kRelu || e.act == kReluSquared;
         int64_t at = place.row * e.cols + col;
         const int64_t jump = int64_t(step) * e.cols;
         uint32_t mask_row = p.columns.mask_row(place.row);
@@ -138,7 +139,9 @@ __global__ void __launch_bounds__(
                             negative[j] = negative[j] == 0.0f ? 0.0f : dz[j] * negative[j];
                             // An infinite derivative is that of an overflowed relu_squared.
                             const bool stays = FAMILY == kPlain && dz[j] == 0.0f && v[j] > kLargest;
-                            dz[j] = stays ? dz[j] : dz[j] * v[j];
+                            // A unit that is off is selected too: 0 times infinity would be NaN.
+                            const bool off = FAMILY == kPlain && is_relu && v[j] == 0.0f;
+                            dz[j] = off ? 0.0f : stays ? dz[j] : dz[j] * v[j];
                         }
                     }
                 }

@@ -312,11 +312,13 @@ def test_ops_called_directly_refuse_with_the_same_words(wrong, backend, device):
 
 def test_a_state_may_be_a_view(backend, device):
     """Of another step than 1, where the two numbers do not lie side by side."""
-    state = torch.tensor([1, 0, 2, 0], device=device)[::2]
-    with fusedmlp.dropout_state(state):
-        got = FF.linear_act(X.to(device), W.to(device), activation="relu", p=0.5, backend=backend)
-    with fusedmlp.dropout_state(STATE.to(device)):
-        wanted = FF.linear_act(
-            X.to(device), W.to(device), activation="relu", p=0.5, backend=backend
-        )
-    assert torch.equal(got, wanted)
+    view = torch.tensor([1, 0, 2, 0], device=device)[::2]
+    x = X.to(device)
+    by_scope, by_op = [], []
+    for state in (view, STATE.to(device)):
+        with fusedmlp.dropout_state(state):
+            by_scope.append(FF.bias_act_dropout(x, None, "relu", p=0.5, backend=backend))
+        args = x, None, None, state, 1, 0.0, 1 << 31, 2.0, 0, 0
+        by_op.append(_direct("bias_act_dropout_fwd", backend)(*args))
+    for got in by_scope[:1] + by_op:
+        assert torch.equal(got, by_scope[1])

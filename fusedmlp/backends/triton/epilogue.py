@@ -118,6 +118,9 @@ def preactivation_grad(dy, saved, bias, slope, key, row, column, e,
     if SAVES == SAVE_PREACT:
         z = saved + bias
         dz = g * act_grad_z(z, slope, ACT, EXACT)
+        if ACT == RELU or ACT == RELU_SQUARED:
+            # Selected, as everything that is off: 0 times an infinite gradient would be NaN.
+            dz = tl.where(z <= 0, 0.0, dz)
         if SLOPE_GRAD:
             terms = tl.where(z > 0, 0.0, g * z)
     elif SAVES == SAVE_Y:
@@ -130,6 +133,7 @@ def preactivation_grad(dy, saved, bias, slope, key, row, column, e,
             if ACT == RELU_SQUARED:
                 # A square that overflowed: the derivative was finite, so no gradient stays none.
                 dz = tl.where((g == 0) & (a > 0), g, dz)
+                dz = tl.where(a <= 0, 0.0, dz)
     else:
         tl.static_assert(ACT == NONE, "this derivative needs a saved tensor")
         dz = g

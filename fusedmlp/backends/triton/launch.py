@@ -46,7 +46,7 @@ def epilogue_arguments(e: Epilogue, saves: int = activations.SAVE_PREACT):
     pointers = (
         e.bias.contiguous() if e.bias is not None and saves == activations.SAVE_PREACT else None,
         slope.contiguous() if slopes else None,
-        e.state if dropout == KEEP_SOME else None,
+        e.state.contiguous() if dropout == KEEP_SOME else None,
     )
     numbers = e.alpha, threshold, e.scale, e.stream_offset, e.row_offset
     return pointers, numbers, {"ACT": e.act, "SLOPES": slopes, "DROPOUT": dropout}
