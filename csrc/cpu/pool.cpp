@@ -223,8 +223,8 @@ class Pool {
     std::atomic<int> threads_{1};
     std::atomic<int> processor_{-1};   // that the owner was on
     std::atomic<Clock::rep> lost_{0};  // when the owner lost it
-    std::atomic<Clock::rep>
-        begun_[2]{};  // when the owner, or a worker, began a piece; 0: the owner has ended
+    // When the owner, or a worker, began a piece; 0: the owner has ended.
+    std::atomic<Clock::rep> begun_[2]{};
     std::atomic<int> failed_{0};
     uint64_t turn_ = 0;
     int workers_ = 0;
