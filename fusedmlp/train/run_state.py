@@ -308,7 +308,9 @@ def _regression(run: Run) -> dict:
 
 def _backend(run: Run) -> str:
     """The backend of the first hidden layer; `eager` where PyTorch's own kernels are the fastest
-    known."""
+    known. The native engine has no other than its own kernels."""
+    if run.engine.name == "native":
+        return "native"
     dims = run.about["model"]["dims"]
     name = run.about["model"].get("activation")
     if len(dims) < 2 or name is None:

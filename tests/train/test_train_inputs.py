@@ -12,10 +12,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fusedmlp
+from fusedmlp.backends import choice
 from fusedmlp.train import RunOptions, TrainConfig, TrainError, UsageError, fit, loop
 from fusedmlp.train.process import World
 
 from .. import made_data
+from ..native import needs_native
 from .test_train import config, network, state_equal
 
 
@@ -115,6 +117,15 @@ def test_the_backend_asked_for_is_used_and_the_setting_put_back():
     result = fit(network(dropout=0.5), made_data.blobs(), config(backend="reference"))
     assert result.summary["backend"] == "reference"
     assert registry.explicit(None) == before
+
+
+@needs_native
+@pytest.mark.parametrize("engine, backend", [("native", "native"), ("autograd", "eager")])
+def test_the_kernels_named_are_those_that_ran(engine, backend, monkeypatch):
+    """The native engine has its own, whatever the ops would choose on their own."""
+    monkeypatch.setattr(choice, "select", lambda *_: "eager")
+    result = fit(network(), made_data.blobs(), config(engine=engine))
+    assert (result.summary["engine"], result.summary["backend"]) == (engine, backend)
 
 
 # loaders
